@@ -1,0 +1,57 @@
+# make demo   set up .venv, train a teacher and five students on real data, write demo_results/
+# make test   set up .venv, run every test
+# make check  linters and types
+# make bench  benchmarks
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test core sanitize check bench clean
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --progress-bar on "$(TORCH)" numpy
+	touch $@
+
+# The native core is built in pip's isolated environment; nothing but torch must be there before.
+$(VENV)/.cudfast: $(VENV)/.torch $(SOURCES)
+	CUDFAST_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --progress-bar on --editable ".[demo,test]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.cudfast pyproject.toml
+	$(BIN)/python -m pip install --quiet --progress-bar on --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.cudfast
+	$(BIN)/python -m examples.cldr_names $(if $(QUICK),--quick)
+
+test: $(VENV)/.cudfast
+	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory core sanitize
+
+# The C++ test of csrc/row and csrc/cpu, plain and under sanitizers; no Python in the process.
+core: $(VENV)/.cudfast
+	$(BIN)/cmake -G Ninja -S . -B build/core -DCUDFAST_TESTS=ON -DCUDFAST_WERROR=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja >/dev/null
+	$(BIN)/cmake --build build/core
+	build/core/test_core
+
+sanitize: $(VENV)/.cudfast
+	$(BIN)/cmake -G Ninja -S . -B build/sanitize -DCUDFAST_TESTS=ON -DCUDFAST_SANITIZE=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja >/dev/null
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/test_core
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
+
+bench: $(VENV)/.cudfast
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf build $(VENV) *.egg-info cudfast/_native*.so cudfast/_native_missing.txt

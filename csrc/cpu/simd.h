@@ -1,0 +1,298 @@
+// The lane type: the only file that knows SIMD.
+//
+// Lanes<T> is one hardware vector of float or double: 64 bytes with AVX-512, 32 with AVX2, else 16 (SSE2, NEON). The
+// arithmetic is the compiler's vector extension, so most of this file is the same for every instruction set; intrinsics
+// appear where they buy instructions.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "../launch.h"
+
+#if defined(__AVX2__) || defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace cudfast {
+namespace {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define CUDFAST_VECTOR_BYTES 64
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define CUDFAST_VECTOR_BYTES 32
+#else
+#define CUDFAST_VECTOR_BYTES 16
+#endif
+
+template <class T>
+struct Vector;
+template <>
+struct Vector<float> {
+  typedef float type __attribute__((vector_size(CUDFAST_VECTOR_BYTES)));
+  typedef int32_t bits __attribute__((vector_size(CUDFAST_VECTOR_BYTES)));
+};
+template <>
+struct Vector<double> {
+  typedef double type __attribute__((vector_size(CUDFAST_VECTOR_BYTES)));
+  typedef int64_t bits __attribute__((vector_size(CUDFAST_VECTOR_BYTES)));
+};
+
+template <class T>
+struct Lanes {
+  using V = typename Vector<T>::type;
+  static constexpr int count = CUDFAST_VECTOR_BYTES / sizeof(T);
+  V v;
+
+  Lanes() = default;
+  Lanes(V lanes) : v(lanes) {}
+  template <class U>
+  explicit Lanes(U scalar) : v(static_cast<T>(scalar) - V{}) {}
+
+  static Lanes load(const T* from) {
+    Lanes out;
+    std::memcpy(&out.v, from, sizeof(V));
+    return out;
+  }
+  void store(T* to) const { std::memcpy(to, &v, sizeof(V)); }
+};
+
+template <class T>
+inline Lanes<T> operator+(Lanes<T> a, Lanes<T> b) {
+  return a.v + b.v;
+}
+template <class T>
+inline Lanes<T> operator-(Lanes<T> a, Lanes<T> b) {
+  return a.v - b.v;
+}
+template <class T>
+inline Lanes<T> operator*(Lanes<T> a, Lanes<T> b) {
+  return a.v * b.v;
+}
+
+// Comparisons give all bits or none per lane; select takes `yes` where they are set.
+template <class T>
+inline typename Vector<T>::bits operator>(Lanes<T> a, Lanes<T> b) {
+  return a.v > b.v;
+}
+template <class T>
+inline typename Vector<T>::bits operator==(Lanes<T> a, Lanes<T> b) {
+  return a.v == b.v;
+}
+template <class T>
+inline Lanes<T> select(typename Vector<T>::bits mask, Lanes<T> yes, Lanes<T> no) {
+  return mask ? yes.v : no.v;
+}
+
+// max(a, b) and min(a, b) are b where either is NaN, as in the x86 instructions.
+template <class T>
+inline Lanes<T> max(Lanes<T> a, Lanes<T> b) {
+  return a.v > b.v ? a.v : b.v;
+}
+template <class T>
+inline Lanes<T> min(Lanes<T> a, Lanes<T> b) {
+  return a.v < b.v ? a.v : b.v;
+}
+#if CUDFAST_VECTOR_BYTES == 64
+inline Lanes<float> max(Lanes<float> a, Lanes<float> b) {
+  return (Vector<float>::type)_mm512_max_ps((__m512)a.v, (__m512)b.v);
+}
+inline Lanes<float> min(Lanes<float> a, Lanes<float> b) {
+  return (Vector<float>::type)_mm512_min_ps((__m512)a.v, (__m512)b.v);
+}
+#elif CUDFAST_VECTOR_BYTES == 32
+inline Lanes<float> max(Lanes<float> a, Lanes<float> b) {
+  return (Vector<float>::type)_mm256_max_ps((__m256)a.v, (__m256)b.v);
+}
+inline Lanes<float> min(Lanes<float> a, Lanes<float> b) {
+  return (Vector<float>::type)_mm256_min_ps((__m256)a.v, (__m256)b.v);
+}
+#elif defined(__SSE2__)
+inline Lanes<float> max(Lanes<float> a, Lanes<float> b) {
+  return (Vector<float>::type)_mm_max_ps((__m128)a.v, (__m128)b.v);
+}
+inline Lanes<float> min(Lanes<float> a, Lanes<float> b) {
+  return (Vector<float>::type)_mm_min_ps((__m128)a.v, (__m128)b.v);
+}
+#endif
+
+// ---- exp ----
+//
+// x = n ln 2 + r with |r| <= ln(2) / 2, ln 2 in two pieces whose first product with n is exact, e^r by a polynomial,
+// 2^n put together in the exponent bits. n comes from adding 1.5 * 2^(mantissa bits), which rounds to nearest.
+//
+//            range of x          error (ULP, measured by tests/test_native.py)   below the range   NaN
+//   float    [-87.33, 88.37]     <= kExpUlp<float>                                0                 NaN
+//   double   [-708.39, 709.43]   <= kExpUlp<double>                               0                 NaN
+//
+// Above the range the result is unspecified: the sweeps only ask for x <= 0.
+template <class T>
+struct ExpTable;
+
+template <>
+struct ExpTable<float> {
+  static constexpr float lowest = -87.33f;
+  static constexpr float round = 0x1.8p23f;
+  static constexpr int mantissa = 23;
+  static constexpr float log2e = 0x1.715476p+0f;
+  static constexpr float ln2_hi = 0x1.62ep-1f;
+  static constexpr float ln2_lo = 0x1.0bfbe8p-15f;
+  // Minimax for (e^r - 1 - r) / r^2 under the relative error of e^r, fitted by reweighted least squares: 0.06 ULP.
+  static constexpr float coefficient[] = {0x1.6a23d0p-10f, 0x1.123a20p-7f, 0x1.5558f2p-5f, 0x1.555492p-3f,
+                                          0x1.fffffcp-2f};
+};
+
+template <>
+struct ExpTable<double> {
+  static constexpr double lowest = -708.39;
+  static constexpr double round = 0x1.8p52;
+  static constexpr int mantissa = 52;
+  static constexpr double log2e = 0x1.71547652b82fep+0;
+  static constexpr double ln2_hi = 0x1.62e42fefa4p-1;
+  static constexpr double ln2_lo = -0x1.8432a1b0e2634p-43;
+  // 1/13! ... 1/2!: the Taylor remainder is 4e-18 at the ends.
+  static constexpr double coefficient[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
+                                           1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
+                                           1.0 / 120,        1.0 / 24,        1.0 / 6,        1.0 / 2};
+};
+
+template <class T>
+constexpr double kExpUlp = 1.5;
+
+template <class T>
+inline Lanes<T> exp(Lanes<T> x) {
+  using V = typename Vector<T>::type;
+  using Bits = typename Vector<T>::bits;
+  using E = ExpTable<T>;
+  const V shifted = x.v * E::log2e + E::round;
+  const V n = shifted - E::round;
+  V r = x.v - n * E::ln2_hi;
+  r = r - n * E::ln2_lo;
+  V p = E::coefficient[0] - V{};
+  for (unsigned i = 1; i < sizeof(E::coefficient) / sizeof(T); ++i) p = p * r + E::coefficient[i];
+  p = p * (r * r) + r + T(1);
+  const V two_n = (V)(((Bits)shifted << E::mantissa) + (Bits)(T(1) - V{}));
+  const V result = p * two_n;  // a product, so that NaN stays NaN
+  return x.v < E::lowest ? V{} : result;
+}
+
+// ---- Conversions between stored and computed types ----
+
+inline float widen_half(uint16_t h) {
+  const uint32_t sign = (h & 0x8000u) << 16, magnitude = (h & 0x7fffu) << 13;
+  uint32_t bits = magnitude + 0x38000000u;            // exponent bias 15 -> 127
+  if (magnitude >= 0x0f800000u) bits += 0x38000000u;  // inf, NaN
+  float f;
+  if (magnitude < 0x00800000u) {  // zero, subnormal: exact by a subtraction
+    bits = magnitude + 0x38800000u;
+    std::memcpy(&f, &bits, 4);
+    f -= 0x1p-14f;
+    std::memcpy(&bits, &f, 4);
+  }
+  bits |= sign;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline uint16_t narrow_half(float f) {  // round to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);   // NaN
+  if (bits >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to 65536 or more: inf
+  if (bits < 0x38800000u) {                                               // subnormal: let the adder round
+    float small;
+    std::memcpy(&small, &bits, 4);
+    small += 0.5f;
+    std::memcpy(&bits, &small, 4);
+    return static_cast<uint16_t>(sign | (bits - 0x3f000000u));
+  }
+  bits += 0xfffu + ((bits >> 13) & 1u);
+  return static_cast<uint16_t>(sign | ((bits - 0x38000000u) >> 13));
+}
+
+inline float widen_bfloat(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline uint16_t narrow_bfloat(float f) {  // round to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+#if CUDFAST_VECTOR_BYTES == 64
+constexpr int kHalfLanes = 16;
+inline void widen_half_lanes(const uint16_t* from, float* to) {
+  _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+}
+inline void narrow_half_lanes(const float* from, uint16_t* to) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtps_ph(_mm512_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+}
+#elif CUDFAST_VECTOR_BYTES == 32
+constexpr int kHalfLanes = 8;
+inline void widen_half_lanes(const uint16_t* from, float* to) {
+  _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+inline void narrow_half_lanes(const float* from, uint16_t* to) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+constexpr int kHalfLanes = 1;
+inline void widen_half_lanes(const uint16_t* from, float* to) { *to = widen_half(*from); }
+inline void narrow_half_lanes(const float* from, uint16_t* to) { *to = narrow_half(*from); }
+#endif
+
+// n stored values -> n computed ones.
+template <class T>
+inline void widen(const void* from, DType dtype, int n, T* to) {
+  if (dtype == DType::f32) {
+    const float* f = static_cast<const float*>(from);
+    for (int i = 0; i < n; ++i) to[i] = static_cast<T>(f[i]);
+  } else if (dtype == DType::f64) {
+    const double* f = static_cast<const double*>(from);
+    for (int i = 0; i < n; ++i) to[i] = static_cast<T>(f[i]);
+  } else if (dtype == DType::bf16) {
+    const uint16_t* f = static_cast<const uint16_t*>(from);
+    for (int i = 0; i < n; ++i) to[i] = static_cast<T>(widen_bfloat(f[i]));
+  } else {
+    const uint16_t* f = static_cast<const uint16_t*>(from);
+    int i = 0;
+    if constexpr (sizeof(T) == 4) {
+      for (; i + kHalfLanes <= n; i += kHalfLanes) widen_half_lanes(f + i, to + i);
+    }
+    for (; i < n; ++i) to[i] = static_cast<T>(widen_half(f[i]));
+  }
+}
+
+// n computed values -> n stored ones.
+template <class T>
+inline void narrow(const T* from, int n, DType dtype, void* to) {
+  if (dtype == DType::f32) {
+    float* f = static_cast<float*>(to);
+    for (int i = 0; i < n; ++i) f[i] = static_cast<float>(from[i]);
+  } else if (dtype == DType::f64) {
+    double* f = static_cast<double*>(to);
+    for (int i = 0; i < n; ++i) f[i] = static_cast<double>(from[i]);
+  } else if (dtype == DType::bf16) {
+    uint16_t* f = static_cast<uint16_t*>(to);
+    for (int i = 0; i < n; ++i) f[i] = narrow_bfloat(static_cast<float>(from[i]));
+  } else {
+    uint16_t* f = static_cast<uint16_t*>(to);
+    int i = 0;
+    if constexpr (sizeof(T) == 4) {
+      for (; i + kHalfLanes <= n; i += kHalfLanes) narrow_half_lanes(from + i, f + i);
+    }
+    for (; i < n; ++i) f[i] = narrow_half(static_cast<float>(from[i]));
+  }
+}
+
+}  // namespace
+}  // namespace cudfast

@@ -1,0 +1,320 @@
+// The two sweeps over one block of columns. Compiled once per instruction set with CUDFAST_ISA naming it; everything
+// but the table at the end lives in an anonymous namespace. The sweeps know no losses: fold() and element() arrive from
+// row/.
+#include "sweeps.h"
+
+#include "../row/element.h"
+#include "simd.h"
+
+namespace cudfast {
+namespace {
+
+// Vectors between two changes of accumulators: two accumulators of 16 additions, then a tree step. Short chains keep
+// the error of f32 sums near one rounding; see docs/method.md, "Accuracy".
+constexpr int kChunk = 32;
+
+template <class T>
+constexpr DType dtype_of = sizeof(T) == 4 ? DType::f32 : DType::f64;
+
+template <class T>
+constexpr int up(int n) {  // to whole vectors
+  return (n + Lanes<T>::count - 1) / Lanes<T>::count * Lanes<T>::count;
+}
+
+// The block as whole vectors of T: in place when it is stored so, else widened into `buffer` (kBlock values). Lanes
+// past the end repeat the first value: neutral to maximum and minimum, and masked out of sums.
+template <class T>
+const T* fetch(const char* from, DType dtype, int n, T* buffer) {
+  if (dtype == dtype_of<T> && n % Lanes<T>::count == 0) return reinterpret_cast<const T*>(from);
+  widen(from, dtype, n, buffer);
+  for (int i = n; i < up<T>(n); ++i) buffer[i] = buffer[0];
+  return buffer;
+}
+
+template <class T>
+struct Range {
+  T low, high;
+  // Whether a centred value may be -inf, by the logits or by overflow. NaN is not looked for: it survives the sums.
+  bool holes() const { return !(low - high > -std::numeric_limits<T>::max()); }
+  T centre() const { return high == kNothing<T> ? T(0) : high; }
+};
+
+template <class T>
+Range<T> range(const T* p, int n) {
+  using F = Lanes<T>;
+  F high(kNothing<T>), low(-kNothing<T>), high2 = high, low2 = low;
+  const int whole = up<T>(n);
+  int i = 0;
+  for (; i + 2 * F::count <= whole; i += 2 * F::count) {
+    const F a = F::load(p + i), b = F::load(p + i + F::count);
+    high = max(a, high);
+    low = min(a, low);
+    high2 = max(b, high2);
+    low2 = min(b, low2);
+  }
+  if (i < whole) {
+    high = max(F::load(p + i), high);
+    low = min(F::load(p + i), low);
+  }
+  T highs[F::count], lows[F::count];
+  max(high, high2).store(highs);
+  min(low, low2).store(lows);
+  Range<T> r{lows[0], highs[0]};
+  for (int lane = 1; lane < F::count; ++lane) {
+    r.low = lows[lane] < r.low ? lows[lane] : r.low;
+    r.high = highs[lane] > r.high ? highs[lane] : r.high;
+  }
+  return r;
+}
+
+template <class T>
+double total(Lanes<T> lanes) {
+  T values[Lanes<T>::count];
+  lanes.store(values);
+  double sum = 0;
+  for (T value : values) sum += value;
+  return sum;
+}
+
+// Lanes of the last vector that hold columns keep their value, the others become -inf.
+template <class T>
+Lanes<T> keep(Lanes<T> lanes, int valid) {
+  T index[Lanes<T>::count];
+  for (int i = 0; i < Lanes<T>::count; ++i) index[i] = static_cast<T>(i);
+  return select(Lanes<T>(valid) > Lanes<T>::load(index), lanes, Lanes<T>(kNothing<T>));
+}
+
+template <class F>
+StudentSums<F> zero_student() {
+  return {F(0), F(0), F(0), F(0), F(0), F(0)};
+}
+template <class F>
+void add(StudentSums<F>& to, const StudentSums<F>& from) {
+  to.z_tau = to.z_tau + from.z_tau;
+  to.s_tau = to.s_tau + from.s_tau;
+  to.a = to.a + from.a;
+  to.s_one = to.s_one + from.s_one;
+  to.z_one = to.z_one + from.z_one;
+  to.impossible = max(to.impossible, from.impossible);
+}
+template <class F>
+TeacherSums<F> zero_teacher() {
+  return {F(0), F(0)};
+}
+template <class F>
+void add(TeacherSums<F>& to, const TeacherSums<F>& from) {
+  to.z = to.z + from.z;
+  to.e = to.e + from.e;
+}
+
+// The block that follows, asked for while this one is summed: the look for the maximum waits for memory, the sums wait
+// for arithmetic, and neither would overlap the other. Past the end of a row this is the next row; prefetching never
+// faults.
+struct Ahead {
+  const char* at;
+  int64_t size;  // bytes per element
+
+  Ahead(const char* block, DType dtype) : at(block + kBlock * size_of(dtype)), size(size_of(dtype)) {}
+  void prefetch(int i) const { __builtin_prefetch(at + i * size); }
+};
+
+// Sums over n columns: body(sums, i) folds the vector at column i, tail(sums, i, valid) the last, partial one; ahead(i)
+// is called for every cache line.
+template <class T, class Sums, class Body, class Tail, class Prefetch>
+inline __attribute__((always_inline)) Sums accumulate(int n, Sums zero, Body body, Tail tail, Prefetch ahead) {
+  constexpr int width = Lanes<T>::count;
+  const int whole = n / width * width;
+  Sums sums = zero;
+  for (int start = 0; start < whole; start += kChunk * width) {
+    const int end = start + kChunk * width < whole ? start + kChunk * width : whole;
+    Sums first = zero, second = zero;
+    int i = start;
+    for (; i + 2 * width <= end; i += 2 * width) {
+      ahead(i);
+      if constexpr (sizeof(Lanes<T>) >= 64) ahead(i + width);
+      body(first, i);
+      body(second, i + width);
+    }
+    if (i < end) body(first, i);
+    add(first, second);
+    add(sums, first);
+  }
+  if (whole < n) tail(sums, whole, n - whole);
+  return sums;
+}
+
+template <class T, int P, int Ones, bool Holes>
+__attribute__((noinline)) StudentSums<Lanes<T>> student_sums(const StudentBlock& b, const T* s, const T* t, T m_s,
+                                                             T m_t) {
+  using F = Lanes<T>;
+  const Ahead next_s(b.s, b.s_dtype), next_t(b.t, b.t_dtype);
+  const F ms(m_s), mt(m_t), inv(b.inv_tau);
+  return accumulate<T>(
+      b.n, zero_student<F>(),
+      [&](auto& sums, int i) { fold<P, Ones, Holes>(sums, F::load(t + i) - mt, F::load(s + i) - ms, inv); },
+      [&](auto& sums, int i, int valid) {
+        fold<P, Ones, true>(sums, keep(F::load(t + i) - mt, valid), keep(F::load(s + i) - ms, valid), inv);
+      },
+      [&](int i) {
+        next_s.prefetch(i);
+        next_t.prefetch(i);
+      });
+}
+
+// Run-time flags become compile-time ones here: f(P, Ones) as integral constants.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+template <class F>
+void with_temperature(int power, int ones, F f) {
+  if (power == 1) return f(Constant<1>{}, Constant<2>{});
+  if (power == 2) return f(Constant<2>{}, Constant<2>{});
+  if (power == 4) return f(Constant<4>{}, Constant<2>{});
+  if (ones == 0) return f(Constant<0>{}, Constant<0>{});
+  if (ones == 1) return f(Constant<0>{}, Constant<1>{});
+  return f(Constant<0>{}, Constant<2>{});
+}
+
+template <class T>
+void student_state(const StudentBlock& b, StudentBlockState& out) {
+  alignas(64) T s_buffer[kBlock], t_buffer[kBlock];
+  const T* s = fetch(b.s, b.s_dtype, b.n, s_buffer);
+  const T* t = fetch(b.t, b.t_dtype, b.n, t_buffer);
+  const Range<T> rs = range(s, b.n), rt = range(t, b.n);
+  const bool holes = rs.holes() || rt.holes();
+  const T m_s = rs.centre(), m_t = rt.centre();
+  with_temperature(b.power, b.ones, [&](auto p, auto ones) {
+    constexpr int P = decltype(p)::value, Ones = decltype(ones)::value;
+    const auto sums =
+        holes ? student_sums<T, P, Ones, true>(b, s, t, m_s, m_t) : student_sums<T, P, Ones, false>(b, s, t, m_s, m_t);
+    out = {rt.high,       rs.high,           total(sums.z_tau), total(sums.s_tau),
+           total(sums.a), total(sums.s_one), total(sums.z_one), total(sums.impossible) > 0 ? 1.0 : 0.0};
+  });
+}
+
+// Writes element(i) for every vector of the block.
+template <class T, class Element>
+inline __attribute__((always_inline)) void map(int n, char* g, DType dtype, Element element) {
+  constexpr int width = Lanes<T>::count;
+  alignas(64) T buffer[kBlock];
+  const bool direct = dtype == dtype_of<T> && n % width == 0;
+  T* to = direct ? reinterpret_cast<T*>(g) : buffer;
+  for (int i = 0; i < n; i += width) element(i).store(to + i);
+  if (!direct) narrow(buffer, n, dtype, g);
+}
+
+template <class T, int P, int Ones, bool Holes>
+__attribute__((noinline)) void student_map(const StudentBlock& b, const StudentBlockMap& m, const T* s, const T* t) {
+  using F = Lanes<T>;
+  const StudentGradient<F> c{F(m.student_tau), F(m.teacher_tau), F(m.student_one), F(0)};
+  const F ms(m.m_s), mt(m.m_t), inv(b.inv_tau);
+  map<T>(b.n, m.g, m.g_dtype,
+         [&](int i) { return element<P, Ones, Holes>(c, F::load(t + i) - mt, F::load(s + i) - ms, inv); });
+}
+
+template <class T>
+void student_gradient(const StudentBlock& b, const StudentBlockMap& m) {
+  alignas(64) T s_buffer[kBlock], t_buffer[kBlock];
+  const T* s = fetch(b.s, b.s_dtype, b.n, s_buffer);
+  const T* t = fetch(b.t, b.t_dtype, b.n, t_buffer);
+  with_temperature(b.power, b.ones, [&](auto p, auto ones) {
+    constexpr int P = decltype(p)::value, Ones = decltype(ones)::value;
+    if (m.holes) {
+      student_map<T, P, Ones, true>(b, m, s, t);
+    } else {
+      student_map<T, P, Ones, false>(b, m, s, t);
+    }
+  });
+}
+
+template <class T, bool Holes>
+__attribute__((noinline)) TeacherSums<Lanes<T>> teacher_sums(const TeacherBlock& b, const T* z, T m) {
+  using F = Lanes<T>;
+  const Ahead next(b.z, b.dtype);
+  const F centre(m);
+  return accumulate<T>(
+      b.n, zero_teacher<F>(), [&](auto& sums, int i) { fold<Holes>(sums, F::load(z + i) - centre); },
+      [&](auto& sums, int i, int valid) { fold<true>(sums, keep(F::load(z + i) - centre, valid)); },
+      [&](int i) { next.prefetch(i); });
+}
+
+template <class T>
+void teacher_state(const TeacherBlock& b, TeacherBlockState& out) {
+  alignas(64) T buffer[kBlock];
+  const T* z = fetch(b.z, b.dtype, b.n, buffer);
+  const Range<T> r = range(z, b.n);
+  const auto sums = r.holes() ? teacher_sums<T, true>(b, z, r.centre()) : teacher_sums<T, false>(b, z, r.centre());
+  out = {r.high, total(sums.z), total(sums.e)};
+}
+
+template <class T>
+void teacher_gradient(const TeacherBlock& b, const TeacherBlockMap& m) {
+  using F = Lanes<T>;
+  alignas(64) T buffer[kBlock];
+  const T* z = fetch(b.z, b.dtype, b.n, buffer);
+  const TeacherGradient<F> c{F(m.one), F(m.log), F(0)};
+  const F centre(m.m), inv_z(m.inv_z), log_z(m.log_z);
+  map<T>(b.n, m.g, m.g_dtype, [&](int i) { return element<true>(c, F::load(z + i) - centre, inv_z, log_z); });
+}
+
+template <class T>
+int find(const char* from, DType dtype, int n, double value) {
+  using F = Lanes<T>;
+  alignas(64) T buffer[kBlock];
+  const T* p = fetch(from, dtype, n, buffer);
+  const F wanted(value);
+  for (int i = 0; i < n; i += F::count) {
+    T hit[F::count];
+    select(F::load(p + i) == wanted, F(1), F(0)).store(hit);
+    for (int lane = 0; lane < F::count && i + lane < n; ++lane) {
+      if (hit[lane] != 0) return i + lane;
+    }
+  }
+  return 0;
+}
+
+template <class T>
+void exp_all(const T* x, T* y, int64_t n) {
+  using F = Lanes<T>;
+  T part[F::count];
+  for (int64_t i = 0; i < n; i += F::count) {
+    const int valid = n - i < F::count ? static_cast<int>(n - i) : F::count;
+    for (int lane = 0; lane < F::count; ++lane) part[lane] = lane < valid ? x[i + lane] : T(0);
+    exp(F::load(part)).store(part);
+    for (int lane = 0; lane < valid; ++lane) y[i + lane] = part[lane];
+  }
+}
+
+// f64 or f32, one place for the choice.
+void student_state_any(const StudentBlock& b, StudentBlockState& out) {
+  b.wide ? student_state<double>(b, out) : student_state<float>(b, out);
+}
+void student_gradient_any(const StudentBlock& b, const StudentBlockMap& m) {
+  b.wide ? student_gradient<double>(b, m) : student_gradient<float>(b, m);
+}
+void teacher_state_any(const TeacherBlock& b, TeacherBlockState& out) {
+  b.wide ? teacher_state<double>(b, out) : teacher_state<float>(b, out);
+}
+void teacher_gradient_any(const TeacherBlock& b, const TeacherBlockMap& m) {
+  b.wide ? teacher_gradient<double>(b, m) : teacher_gradient<float>(b, m);
+}
+int find_any(const char* from, DType dtype, bool wide, int n, double value) {
+  return wide ? find<double>(from, dtype, n, value) : find<float>(from, dtype, n, value);
+}
+
+}  // namespace
+
+#define CUDFAST_JOIN_(a, b) a##b
+#define CUDFAST_JOIN(a, b) CUDFAST_JOIN_(a, b)
+#define CUDFAST_STRING_(a) #a
+#define CUDFAST_STRING(a) CUDFAST_STRING_(a)
+
+const Sweeps& CUDFAST_JOIN(sweeps_, CUDFAST_ISA)() {
+  static constexpr Sweeps table = {
+      CUDFAST_STRING(CUDFAST_ISA), student_state_any, student_gradient_any, teacher_state_any,
+      teacher_gradient_any,        find_any,          exp_all<float>,       exp_all<double>};
+  return table;
+}
+
+}  // namespace cudfast

@@ -1,0 +1,84 @@
+// What one instruction set offers: the two sweeps over a block of columns. Plain data only, because this header is
+// compiled for every instruction set and linked together.
+#pragma once
+
+#include "../launch.h"
+
+namespace cudfast {
+
+// Columns per block. Results do not depend on threads because blocks always start at multiples of it; two blocks of f32
+// (16 KiB) stay in any first-level cache between the look for the maximum and the sums.
+constexpr int kBlock = 2048;
+
+struct StudentBlock {
+  const char* s;  // (n,) student logits
+  const char* t;  // (n,) teacher logits
+  DType s_dtype;
+  DType t_dtype;
+  bool wide;  // compute in f64
+  int n;      // <= kBlock
+  int power;  // the temperature when it is 1, 2 or 4, else 0
+  int ones;   // temperature-1 sums wanted when power is 0: see row/state.h
+  double inv_tau;
+};
+
+// Sums of a block around its own maxima.
+struct StudentBlockState {
+  double m_t, m_s, z_tau, s_tau, a, s_one, z_one, impossible;
+};
+
+// The map of the second sweep. `holes` zeroes classes where the student is -inf.
+struct StudentBlockMap {
+  double m_t, m_s, student_tau, teacher_tau, student_one;
+  bool holes;
+  char* g;  // (n,)
+  DType g_dtype;
+};
+
+struct TeacherBlock {
+  const char* z;  // (n,)
+  DType dtype;
+  bool wide;
+  int n;
+};
+
+struct TeacherBlockState {
+  double m, z, e;
+};
+
+struct TeacherBlockMap {
+  double m, inv_z, log_z, one, log;
+  char* g;
+  DType g_dtype;
+};
+
+struct Sweeps {
+  const char* isa;
+  void (*student_state)(const StudentBlock&, StudentBlockState&);
+  void (*student_gradient)(const StudentBlock&, const StudentBlockMap&);
+  void (*teacher_state)(const TeacherBlock&, TeacherBlockState&);
+  void (*teacher_gradient)(const TeacherBlock&, const TeacherBlockMap&);
+  int (*find)(const char* from, DType dtype, bool wide, int n, double value);  // first index that holds it, else 0
+  void (*exp32)(const float* x, float* y, int64_t n);                          // for tests
+  void (*exp64)(const double* x, double* y, int64_t n);
+};
+
+const Sweeps& sweeps_baseline();
+#if defined(CUDFAST_X86)
+const Sweeps& sweeps_avx2();
+const Sweeps& sweeps_avx512();
+#endif
+
+// The instruction set in use: chosen once, from the processor and CUDFAST_ISA.
+const Sweeps& sweeps();
+
+// Names of the sets that this processor can run, best last.
+const char* const* runnable(int& count);
+
+// For tests: use the named set from now on; false when it is unknown or cannot run here.
+bool use(const char* isa);
+
+// Why CUDFAST_ISA was not honoured, or "".
+const char* isa_warning();
+
+}  // namespace cudfast

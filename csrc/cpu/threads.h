@@ -1,0 +1,34 @@
+// Work over threads: OpenMP, so that the pool is the one torch already has.
+#pragma once
+
+#include <cstdint>
+
+namespace cudfast {
+
+// False in a forked child, whose copy of the pool has no threads behind it.
+bool can_thread();
+
+// How many threads a call may use, and whether each keeps the same tasks from loop to loop (its part of a row stays in
+// its cache) or takes the next one when it is free.
+enum class Schedule { next, same };
+
+template <class F>
+void parallel(int threads, Schedule schedule, int64_t tasks, F task) {
+#if defined(_OPENMP)
+  if (threads > 1 && tasks > 1 && can_thread()) {
+    if (schedule == Schedule::same) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+      for (int64_t i = 0; i < tasks; ++i) task(i);
+    } else {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+      for (int64_t i = 0; i < tasks; ++i) task(i);
+    }
+    return;
+  }
+#endif
+  (void)threads;
+  (void)schedule;
+  for (int64_t i = 0; i < tasks; ++i) task(i);
+}
+
+}  // namespace cudfast

@@ -1,0 +1,98 @@
+// The torch-free contract between the bindings and the sweeps: addresses, strides, sizes, options, threads.
+#pragma once
+
+#include <cstdint>
+
+#include "row/terms.h"
+
+namespace cudfast {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+constexpr int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+// Rows of a strided matrix whose last axis is dense. Row i starts at data + (i / inner) * outer_stride +
+// (i % inner) * inner_stride elements, so (B, S - 1, V) cut out of (B, S, V) needs no copy.
+struct Matrix {
+  char* data = nullptr;
+  int64_t inner = 1;
+  int64_t outer_stride = 0;
+  int64_t inner_stride = 0;
+  DType dtype = DType::f32;
+
+  char* at(int64_t row, int64_t column) const {
+    return data + ((row / inner) * outer_stride + (row % inner) * inner_stride + column) * size_of(dtype);
+  }
+};
+
+// One call: N rows of V classes. Vectors are (N,), dense; a null pointer means absent.
+struct Rows {
+  int64_t rows = 0;                 // N
+  int64_t classes = 0;              // V
+  int64_t padded = 0;               // width of the logits' own rows, >= V; the padding gets a zero gradient
+  Matrix logits;                    // (N, V) student, or the teacher being fine-tuned
+  Matrix target;                    // (N, V) teacher of the student loss
+  const int64_t* labels = nullptr;  // (N,)
+  const double* weight = nullptr;   // (N,)
+  const double* per_row = nullptr;  // (N,) temperature of the student loss, alpha of the teacher loss
+  double scalar = 1;                // stands for per_row where that is absent
+  int64_t ignore_index = -100;
+  int64_t unlabeled_index = -1;
+  int threads = 1;
+
+  bool ignored(int64_t row) const { return (labels && labels[row] == ignore_index) || (weight && weight[row] == 0); }
+  bool labelled(int64_t row) const { return labels && labels[row] != ignore_index && labels[row] != unlabeled_index; }
+  double weight_at(int64_t row) const { return weight ? weight[row] : 1.0; }
+  double value_at(int64_t row) const { return per_row ? per_row[row] : scalar; }
+};
+
+// Divisors of the two terms under reduction="mean"; 1 for the other reductions.
+struct Divisors {
+  double kd = 1;
+  double ce = 1;
+};
+
+// Columns of a packed state (N, kStudentColumns) or (N, kTeacherColumns), in the order of the fields of row/state.h.
+constexpr int kStudentColumns = 11;
+constexpr int kTeacherColumns = 4;
+
+// Where results go. Null pointers are not written.
+struct Outputs {
+  void* loss = nullptr;  // (N,) when per_row_loss, else a scalar; f32 or f64 as the state
+  bool per_row_loss = false;
+  void* state = nullptr;    // (N, columns), f32 or f64
+  int64_t* top1 = nullptr;  // (N,)
+  bool wide = false;        // state, loss and upstream are f64
+  Matrix gradient;          // (N, padded), data null when not wanted
+  bool fresh = false;       // the gradient's pages have never been touched
+};
+
+// One upstream gradient for all rows, or one per row.
+struct Upstream {
+  const void* data = nullptr;  // null: 1
+  bool per_row = false;
+};
+
+// What is wrong with the vectors of a call, before any sweep runs.
+enum class Fault : int { none = 0, label = 1, weight = 2, per_row = 3 };
+struct Check {
+  Fault fault = Fault::none;
+  int64_t row = 0;
+};
+Check check(const Rows& rows);
+
+// Sums of the rows' weights in each term.
+Divisors count(const Rows& rows);
+
+// First sweep: state and loss of every row; with out.gradient, the gradient too, while the row is in cache.
+void student_state(const Rows& rows, const StudentOptions& options, bool statistics, Divisors divisors,
+                   const Outputs& out);
+void teacher_state(const Rows& rows, const TeacherOptions& options, Divisors divisors, const Outputs& out);
+
+// Second sweep alone, from a packed state.
+void student_gradient(const Rows& rows, const StudentOptions& options, Divisors divisors, Upstream upstream,
+                      const Outputs& from);
+void teacher_gradient(const Rows& rows, const TeacherOptions& options, Divisors divisors, Upstream upstream,
+                      const Outputs& from);
+
+}  // namespace cudfast

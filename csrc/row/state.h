@@ -1,0 +1,183 @@
+// Row states: what a row of logits is reduced to, and how two parts of a row become one.
+//
+// A state is a commutative monoid up to rounding: empty(), and merge() with the empty state as its identity. Lanes,
+// blocks, threads and ranks all merge with the same function. Sums are kept relative to the maxima, so nothing
+// overflows; the equations are in docs/method.md under the tags given here.
+//
+// R is the scalar type of a state (double on the CPU), F whatever the sweep folds: a scalar or a vector of lanes.
+// The anonymous namespace is deliberate: these headers are compiled once per instruction set, and code generated for
+// one set must never be linked into another.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace cudfast {
+namespace {
+
+template <class R>
+constexpr R kNothing = -std::numeric_limits<R>::infinity();
+
+// What fold() and element() ask of a scalar; cpu/simd.h has the same names for lanes.
+using std::exp;
+inline double max(double a, double b) { return a > b ? a : b; }
+inline double select(bool mask, double yes, double no) { return mask ? yes : no; }
+
+// ---- Student loss: state of one row, or of some of its columns ----                              [state-student]
+
+template <class R>
+struct StudentState {
+  R m_t = kNothing<R>;  // teacher maximum
+  R s_k = kNothing<R>;  // student logit at the teacher's top-1
+  R m_s = kNothing<R>;  // student maximum
+  R z_tau = 0;          // sum exp((t - m_t) / tau)
+  R s_tau = 0;          // sum exp((s - m_s) / tau)
+  R a = 0;              // sum exp((t - m_t) / tau) * ((t - m_t) - (s - m_s)) / tau
+  R s_one = 0;          // sum exp(s - m_s)
+  R z_one = 0;          // sum exp(t - m_t); only statistics need it
+  R t_y = kNothing<R>;  // teacher logit of the label, where the label lives
+  R s_y = kNothing<R>;  // student logit of the label
+  R impossible = 0;     // 1 when some class has t finite and s = -inf
+  int64_t k = 0;        // teacher's top-1, the lowest index on a tie
+};
+
+// What lanes accumulate over columns, around maxima that are already known.
+template <class F>
+struct StudentSums {
+  F z_tau, s_tau, a, s_one, z_one, impossible;
+};
+
+// e^(x) from e^(x / P): temperatures 1, 2 and 4 need no second exponential.
+template <int P, class F>
+inline F power(F e) {
+  static_assert(P == 1 || P == 2 || P == 4, "powers by repeated squaring");
+  if constexpr (P == 1) {
+    return e;
+  } else {
+    return power<P / 2>(e * e);
+  }
+}
+
+// Adds the columns held in dt = t - m_t and ds = s - m_s. P is the temperature when that is 1, 2 or 4, else 0, and then
+// Ones says which temperature-1 sums are wanted (0 none, 1 the student's, 2 both). Holes: some logit may be -inf.
+template <int P, int Ones, bool Holes, class F>
+inline void fold(StudentSums<F>& sums, F dt, F ds, F inv_tau) {
+  const F x = dt * inv_tau;
+  const F w = ds * inv_tau;
+  const F teacher = exp(x);
+  const F student = exp(w);
+  F excess = x - w;
+  if constexpr (Holes) {  // 0 * inf is excluded, not computed; x > -inf is false for NaN, which `teacher` carries on
+    const F floor = F(kNothing<float>);
+    excess = select(x > floor, select(w > floor, excess, F(0)), F(0));
+    sums.impossible = max(sums.impossible, select(x > floor, select(w > floor, F(0), F(1)), F(0)));
+  }
+  sums.z_tau = sums.z_tau + teacher;
+  sums.s_tau = sums.s_tau + student;
+  sums.a = sums.a + teacher * excess;
+  if constexpr (P > 0) {
+    sums.s_one = sums.s_one + power<P>(student);
+    sums.z_one = sums.z_one + power<P>(teacher);
+  } else {
+    if constexpr (Ones > 0) sums.s_one = sums.s_one + exp(ds);
+    if constexpr (Ones > 1) sums.z_one = sums.z_one + exp(dt);
+  }
+}
+
+// exp of a distance between maxima; most merges move nothing.
+template <class R>
+inline R rescale(R shift) {
+  return shift == 0 ? R(1) : std::exp(shift);
+}
+
+// Sums of `part` as seen from new maxima m_t and m_s.                                               [merge-student]
+template <class R>
+inline StudentState<R> move(StudentState<R> part, R m_t, R m_s, R inv_tau) {
+  const R down_t = part.m_t == kNothing<R> ? R(0) : part.m_t - m_t;  // an empty part has nothing to rescale
+  const R down_s = part.m_s == kNothing<R> ? R(0) : part.m_s - m_s;
+  const R teacher = rescale(down_t * inv_tau);
+  part.a = teacher * (part.a + part.z_tau * ((down_t - down_s) * inv_tau));
+  part.z_tau *= teacher;
+  part.z_one *= inv_tau == 1 ? teacher : rescale(down_t);
+  const R student = rescale(down_s * inv_tau);
+  part.s_tau *= student;
+  part.s_one *= inv_tau == 1 ? student : rescale(down_s);
+  return part;
+}
+
+// State of the union of two disjoint sets of columns. Ties go to the lower index, whatever the order of the parts.
+template <class R>
+inline StudentState<R> merge(const StudentState<R>& left, const StudentState<R>& right, R inv_tau) {
+  const R m_t = left.m_t > right.m_t ? left.m_t : right.m_t;
+  const R m_s = left.m_s > right.m_s ? left.m_s : right.m_s;
+  const StudentState<R> a = move(left, m_t, m_s, inv_tau);
+  const StudentState<R> b = move(right, m_t, m_s, inv_tau);
+  const bool from_left = left.m_t == right.m_t ? left.k <= right.k : left.m_t > right.m_t;
+  StudentState<R> both;
+  both.m_t = m_t;
+  both.m_s = m_s;
+  both.k = from_left ? left.k : right.k;
+  both.s_k = from_left ? left.s_k : right.s_k;
+  both.z_tau = a.z_tau + b.z_tau;
+  both.s_tau = a.s_tau + b.s_tau;
+  both.a = a.a + b.a;
+  both.s_one = a.s_one + b.s_one;
+  both.z_one = a.z_one + b.z_one;
+  both.t_y = left.t_y > right.t_y ? left.t_y : right.t_y;  // the label lives in one part only
+  both.s_y = left.s_y > right.s_y ? left.s_y : right.s_y;
+  both.impossible = left.impossible > right.impossible ? left.impossible : right.impossible;
+  return both;
+}
+
+// ---- Teacher loss ----                                                                            [state-teacher]
+
+template <class R>
+struct TeacherState {
+  R m = kNothing<R>;    // maximum
+  R z = 0;              // sum exp(z_j - m)
+  R e = 0;              // sum exp(z_j - m) * (z_j - m), at most 0
+  R z_y = kNothing<R>;  // logit of the label
+};
+
+template <class F>
+struct TeacherSums {
+  F z, e;
+};
+
+template <bool Holes, class F>
+inline void fold(TeacherSums<F>& sums, F x) {
+  const F p = exp(x);
+  sums.z = sums.z + p;
+  if constexpr (Holes) {
+    sums.e = sums.e + p * select(x > F(kNothing<float>), x, F(0));
+  } else {
+    sums.e = sums.e + p * x;
+  }
+}
+
+// e' = e^(m - m') (e + z (m - m'))                                                                  [merge-teacher]
+template <class R>
+inline TeacherState<R> move(TeacherState<R> part, R m) {
+  const R down = part.m == kNothing<R> ? R(0) : part.m - m;
+  const R scale = rescale(down);
+  part.e = scale * (part.e + part.z * down);
+  part.z *= scale;
+  return part;
+}
+
+template <class R>
+inline TeacherState<R> merge(const TeacherState<R>& left, const TeacherState<R>& right) {
+  const R m = left.m > right.m ? left.m : right.m;
+  const TeacherState<R> a = move(left, m);
+  const TeacherState<R> b = move(right, m);
+  TeacherState<R> both;
+  both.m = m;
+  both.z = a.z + b.z;
+  both.e = a.e + b.e;
+  both.z_y = left.z_y > right.z_y ? left.z_y : right.z_y;
+  return both;
+}
+
+}  // namespace
+}  // namespace cudfast

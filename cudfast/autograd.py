@@ -1,0 +1,298 @@
+"""From two sweeps to a differentiable loss.
+
+Eager calls go through `torch.autograd.Function`: its cost a call is a fraction of a Python custom op's, which for small
+batches would be the whole cost. Under `torch.compile` the same sweeps go through `torch.library` ops, which trace with
+fullgraph=True; there the gradient is always made in backward, from the saved state.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .options import CUDOptions, DUSOptions, parse, text_of
+from .rows import STUDENT_COLUMNS, TEACHER_COLUMNS, Backend, Rows, State, compute_dtype, row_name, vector_dtype
+
+
+class Call(NamedTuple):
+    """What a call asks for beyond its rows."""
+
+    options: CUDOptions | DUSOptions
+    statistics: bool
+    grad_out: Tensor | None  # where the gradient goes, instead of fresh memory
+
+
+def _keeps_gradient(rows: Rows, options: CUDOptions | DUSOptions) -> bool:
+    """Whether the gradient is made in forward. A float16 gradient made before the loss scale arrives rounds to 0."""
+    if options.save == "auto":
+        return options.reduction != "none" and rows.logits.dtype != torch.float16
+    return options.save == "gradient"
+
+
+def _gradient_memory(rows: Rows, call: Call) -> tuple[Tensor, bool]:
+    """Where the gradient goes, and whether that memory is fresh."""
+    if call.options.inplace:
+        return rows.logits.detach(), False
+    if call.grad_out is not None:
+        return call.grad_out, False
+    return torch.empty_like(rows.logits, memory_format=torch.contiguous_format), True
+
+
+def _check_finite(rows: Rows, options: CUDOptions | DUSOptions, state: State) -> None:
+    if not options.check_finite:
+        return
+    bad = state.sums.isnan().any(-1)
+    if isinstance(options, CUDOptions):
+        bad = bad | ((state.sums[:, 0] == -torch.inf) | (state.sums[:, 2] == -torch.inf))
+    else:
+        bad = bad | (state.sums[:, 0] == -torch.inf)
+    if rows.labels is not None:
+        bad = bad & (rows.labels != options.ignore_index)
+    if rows.weight is not None:
+        bad = bad & (rows.weight != 0)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"row {row_name(rows, row)} holds NaN, +inf, or nothing but -inf, so its loss is NaN; "
+            "check the model's outputs, or mask the row with ignore_index"
+        )
+
+
+def _wrote_inplace(rows: Rows, options: CUDOptions | DUSOptions) -> None:
+    """Tells autograd that the logits changed: an op that saved them as its output now raises instead of lying."""
+    if options.inplace:
+        torch.autograd.graph.increment_version(rows.logits)
+
+
+class _Once(torch.autograd.Function):
+    """The gradient, with a second derivative that is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, upstream: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "cudfast losses have no second derivative: the gradient was differentiated again (create_graph=True, a "
+            "gradient penalty, a Hessian). Write the loss in plain PyTorch where that is needed."
+        )
+
+
+class _Loss(torch.autograd.Function):
+    """loss = sum over rows; differentiable in the logits only."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, rows: Rows, call: Call, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
+        gradient, fresh = None, False
+        if _keeps_gradient(rows, call.options):
+            gradient, fresh = _gradient_memory(rows, call)
+        state = backend.row_state(rows, call.options, statistics=call.statistics, gradient=gradient, fresh=fresh)
+        if gradient is not None:
+            _wrote_inplace(rows, call.options)
+        ctx.gradient = gradient
+        ctx.destroyed = gradient is not None and call.options.inplace
+        ctx.call, ctx.backend = call, backend
+        ctx.plain = (rows.scalar, rows.num_items, rows.classes)
+        # Unpacked only when the gradient is still to be made, so that logits changed after the loss are no error then.
+        ctx.save_for_backward(
+            logits, rows.target, rows.labels, rows.weight, rows.per_row, state.sums, state.top1, state.divisors
+        )
+        ctx.mark_non_differentiable(state.sums, state.top1)
+        ctx.set_materialize_grads(False)
+        return state.loss, state.sums, state.top1
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor | None) -> Any:
+        upstream = upstreams[0]
+        if upstream is None:
+            return None, None, None, None
+        if torch.is_grad_enabled():  # create_graph=True
+            logits = ctx.saved_tensors[0]
+            with torch.no_grad():
+                gradient = _Loss._gradient(ctx, upstream)
+            return _Once.apply(logits, upstream, gradient), None, None, None  # type: ignore[no-untyped-call]
+        return _Loss._gradient(ctx, upstream), None, None, None
+
+    @staticmethod
+    def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
+        gradient: Tensor | None = ctx.gradient
+        if gradient is not None:  # handed over once; a second backward makes it again from the state
+            ctx.gradient = None
+            return _scale(gradient, upstream)
+        call: Call = ctx.call
+        if ctx.destroyed:
+            raise RuntimeError(
+                "backward ran twice through a loss with inplace=True: the gradient has overwritten the logits. "
+                "Use inplace=False with retain_graph=True."
+            )
+        logits, target, labels, weight, per_row, sums, top1, divisors = ctx.saved_tensors
+        scalar, num_items, classes = ctx.plain
+        rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes)
+        out, fresh = _gradient_memory(rows, call)
+        ctx.backend.row_gradient(
+            rows, call.options, State(upstream, sums, top1, divisors), upstream.reshape(-1) if upstream.dim() else upstream,
+            out, fresh=fresh,
+        )
+        _wrote_inplace(rows, call.options)
+        ctx.destroyed = call.options.inplace
+        return out
+
+
+def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """The saved gradient times the upstream one, in its own memory. Reading `upstream` on the host waits for no CPU."""
+    if upstream.device.type == "cpu" and bool((upstream == 1).all()):
+        return gradient
+    return gradient.mul_(upstream.unsqueeze(-1) if upstream.dim() else upstream)
+
+
+def evaluate(rows: Rows, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss () or (N,), row states (N, columns) and top-1 (N,), differentiable where that is wanted."""
+    options = call.options
+    if torch.compiler.is_compiling():
+        return _evaluate_op(rows, call)
+    backend = backends.choose(options.backend, rows.logits.device)
+    wants_gradient = torch.is_grad_enabled() and rows.logits.requires_grad
+    if wants_gradient:
+        loss, sums, top1 = _Loss.apply(rows.logits, rows, call, backend)  # type: ignore[no-untyped-call]
+    else:
+        state = backend.row_state(
+            rows, options, statistics=call.statistics, gradient=call.grad_out, fresh=False
+        )
+        loss, sums, top1 = state.loss, state.sums, state.top1
+    _check_finite(rows, options, State(loss, sums, top1, sums))
+    return loss, sums, top1
+
+
+# ---- torch.library: the same two sweeps, traceable ----
+
+
+@torch.library.custom_op("cudfast::row_state", mutates_args=())
+def row_state_op(
+    logits: Tensor,
+    target: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    per_row: Tensor | None,
+    num_items: Tensor | None,
+    scalar: float,
+    classes: int,
+    options: str,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """First sweep: loss () or (N,), states (N, columns), top-1 (N,), divisors (2,)."""
+    rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes)
+    parsed = parse(options)
+    backend = backends.choose(parsed.backend, logits.device)
+    return backend.row_state(rows, parsed, statistics=statistics, gradient=None, fresh=False)
+
+
+@row_state_op.register_fake
+def _(
+    logits: Tensor,
+    target: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    per_row: Tensor | None,
+    num_items: Tensor | None,
+    scalar: float,
+    classes: int,
+    options: str,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes)
+    parsed = parse(options)
+    dtype = compute_dtype(rows)
+    student = isinstance(parsed, CUDOptions)
+    count = logits.numel() // logits.shape[-1]
+    return (
+        logits.new_empty((count,) if parsed.reduction == "none" else (), dtype=dtype),
+        logits.new_empty((count, len(STUDENT_COLUMNS if student else TEACHER_COLUMNS)), dtype=dtype),
+        logits.new_empty((count if student else 0,), dtype=torch.int64),
+        logits.new_empty((2,), dtype=vector_dtype(logits.device)),
+    )
+
+
+@torch.library.custom_op("cudfast::row_gradient", mutates_args=())
+def row_gradient_op(
+    logits: Tensor,
+    target: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    per_row: Tensor | None,
+    scalar: float,
+    classes: int,
+    options: str,
+    sums: Tensor,
+    top1: Tensor,
+    divisors: Tensor,
+    upstream: Tensor,
+) -> Tensor:
+    """Second sweep: the gradient (..., >= V) for `upstream` () or (N,)."""
+    rows = Rows(logits, target, labels, weight, per_row, scalar, None, classes)
+    parsed = parse(options)
+    backend = backends.choose(parsed.backend, logits.device)
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    backend.row_gradient(rows, parsed, State(upstream, sums, top1, divisors), upstream, gradient, fresh=True)
+    return gradient
+
+
+@row_gradient_op.register_fake
+def _(
+    logits: Tensor,
+    target: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    per_row: Tensor | None,
+    scalar: float,
+    classes: int,
+    options: str,
+    sums: Tensor,
+    top1: Tensor,
+    divisors: Tensor,
+    upstream: Tensor,
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, labels, weight, per_row, _, scalar, classes, options, _ = inputs
+    _, sums, top1, divisors = output
+    ctx.plain = (scalar, classes, options)
+    ctx.save_for_backward(logits, target, labels, weight, per_row, sums, top1, divisors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 10
+    logits, target, labels, weight, per_row, sums, top1, divisors = ctx.saved_tensors
+    gradient = row_gradient_op(
+        logits, target, labels, weight, per_row, *ctx.plain, sums, top1, divisors, upstream
+    )
+    return (gradient, *(None,) * 9)
+
+
+row_state_op.register_autograd(_backward, setup_context=_setup)
+
+
+def _evaluate_op(rows: Rows, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    items = rows.num_items
+    if items is not None:
+        items = torch.as_tensor(items, dtype=vector_dtype(rows.logits.device), device=rows.logits.device)
+    loss, sums, top1, _ = row_state_op(
+        rows.logits,
+        rows.target,
+        rows.labels,
+        rows.weight,
+        rows.per_row,
+        items,
+        rows.scalar,
+        rows.classes,
+        text_of(call.options),
+        call.statistics,
+    )
+    return loss, sums, top1

@@ -1,0 +1,62 @@
+"""Which backends there are, why one is missing, and which one a call uses."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from typing import cast
+
+import torch
+
+from ..rows import Backend
+
+NAMES = ("native", "reference")
+_MODULES = {"native": "cudfast.backends.native", "reference": "cudfast.reference"}
+
+
+@functools.cache
+def load(name: str) -> Backend | str:
+    """The backend of that name, or why it cannot be used."""
+    try:
+        return cast(Backend, importlib.import_module(_MODULES[name]))
+    except ImportError as error:
+        return str(error)
+
+
+def available() -> dict[str, str]:
+    """Every backend with "" when it can be used, else the reason why not.
+
+    Example:
+        >>> available()["reference"]
+        ''
+    """
+    return {name: "" if not isinstance(found := load(name), str) else found for name in NAMES}
+
+
+def _default(device: torch.device) -> str:
+    return "native" if device.type == "cpu" and not isinstance(load("native"), str) else "reference"
+
+
+def choose(name: str, device: torch.device) -> Backend:
+    """The backend for logits on `device`. "auto" reads CUDFAST_BACKEND, then takes the fastest that fits.
+
+    Raises:
+        ValueError: an unknown name in CUDFAST_BACKEND, or a backend that does not work on this device.
+        RuntimeError: the backend asked for is not there; the message says why and what to do.
+    """
+    asked = name
+    if name == "auto":
+        asked = os.environ.get("CUDFAST_BACKEND") or "auto"
+        if asked not in ("auto", *NAMES):
+            raise ValueError(f"CUDFAST_BACKEND={asked!r}: expected one of {', '.join(('auto', *NAMES))}")
+        if asked == "auto":
+            asked = _default(device)
+    found = load(asked)
+    if isinstance(found, str):
+        raise RuntimeError(f"backend {asked!r} is not available: {found}")
+    if asked == "native" and device.type != "cpu":
+        raise ValueError(
+            f"backend 'native' works on CPU tensors, got logits on {device}; use backend='auto' or 'reference'"
+        )
+    return found

@@ -1,0 +1,220 @@
+"""CUDLoss and DUSLoss: the losses as modules."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from .functional import cud_loss, dus_loss
+from .options import BackendName, CUDOptions, DUSOptions, LossOptions, Reduction, Save, WClip
+from .statistics import StudentStatistics, TeacherStatistics
+
+
+def _changed(options: LossOptions) -> str:
+    """The fields that differ from their defaults, for repr."""
+    fields = ((f.name, getattr(options, f.name), f.default) for f in dataclasses.fields(options))
+    return ", ".join(f"{name}={value!r}" for name, value, default in fields if value != default)
+
+
+class CUDLoss(nn.Module):
+    """Student loss of Calibrated Uncertainty Distillation, Eq. 9, in one pass over both logits.
+
+    For one row with student logits s, teacher logits t and label y::
+
+        p  = softmax(t)                                    teacher at temperature 1
+        q  = p with W-Clip applied when argmax t != y      calibrated target, Eq. 4-8
+        q' = softmax(log q / temperature)                  tempered after the clip
+        L  = kd_weight * temperature^2 * KL(q' || softmax(s / temperature)) + ce_weight * (-log softmax(s)[y])
+
+    ``calibration=None`` is plain knowledge distillation with cross-entropy; ``kd_weight=0`` is cross-entropy.
+
+    Args:
+        temperature: tau > 0. Default 2.0; 1, 2 and 4 are fastest.
+        kd_weight, ce_weight: weights of the two terms, >= 0. Default 0.8 and 0.2 (paper).
+        calibration: `WClip`, or None. Default ``WClip(budget=0.5, margin=0.7)`` (paper).
+        ignore_index: label of rows that count for nothing. Default -100.
+        unlabeled_index: label of rows without one: the distillation term only, unclipped. Default -1.
+        reduction: "mean", "sum" or "none". The mean divides the distillation term by the rows that count and
+            cross-entropy by those that have a label (by their weights' sums when `weight` is given).
+        num_classes: how many leading columns are classes, for logits padded to unequal widths. Default: all.
+        save: "auto", "state" or "gradient": what is kept for backward; see `cudfast.options.LossOptions`.
+        inplace: write the gradient over the student logits.
+        backend: "auto", "native" or "reference".
+        check_finite: raise on rows whose loss is NaN, naming the first.
+
+    Shapes:
+        student_logits (..., V), teacher_logits (..., V), labels (...), weight (...), temperature () or (...);
+        returns () or (...) for reduction="none". Logits float32, float64, bfloat16 or float16, also mixed; the loss is
+        float32, or float64 when an input is; the gradient has the student's dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `cudfast.functional.cud_loss`.
+
+    Example:
+        >>> loss = CUDLoss(temperature=2.0)
+        >>> student, teacher = torch.randn(8, 77, requires_grad=True), torch.randn(8, 77)
+        >>> labels = torch.randint(77, (8,))
+        >>> loss(student, teacher, labels).backward()
+        >>> value, stats = loss(student, teacher, labels, return_stats=True)
+        >>> stats.teacher_confidence.shape
+        torch.Size([8])
+    """
+
+    def __init__(
+        self,
+        temperature: float = 2.0,
+        kd_weight: float = 0.8,
+        ce_weight: float = 0.2,
+        *,
+        calibration: WClip | None = WClip(),  # noqa: B008 (frozen)
+        ignore_index: int = -100,
+        unlabeled_index: int | None = -1,
+        reduction: Reduction = "mean",
+        num_classes: int | None = None,
+        save: Save = "auto",
+        inplace: bool = False,
+        backend: BackendName = "auto",
+        check_finite: bool = False,
+    ) -> None:
+        super().__init__()
+        self.options = CUDOptions(
+            temperature=temperature,
+            kd_weight=kd_weight,
+            ce_weight=ce_weight,
+            calibration=calibration,
+            ignore_index=ignore_index,
+            unlabeled_index=unlabeled_index,
+            reduction=reduction,
+            num_classes=num_classes,
+            save=save,
+            inplace=inplace,
+            backend=backend,
+            check_finite=check_finite,
+        )
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        temperature: float | Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, StudentStatistics]:
+        """The loss; arguments as in `cudfast.functional.cud_loss`."""
+        return cud_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            self.options,
+            weight=weight,
+            temperature=temperature,
+            num_items=num_items,
+            return_stats=return_stats,
+        )
+
+    def extra_repr(self) -> str:
+        return _changed(self.options)
+
+
+class DUSLoss(nn.Module):
+    """Teacher loss of Calibrated Uncertainty Distillation (difficulty-aware uncertainty shaping), Eq. 3.
+
+    A drop-in for `torch.nn.CrossEntropyLoss` when fine-tuning the teacher. With p = softmax(logits)::
+
+        L = ce_weight * (-log p_y) + focal_weight * (-alpha_y (1 - p_y)^gamma log p_y) - entropy_weight * w * H(p)
+        w = 1{p_y < gate_threshold} + gate_scale * (1 - p_y)^gate_power
+
+    ``focal_weight=0, entropy_weight=0`` is cross-entropy.
+
+    Args:
+        ce_weight, focal_weight: weights of the terms, >= 0. Default 1.0 and 1.0 (ours; the paper leaves them open).
+        entropy_weight: weight of the gated entropy in nats, >= 0. Default 0.1 (paper).
+        gamma: focal exponent, >= 0. Default 10 (paper).
+        alpha: focal scale > 0: a number or a tensor (V,). Default 1.0 (paper).
+        gate_threshold, gate_scale, gate_power: the gate. Default 0.5, 1.0, 1.0 (ours; the paper leaves them open).
+        differentiate_gate: let the gradient flow through the gate's ramp. Default False (the gate is a weight).
+        ignore_index, reduction, num_classes, save, inplace, backend, check_finite: as in `CUDLoss`.
+
+    Shapes:
+        logits (..., V), labels (...), weight (...); returns () or (...) for reduction="none".
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `cudfast.functional.dus_loss`.
+
+    Example:
+        >>> loss = DUSLoss()
+        >>> logits = torch.randn(8, 77, requires_grad=True)
+        >>> loss(logits, torch.randint(77, (8,))).backward()
+    """
+
+    alpha: Tensor | None
+
+    def __init__(
+        self,
+        ce_weight: float = 1.0,
+        focal_weight: float = 1.0,
+        entropy_weight: float = 0.1,
+        *,
+        gamma: float = 10.0,
+        alpha: float | Tensor = 1.0,
+        gate_threshold: float = 0.5,
+        gate_scale: float = 1.0,
+        gate_power: float = 1.0,
+        differentiate_gate: bool = False,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        num_classes: int | None = None,
+        save: Save = "auto",
+        inplace: bool = False,
+        backend: BackendName = "auto",
+        check_finite: bool = False,
+    ) -> None:
+        super().__init__()
+        per_class = alpha.detach() if isinstance(alpha, Tensor) and alpha.dim() > 0 else None
+        self.register_buffer("alpha", per_class, persistent=False)
+        self.options = DUSOptions(
+            ce_weight=ce_weight,
+            focal_weight=focal_weight,
+            entropy_weight=entropy_weight,
+            gamma=gamma,
+            alpha=1.0 if per_class is not None else float(alpha),
+            gate_threshold=gate_threshold,
+            gate_scale=gate_scale,
+            gate_power=gate_power,
+            differentiate_gate=differentiate_gate,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            num_classes=num_classes,
+            save=save,
+            inplace=inplace,
+            backend=backend,
+            check_finite=check_finite,
+        )
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        weight: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, TeacherStatistics]:
+        """The loss; arguments as in `cudfast.functional.dus_loss`."""
+        return dus_loss(
+            logits,
+            labels,
+            self.options,
+            alpha=self.alpha,
+            weight=weight,
+            num_items=num_items,
+            return_stats=return_stats,
+        )
+
+    def extra_repr(self) -> str:
+        return _changed(self.options)
+

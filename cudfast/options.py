@@ -1,0 +1,229 @@
+"""What a loss is made of: frozen, validated, hashable.
+
+Options never hold tensors. What changes from call to call (labels, weights, a temperature per row) is an argument of the
+call; what makes two losses different is a field here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+Reduction = Literal["none", "sum", "mean"]
+Save = Literal["auto", "state", "gradient"]
+BackendName = Literal["auto", "reference", "native"]
+
+
+def _number(owner: object, name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Checks that a field is a finite number in [low, high], or (low, high] with open_low."""
+    value = getattr(owner, name)
+    kind = type(owner).__name__
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{kind}({name}=...): expected a number, got {type(value).__name__}")
+    inside = math.isfinite(value) and value <= high and (value > low if open_low else value >= low)
+    if not inside:
+        left = "(" if open_low else "["
+        right = f"{high:g}]" if math.isfinite(high) else "inf)"
+        raise ValueError(f"{kind}({name}={value}): expected a finite number in {left}{low:g}, {right}")
+
+
+def _choice(owner: object, name: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(owner, name)
+    if value not in allowed:
+        raise ValueError(f"{type(owner).__name__}({name}={value!r}): expected one of {', '.join(map(repr, allowed))}")
+
+
+def _integer(owner: object, name: str) -> None:
+    value = getattr(owner, name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{type(owner).__name__}({name}=...): expected an int, got {type(value).__name__}")
+
+
+def _flag(owner: object, name: str) -> None:
+    value = getattr(owner, name)
+    if not isinstance(value, bool):
+        raise TypeError(f"{type(owner).__name__}({name}=...): expected a bool, got {type(value).__name__}")
+
+
+@dataclass(frozen=True)
+class WClip:
+    """Wrong-mass clipping of the teacher, Eq. 4-8: mass moves from a wrong top-1 to the label.
+
+    With p = softmax(teacher) at temperature 1, k its top-1 and y the label, a labelled row with k != y moves
+    ``min(budget * p_k, margin * (p_k - p_y))`` from k to y. Every other class keeps its mass.
+
+    Args:
+        budget: largest share of the top-1's mass that may move, in [0, 1). 0 turns clipping off. Default 0.5 (paper).
+        margin: largest share of the gap p_k - p_y that may move, in (0, 1]. Default 0.7 (paper).
+
+    Raises:
+        TypeError, ValueError: a field that is not a number in its range.
+
+    Example:
+        >>> WClip(budget=0.5, margin=0.7)
+        WClip(budget=0.5, margin=0.7)
+    """
+
+    budget: float = 0.5
+    margin: float = 0.7
+
+    def __post_init__(self) -> None:
+        _number(self, "budget", 0, 1)
+        if self.budget == 1:
+            raise ValueError("WClip(budget=1): expected a finite number in [0, 1): the top-1 keeps some of its mass")
+        _number(self, "margin", 0, 1, open_low=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """Fields that both losses share.
+
+    Args:
+        ignore_index: rows with this label count for nothing; their gradient is exactly 0. Default -100 (PyTorch).
+        unlabeled_index: rows with this label have no label: they count in the distillation term only. None: no such
+            label. Default None; -1 in CUDOptions.
+        reduction: "none", "sum" or "mean" ("batchmean" is an alias of "mean"). Default "mean".
+        num_classes: how many leading columns are real classes, for logits padded to unequal widths. None: all.
+        save: what is kept between forward and backward. "state": the row state, at most 96 bytes a row, and the
+            gradient is computed in backward. "gradient": the gradient itself, computed in forward while the row is in
+            cache. "auto": "gradient" for scalar reductions, "state" for reduction="none" and for float16 logits.
+        inplace: write the gradient over the logits, which hold it after backward; no (N, V) memory at all.
+        backend: "auto", "native" (C++ on the CPU) or "reference" (PyTorch, any device).
+        check_finite: raise ValueError naming the first row whose loss is NaN, at the cost of a read of the row states.
+    """
+
+    ignore_index: int = -100
+    unlabeled_index: int | None = None
+    reduction: Reduction = "mean"
+    num_classes: int | None = None
+    save: Save = "auto"
+    inplace: bool = False
+    backend: BackendName = "auto"
+    check_finite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.reduction == "batchmean":
+            object.__setattr__(self, "reduction", "mean")
+        _choice(self, "reduction", get_args(Reduction))
+        _choice(self, "save", get_args(Save))
+        _choice(self, "backend", get_args(BackendName))
+        _integer(self, "ignore_index")
+        if self.unlabeled_index is not None:
+            _integer(self, "unlabeled_index")
+            if self.unlabeled_index == self.ignore_index:
+                raise ValueError(
+                    f"unlabeled_index and ignore_index are both {self.ignore_index}: expected two different values"
+                )
+        if self.num_classes is not None:
+            _integer(self, "num_classes")
+            if self.num_classes < 1:
+                raise ValueError(f"num_classes={self.num_classes}: expected at least 1, or None for every column")
+        _flag(self, "inplace")
+        _flag(self, "check_finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CUDOptions(LossOptions):
+    """Student loss, Eq. 9: ``kd_weight * tau^2 * KL(q^(tau) || p_S^(tau)) + ce_weight * CE``.
+
+    Args:
+        temperature: tau > 0. Default 2.0. 1, 2 and 4 are the fastest: two exponentials an element instead of three.
+        kd_weight: weight of the distillation term, >= 0. Default 0.8 (paper).
+        ce_weight: weight of the cross-entropy term at temperature 1, >= 0. Default 0.2 (paper).
+        calibration: `WClip`, or None for plain distillation. Default ``WClip(budget=0.5, margin=0.7)`` (paper).
+
+    Other fields: see `LossOptions`.
+
+    Raises:
+        TypeError, ValueError: a field out of its range, named with what was expected.
+
+    Example:
+        >>> CUDOptions(temperature=4.0).kd_weight
+        0.8
+    """
+
+    temperature: float = 2.0
+    kd_weight: float = 0.8
+    ce_weight: float = 0.2
+    calibration: WClip | None = WClip()
+    unlabeled_index: int | None = -1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _number(self, "temperature", 0, open_low=True)
+        _number(self, "kd_weight", 0)
+        _number(self, "ce_weight", 0)
+        if self.calibration is not None and not isinstance(self.calibration, WClip):
+            raise TypeError(f"calibration={self.calibration!r}: expected WClip(budget, margin) or None")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DUSOptions(LossOptions):
+    """Teacher loss, Eq. 3: ``ce_weight * CE + focal_weight * focal - entropy_weight * w * H(p)``.
+
+    The gate ``w = 1{p_y < gate_threshold} + gate_scale * (1 - p_y)^gate_power`` rewards entropy where the row is hard.
+    The paper gives entropy_weight = 0.1, gamma = 10 and alpha = 1; it leaves the others to the user, so their defaults
+    here are ours: half weight on neither side of the gate, and a linear ramp.
+
+    Args:
+        ce_weight: weight of cross-entropy, >= 0. Default 1.0 (ours).
+        focal_weight: weight of ``-alpha_y (1 - p_y)^gamma log p_y``, >= 0. Default 1.0 (ours).
+        entropy_weight: weight of the gated entropy, in units of nats, >= 0. Default 0.1 (paper).
+        gamma: focal exponent, >= 0. Default 10.0 (paper).
+        alpha: focal scale for all classes, > 0. Default 1.0 (paper). One value per class is an argument of the call.
+        gate_threshold: rows with p_y below it get the whole reward, in [0, 1]. Default 0.5 (ours).
+        gate_scale: size of the ramp, >= 0. Default 1.0 (ours).
+        gate_power: exponent of the ramp, >= 0. Default 1.0 (ours).
+        differentiate_gate: let the gradient flow through the ramp (the step has none). Default False.
+
+    Other fields: see `LossOptions`.
+
+    Raises:
+        TypeError, ValueError: a field out of its range, named with what was expected.
+
+    Example:
+        >>> DUSOptions(gamma=2.0).entropy_weight
+        0.1
+    """
+
+    ce_weight: float = 1.0
+    focal_weight: float = 1.0
+    entropy_weight: float = 0.1
+    gamma: float = 10.0
+    alpha: float = 1.0
+    gate_threshold: float = 0.5
+    gate_scale: float = 1.0
+    gate_power: float = 1.0
+    differentiate_gate: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("ce_weight", "focal_weight", "entropy_weight", "gamma", "gate_scale", "gate_power"):
+            _number(self, name, 0)
+        _number(self, "alpha", 0, open_low=True)
+        _number(self, "gate_threshold", 0, 1)
+        _flag(self, "differentiate_gate")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def text_of(options: LossOptions) -> str:
+    """The options as JSON: how they pass through a torch.library op."""
+    return json.dumps({"kind": type(options).__name__, **dataclasses.asdict(options)})
+
+
+@functools.lru_cache(maxsize=256)
+def parse(text: str) -> CUDOptions | DUSOptions:
+    """Inverse of `text_of`."""
+    fields: dict[str, Any] = json.loads(text)
+    kind = fields.pop("kind")
+    if kind == "DUSOptions":
+        return DUSOptions(**fields)
+    if fields["calibration"] is not None:
+        fields["calibration"] = WClip(**fields["calibration"])
+    return CUDOptions(**fields)

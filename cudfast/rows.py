@@ -1,0 +1,130 @@
+"""What a backend is given and what it gives back: the contract between `functional`, `autograd` and `backends`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .options import CUDOptions, DUSOptions
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Fields of a packed state, in the order of csrc/row/state.h; the teacher's top-1 travels beside them as an int64.
+STUDENT_COLUMNS = ("m_t", "s_k", "m_s", "z_tau", "s_tau", "a", "s_one", "z_one", "t_y", "s_y", "impossible")
+TEACHER_COLUMNS = ("m", "z", "e", "z_y")
+
+
+class Rows(NamedTuple):
+    """One call, checked and flattened: N rows of V classes."""
+
+    logits: Tensor  # (..., >= V) student logits, or the logits of the teacher being fine-tuned
+    target: Tensor | None  # (..., >= V) teacher logits of the student loss
+    labels: Tensor | None  # (N,) int64
+    weight: Tensor | None  # (N,) f64
+    per_row: Tensor | None  # (N,) f64: temperature of the student loss, alpha of the teacher loss
+    scalar: float  # stands for per_row where that is absent
+    num_items: float | Tensor | None  # replaces both divisors of reduction="mean"
+    classes: int  # V
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return self.logits.shape[:-1].numel()
+
+
+class State(NamedTuple):
+    """What the first sweep leaves behind."""
+
+    loss: Tensor  # () or (N,), in the compute dtype
+    sums: Tensor  # (N, columns), in the compute dtype
+    top1: Tensor  # (N,) int64 for the student loss, (0,) for the teacher loss
+    divisors: Tensor  # (2,) f64: of the KD term, of the label terms
+
+
+class Backend(Protocol):
+    """Two sweeps. Everything else about a loss is shared."""
+
+    def row_state(
+        self,
+        rows: Rows,
+        options: CUDOptions | DUSOptions,
+        *,
+        statistics: bool,
+        gradient: Tensor | None,
+        fresh: bool,
+    ) -> State:
+        """First sweep: losses and states; also `gradient` (..., >= V) for an upstream gradient of 1 when given."""
+
+    def row_gradient(
+        self,
+        rows: Rows,
+        options: CUDOptions | DUSOptions,
+        state: State,
+        upstream: Tensor,
+        gradient: Tensor,
+        *,
+        fresh: bool,
+    ) -> None:
+        """Second sweep: writes `gradient` (..., >= V) for `upstream` () or (N,)."""
+
+
+def compute_dtype(rows: Rows) -> torch.dtype:
+    """f64 when any logits are f64, else f32."""
+    wide = rows.logits.dtype == torch.float64 or (rows.target is not None and rows.target.dtype == torch.float64)
+    return torch.float64 if wide else torch.float32
+
+
+def vector_dtype(device: torch.device) -> torch.dtype:
+    """Dtype of the (N,) vectors: f64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def row_layout(logits: Tensor) -> tuple[int, int, int] | None:
+    """How rows of (..., V) lie in memory: (inner rows, outer stride, inner stride) in elements.
+
+    Row i starts at (i // inner) * outer + (i % inner) * inner_stride. None when the leading axes do not reduce to two
+    strides or the last axis is not dense: such logits need a copy.
+    """
+    if logits.dim() == 2:
+        return (max(logits.shape[0], 1), 0, logits.stride(0)) if logits.stride(1) == 1 or logits.shape[1] == 1 else None
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        return None
+    axes: list[tuple[int, int]] = []  # (size, stride), adjacent axes joined where they can be
+    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1]):
+        if size == 1:
+            continue
+        if axes and axes[-1][1] == size * stride:
+            axes[-1] = (axes[-1][0] * size, stride)
+        else:
+            axes.append((size, stride))
+    if len(axes) > 2:
+        return None
+    inner, inner_stride = axes[-1] if axes else (1, 0)
+    return max(inner, 1), axes[0][1] if len(axes) == 2 else 0, inner_stride
+
+
+def row_name(rows: Rows, row: int) -> str:
+    """Index of flat row `row` as the caller wrote it: "3", or "1, 3"."""
+    index = torch.unravel_index(torch.tensor(row), rows.logits.shape[:-1] or (1,))
+    return ", ".join(str(int(i)) for i in index)
+
+
+def refuse_label(rows: Rows, options: CUDOptions | DUSOptions, row: int, label: int) -> ValueError:
+    """The error for a label that is neither a class nor one of the special values."""
+    special = f"ignore_index={options.ignore_index}"
+    if options.unlabeled_index is not None:
+        special += f" or unlabeled_index={options.unlabeled_index}"
+    return ValueError(
+        f"labels[{row_name(rows, row)}] = {label}: expected a class in [0, {rows.classes}), {special}"
+    )
+
+
+def refuse_value(rows: Rows, options: CUDOptions | DUSOptions, name: str, row: int, value: float) -> ValueError:
+    """The error for a weight, temperature or alpha out of range. `name` is "weight" or "per_row"."""
+    if name == "weight":
+        return ValueError(f"weight[{row_name(rows, row)}] = {value}: expected a finite number >= 0")
+    if isinstance(options, CUDOptions):
+        return ValueError(f"temperature[{row_name(rows, row)}] = {value}: expected a finite number > 0")
+    return ValueError(f"alpha of the label of row {row_name(rows, row)} is {value}: expected a finite number > 0")

@@ -1,0 +1,95 @@
+"""What the row states already know, as tensors of one value per row: no second pass over the logits, no host sync."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .options import CUDOptions, DUSOptions
+from .rows import Rows
+
+
+class StudentStatistics(NamedTuple):
+    """Statistics of the student loss; every field has the labels' shape (...). Probabilities are at temperature 1.
+
+    Rows that are ignored hold NaN (top-1: -1, correct: False); unlabelled rows hold NaN where a label is needed.
+    """
+
+    teacher_top1: Tensor  #: int64 class
+    teacher_confidence: Tensor  #: probability of that class
+    moved_mass: Tensor  #: delta, the mass that calibration moved from the top-1 to the label
+    label_prob: Tensor  #: the teacher's probability of the label
+    label_prob_calibrated: Tensor  #: the same after calibration
+    student_nll: Tensor  #: -log p_y of the student, in nats
+    student_confidence: Tensor  #: the student's largest probability
+    student_correct: Tensor  #: bool, the label's logit is the student's largest
+
+
+class TeacherStatistics(NamedTuple):
+    """Statistics of the teacher loss; every field has the labels' shape (...). Ignored rows hold NaN (correct: False)."""
+
+    label_prob: Tensor  #: p_y
+    entropy: Tensor  #: of p, in nats
+    confidence: Tensor  #: largest probability
+    correct: Tensor  #: bool, the label's logit is the largest
+
+
+def _masks(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[Tensor, Tensor]:
+    """(N,) bool: the row counts; it has a label, too."""
+    counts = torch.ones(rows.count, dtype=torch.bool, device=rows.logits.device)
+    if rows.weight is not None:
+        counts = rows.weight != 0
+    if rows.labels is None:
+        return counts, torch.zeros_like(counts)
+    counts = counts & (rows.labels != options.ignore_index)
+    labelled = counts
+    if options.unlabeled_index is not None:
+        labelled = counts & (rows.labels != options.unlabeled_index)
+    return counts, labelled
+
+
+def student_statistics(rows: Rows, options: CUDOptions, sums: Tensor, top1: Tensor) -> StudentStatistics:
+    """From packed states (N, columns) and top-1 (N,)."""
+    state = reference.StudentState(*sums.detach().unbind(-1), top1)
+    counts, labelled = _masks(rows, options)
+    shape = rows.logits.shape[:-1]
+
+    def where(mask: Tensor, value: Tensor) -> Tensor:
+        return torch.where(mask, value, torch.nan).reshape(shape)
+
+    u = state.t_y - state.m_t
+    moved = torch.zeros_like(u)
+    if options.calibration is not None:
+        clip = reference.wclip(u, options.calibration.budget, options.calibration.margin)
+        moved = torch.where(labelled & (u < 0), clip.r / state.z_one, 0)
+    prob = u.exp() / state.z_one
+    return StudentStatistics(
+        torch.where(counts, top1, -1).reshape(shape),
+        where(counts, 1 / state.z_one),
+        where(counts, moved),
+        where(labelled, prob),
+        where(labelled, prob + moved),
+        where(labelled, reference.ce_value(state.s_one, state.s_y, state.m_s)),
+        where(counts, 1 / state.s_one),
+        (labelled & (state.s_y == state.m_s)).reshape(shape),
+    )
+
+
+def teacher_statistics(rows: Rows, options: DUSOptions, sums: Tensor) -> TeacherStatistics:
+    """From packed states (N, columns)."""
+    state = reference.TeacherState(*sums.detach().unbind(-1))
+    _, labelled = _masks(rows, options)
+    shape = rows.logits.shape[:-1]
+
+    def where(value: Tensor) -> Tensor:
+        return torch.where(labelled, value, torch.nan).reshape(shape)
+
+    return TeacherStatistics(
+        where((state.z_y - state.m).exp() / state.z),
+        where(state.z.log() - state.e / state.z),
+        where(1 / state.z),
+        (labelled & (state.z_y == state.m)).reshape(shape),
+    )

@@ -1,0 +1,1 @@
+"""String -> language on CLDR display names: two teachers, five students, one report."""

@@ -1,0 +1,89 @@
+"""Command line of the demo: ``python -m examples.cldr_names --help``, run from the root of the repository."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+_NEEDED = ("babel", "jinja2", "matplotlib", "rich", "torchmetrics")
+_INTERRUPTED = 130
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; QUICK=1 in the environment stands for --quick."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.cldr_names",
+        description="Compare CUD with distillation baselines on CLDR names.",
+    )
+    quick = os.environ.get("QUICK", "0") not in ("", "0")
+    parser.add_argument(
+        "--quick", action="store_true", default=quick, help="fewer strings and seeds, about 1 minute"
+    )
+    parser.add_argument("--seeds", type=_positive, help="runs of each method (default 3, with --quick 2)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo_results"), help="folder for results (%(default)s)"
+    )
+    parser.add_argument("--threads", type=_positive, help="threads of PyTorch (default: its own choice)")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the whole demo and write its results."""
+    import torch
+    from rich.console import Console
+
+    from .data import load
+    from .experiment import FULL, QUICK, Experiment, work
+    from .progress import Meter
+    from .report import save_csv, save_html, show
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    config = QUICK if args.quick else FULL
+    if args.seeds is not None:
+        config = replace(config, seeds=args.seeds)
+    args.out.mkdir(parents=True, exist_ok=True)
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    console.print("Reading CLDR names ...")
+    data = load(max_strings=config.max_strings)
+    rows = {"train": data.train, "validation": data.validation, **data.tests}
+    sizes = ", ".join(f"{len(part)} {name}" for name, part in rows.items())
+    console.print(f"{len(data.languages)} languages; rows: {sizes}", highlight=False)
+    with Meter(console, work(data, config)) as meter:
+        results = Experiment(data, config, meter).run()
+    paths = [*save_csv(args.out, results), save_html(args.out, results, data, config)]
+    show(console, results)
+    console.print("Written: " + ", ".join(str(path) for path in paths), soft_wrap=True, highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Return the exit code: 0, 1 if something is missing or cannot be written, 130 after Ctrl-C."""
+    args = parse(argv)
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"Missing packages: pip install {' '.join(missing)}", file=sys.stderr)
+        return 1
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print("Interrupted: no file was left half-written.", file=sys.stderr)
+        return _INTERRUPTED
+    except OSError as error:
+        print(f"Cannot write to --out {args.out}: {error}; choose another folder.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

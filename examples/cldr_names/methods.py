@@ -1,0 +1,122 @@
+"""The seven methods compared: what each trains on, which knobs it has and where they may lie."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from cudfast import CUDLoss, DUSLoss, WClip
+
+from .data import Split
+from .model import STUDENT, TEACHER, Size
+from .train import BatchLoss
+
+Setting = Mapping[str, float]
+"""Value of each knob, by name."""
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A range searched on validation, evenly or (``log``) evenly in the logarithm, and the usual value."""
+
+    low: float
+    high: float
+    default: float
+    log: bool = False
+
+    def at(self, share: float) -> float:
+        """Value at ``share`` (0 to 1) of the way from low to high, to three digits."""
+        if self.log:
+            value = math.exp(math.log(self.low) * (1 - share) + math.log(self.high) * share)
+        else:
+            value = self.low * (1 - share) + self.high * share
+        return float(f"{value:.3g}")
+
+
+KNOBS = {
+    "teacher_rate": Knob(0.006, 0.03, 0.012, log=True),
+    "student_rate": Knob(0.03, 0.2, 0.08, log=True),
+    "focal_weight": Knob(0.0, 1.0, 1.0),
+    "entropy_weight": Knob(0.05, 0.8, 0.1, log=True),
+    "temperature": Knob(0.7, 4.0, 2.0, log=True),
+    "kd_weight": Knob(0.2, 1.0, 0.8),
+    "budget": Knob(0.1, 0.9, 0.5),
+    "margin": Knob(0.3, 1.0, 0.7),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A teacher (``teacher`` is None) or a student of the teacher method named ``teacher``.
+
+    A student without ``teacher`` learns from the labels alone.
+    """
+
+    name: str
+    text: str
+    size: Size
+    knobs: tuple[str, ...]
+    teacher: str | None = None
+
+
+_KD = ("student_rate", "temperature", "kd_weight")
+_CLIP = ("budget", "margin")
+CE_TEACHER = Method("Teacher CE", "large network, cross-entropy", TEACHER, ("teacher_rate",))
+DUS_TEACHER = Method(
+    "Teacher DUS", "large network, DUSLoss", TEACHER, ("teacher_rate", "focal_weight", "entropy_weight")
+)
+CE_STUDENT = Method("Student CE", "small network, cross-entropy on the labels", STUDENT, ("student_rate",))
+KD = Method("KD", "small network, logit distillation from Teacher CE", STUDENT, _KD, CE_TEACHER.name)
+KD_DUS = Method(
+    "KD + DUS", "small network, logit distillation from Teacher DUS", STUDENT, _KD, DUS_TEACHER.name
+)
+KD_CLIP = Method(
+    "KD + W-Clip", "small network, W-Clip distillation from Teacher CE", STUDENT, _KD + _CLIP, CE_TEACHER.name
+)
+CUD = Method(
+    "CUD", "small network, W-Clip distillation from Teacher DUS", STUDENT, _KD + _CLIP, DUS_TEACHER.name
+)
+TEACHERS = (CE_TEACHER, DUS_TEACHER)
+STUDENTS = (CE_STUDENT, KD, KD_DUS, KD_CLIP, CUD)
+
+
+def settings(method: Method, trials: int, seed: int) -> list[Setting]:
+    """Return ``trials`` settings: the defaults, then a Latin hypercube over the method's knobs.
+
+    Values of a knob depend on its name only, so methods with a knob in common try the same values of it.
+    """
+    drawn: list[dict[str, float]] = [{} for _ in range(trials)]
+    for name in method.knobs:
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        strata = rng.permutation(trials - 1)
+        values = [KNOBS[name].at((k + rng.random()) / (trials - 1)) for k in strata]
+        for setting, value in zip(drawn, [KNOBS[name].default, *values], strict=True):
+            setting[name] = value
+    return list(drawn)
+
+
+def batch_loss(method: Method, setting: Setting, rows: Split, teacher: Tensor | None) -> BatchLoss:
+    """Return the training loss of ``method``; ``teacher`` holds logits [S, V] of the strings of ``rows``."""
+    label, string = rows.label, rows.string
+    if method.teacher is not None:
+        assert teacher is not None, f"{method.name} needs the logits of {method.teacher}"
+        logits = teacher
+        distil = distillation(setting)
+        return lambda student, batch: distil(student, logits[string[batch]], label[batch])
+    if "entropy_weight" in method.knobs:
+        dus = DUSLoss(focal_weight=setting["focal_weight"], entropy_weight=setting["entropy_weight"])
+        return lambda student, batch: dus(student, label[batch])
+    return lambda student, batch: F.cross_entropy(student, label[batch])
+
+
+def distillation(setting: Setting, backend: str = "auto") -> CUDLoss:
+    """Return the distillation loss of a setting; without ``budget`` and ``margin`` it is plain logit KD."""
+    clip = WClip(setting["budget"], setting["margin"]) if "budget" in setting else None
+    weight = setting["kd_weight"]
+    return CUDLoss(setting["temperature"], weight, 1 - weight, calibration=clip, backend=backend)
