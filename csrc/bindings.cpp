@@ -26,10 +26,10 @@ using MatrixArgument = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int>;
 using VectorsArgument = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
 // (N, V, padded V).
 using ShapeArgument = std::tuple<int64_t, int64_t, int64_t>;
-// (loss, state, top1): addresses, 0 is not written.
-using ResultsArgument = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
-// (fault, row, kd divisor, ce divisor).
-using Answer = std::tuple<int, int64_t, double, double>;
+// (loss, state, top1, divisors): addresses, 0 is not written.
+using ResultsArgument = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+// (fault, row).
+using Answer = std::pair<int, int64_t>;
 
 enum class Reduction : int { none = 0, sum = 1, mean = 2 };
 
@@ -86,7 +86,7 @@ Answer row_state(const ShapeArgument& shape, const MatrixArgument& logits, const
                  const ResultsArgument& results, bool wide, const MatrixArgument& gradient, bool fresh) {
   const Rows rows = make_rows(shape, logits, target, vectors, scalar, ignore_index, unlabeled_index, threads);
   const Check fault = check(rows);
-  if (fault.fault != Fault::none) return {static_cast<int>(fault.fault), fault.row, 0.0, 0.0};
+  if (fault.fault != Fault::none) return {static_cast<int>(fault.fault), fault.row};
   const Divisors divisors = divisors_of(rows, static_cast<Reduction>(reduction), num_items);
   Outputs out;
   out.loss = address<void>(std::get<0>(results));
@@ -97,13 +97,17 @@ Answer row_state(const ShapeArgument& shape, const MatrixArgument& logits, const
   out.gradient = matrix(gradient);
   out.fresh = fresh;
   state_of(rows, options, statistics, divisors, out);
-  return {0, 0, divisors.kd, divisors.ce};
+  if (double* d = address<double>(std::get<3>(results))) {
+    d[0] = divisors.kd;
+    d[1] = divisors.ce;
+  }
+  return {0, 0};
 }
 
 template <class Options>
 void row_gradient(const ShapeArgument& shape, const MatrixArgument& logits, const MatrixArgument& target,
                   const VectorsArgument& vectors, double scalar, int64_t ignore_index, int64_t unlabeled_index,
-                  int threads, const Options& options, std::pair<double, double> divisors, uintptr_t upstream,
+                  int threads, const Options& options, uintptr_t upstream,
                   bool per_row_upstream, const ResultsArgument& results, bool wide, const MatrixArgument& gradient,
                   bool fresh) {
   const Rows rows = make_rows(shape, logits, target, vectors, scalar, ignore_index, unlabeled_index, threads);
@@ -113,7 +117,8 @@ void row_gradient(const ShapeArgument& shape, const MatrixArgument& logits, cons
   from.wide = wide;
   from.gradient = matrix(gradient);
   from.fresh = fresh;
-  gradient_of(rows, options, {divisors.first, divisors.second}, {address<const void>(upstream), per_row_upstream},
+  const double* d = address<const double>(std::get<3>(results));
+  gradient_of(rows, options, {d[0], d[1]}, {address<const void>(upstream), per_row_upstream},
               from);
 }
 

@@ -42,13 +42,9 @@ def _gradient_memory(rows: Rows, call: Call) -> tuple[Tensor, bool]:
 
 
 def _check_finite(rows: Rows, options: CUDOptions | DUSOptions, state: State) -> None:
-    if not options.check_finite:
-        return
     bad = state.sums.isnan().any(-1)
-    if isinstance(options, CUDOptions):
-        bad = bad | ((state.sums[:, 0] == -torch.inf) | (state.sums[:, 2] == -torch.inf))
-    else:
-        bad = bad | (state.sums[:, 0] == -torch.inf)
+    for maximum in (0, 2) if isinstance(options, CUDOptions) else (0,):
+        bad = bad | (state.sums[:, maximum] == -torch.inf)
     if rows.labels is not None:
         bad = bad & (rows.labels != options.ignore_index)
     if rows.weight is not None:
@@ -83,88 +79,101 @@ class _Once(torch.autograd.Function):
 
 
 class _Loss(torch.autograd.Function):
-    """loss = sum over rows; differentiable in the logits only."""
+    """loss = sum over rows; differentiable in the logits only. `kept` receives the state when the caller reads it."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rows: Rows, call: Call, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, rows: Rows, call: Call, backend: Backend, kept: list[State] | None) -> Tensor:
+        options = call.options
         gradient, fresh = None, False
-        if _keeps_gradient(rows, call.options):
+        if _keeps_gradient(rows, options):
             gradient, fresh = _gradient_memory(rows, call)
-        state = backend.row_state(rows, call.options, statistics=call.statistics, gradient=gradient, fresh=fresh)
-        if gradient is not None:
-            _wrote_inplace(rows, call.options)
-        ctx.gradient = gradient
-        ctx.destroyed = gradient is not None and call.options.inplace
-        ctx.call, ctx.backend = call, backend
-        ctx.plain = (rows.scalar, rows.num_items, rows.classes)
-        # Unpacked only when the gradient is still to be made, so that logits changed after the loss are no error then.
-        ctx.save_for_backward(
-            logits, rows.target, rows.labels, rows.weight, rows.per_row, state.sums, state.top1, state.divisors
+        loss, state = backend.row_state(
+            rows,
+            options,
+            statistics=call.statistics,
+            keep=gradient is None or kept is not None,
+            gradient=gradient,
+            fresh=fresh,
         )
-        ctx.mark_non_differentiable(state.sums, state.top1)
+        if gradient is not None:
+            _wrote_inplace(rows, options)
+        if kept is not None and state is not None:
+            kept.append(state)
+        ctx.gradient, ctx.call, ctx.backend = gradient, call, backend
+        ctx.destroyed = gradient is not None and options.inplace
+        ctx.plain = (rows.scalar, rows.num_items, rows.classes)
+        # Unpacked only while the gradient is still to be made: logits changed after the loss are no error otherwise.
+        vectors = (logits, rows.target, rows.labels, rows.weight, rows.per_row)
+        ctx.save_for_backward(*vectors, *(state if gradient is None and state is not None else (None, None, None)))
         ctx.set_materialize_grads(False)
-        return state.loss, state.sums, state.top1
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> Any:
         upstream = upstreams[0]
         if upstream is None:
-            return None, None, None, None
-        if torch.is_grad_enabled():  # create_graph=True
-            logits = ctx.saved_tensors[0]
-            with torch.no_grad():
-                gradient = _Loss._gradient(ctx, upstream)
-            return _Once.apply(logits, upstream, gradient), None, None, None  # type: ignore[no-untyped-call]
-        return _Loss._gradient(ctx, upstream), None, None, None
+            return None, None, None, None, None
+        if not torch.is_grad_enabled():
+            return _Loss._gradient(ctx, upstream), None, None, None, None
+        logits = ctx.saved_tensors[0]  # create_graph=True
+        with torch.no_grad():
+            gradient = _Loss._gradient(ctx, upstream)
+        return _Once.apply(logits, upstream, gradient), None, None, None, None
 
     @staticmethod
     def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
         gradient: Tensor | None = ctx.gradient
-        if gradient is not None:  # handed over once; a second backward makes it again from the state
+        if gradient is not None:  # handed over once; a second backward makes it again
             ctx.gradient = None
             return _scale(gradient, upstream)
         call: Call = ctx.call
+        options = call.options
         if ctx.destroyed:
             raise RuntimeError(
                 "backward ran twice through a loss with inplace=True: the gradient has overwritten the logits. "
                 "Use inplace=False with retain_graph=True."
             )
-        logits, target, labels, weight, per_row, sums, top1, divisors = ctx.saved_tensors
+        logits, target, labels, weight, per_row, *saved = ctx.saved_tensors
         scalar, num_items, classes = ctx.plain
         rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes)
+        state: State | None = State(*saved)
+        if saved[0] is None:
+            _, state = ctx.backend.row_state(rows, options, statistics=False, keep=True, gradient=None, fresh=False)
         out, fresh = _gradient_memory(rows, call)
-        ctx.backend.row_gradient(
-            rows, call.options, State(upstream, sums, top1, divisors), upstream.reshape(-1) if upstream.dim() else upstream,
-            out, fresh=fresh,
-        )
-        _wrote_inplace(rows, call.options)
-        ctx.destroyed = call.options.inplace
+        flat = upstream.reshape(-1) if upstream.dim() else upstream
+        ctx.backend.row_gradient(rows, options, state, flat, out, fresh=fresh)
+        _wrote_inplace(rows, options)
+        ctx.destroyed = options.inplace
         return out
 
 
 def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """The saved gradient times the upstream one, in its own memory. Reading `upstream` on the host waits for no CPU."""
-    if upstream.device.type == "cpu" and bool((upstream == 1).all()):
+    """The saved gradient (..., V) times the upstream one, in its own memory. Reading it on the host waits for no CPU."""
+    if upstream.dim():
+        return gradient.mul_(upstream.reshape(*gradient.shape[:-1], 1))
+    if upstream.device.type == "cpu" and upstream.item() == 1:
         return gradient
-    return gradient.mul_(upstream.unsqueeze(-1) if upstream.dim() else upstream)
+    return gradient.mul_(upstream)
 
 
-def evaluate(rows: Rows, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss () or (N,), row states (N, columns) and top-1 (N,), differentiable where that is wanted."""
+def evaluate(rows: Rows, call: Call) -> tuple[Tensor, State | None]:
+    """The loss () or (N,), differentiable where that is wanted, and the state when statistics are."""
     options = call.options
     if torch.compiler.is_compiling():
         return _evaluate_op(rows, call)
     backend = backends.choose(options.backend, rows.logits.device)
-    wants_gradient = torch.is_grad_enabled() and rows.logits.requires_grad
-    if wants_gradient:
-        loss, sums, top1 = _Loss.apply(rows.logits, rows, call, backend)  # type: ignore[no-untyped-call]
+    reads_state = call.statistics or options.check_finite
+    if torch.is_grad_enabled() and rows.logits.requires_grad:
+        kept: list[State] | None = [] if reads_state else None
+        loss: Tensor = _Loss.apply(rows.logits, rows, call, backend, kept)  # type: ignore[no-untyped-call]
+        state = kept[0] if kept else None
     else:
-        state = backend.row_state(
-            rows, options, statistics=call.statistics, gradient=call.grad_out, fresh=False
+        loss, state = backend.row_state(
+            rows, options, statistics=call.statistics, keep=reads_state, gradient=call.grad_out, fresh=False
         )
-        loss, sums, top1 = state.loss, state.sums, state.top1
-    _check_finite(rows, options, State(loss, sums, top1, sums))
-    return loss, sums, top1
+    if options.check_finite and state is not None:
+        _check_finite(rows, options, state)
+    return loss, state
 
 
 # ---- torch.library: the same two sweeps, traceable ----
@@ -187,7 +196,9 @@ def row_state_op(
     rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes)
     parsed = parse(options)
     backend = backends.choose(parsed.backend, logits.device)
-    return backend.row_state(rows, parsed, statistics=statistics, gradient=None, fresh=False)
+    loss, state = backend.row_state(rows, parsed, statistics=statistics, keep=True, gradient=None, fresh=False)
+    assert state is not None
+    return loss, *state
 
 
 @row_state_op.register_fake
@@ -236,7 +247,7 @@ def row_gradient_op(
     parsed = parse(options)
     backend = backends.choose(parsed.backend, logits.device)
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    backend.row_gradient(rows, parsed, State(upstream, sums, top1, divisors), upstream, gradient, fresh=True)
+    backend.row_gradient(rows, parsed, State(sums, top1, divisors), upstream, gradient, fresh=True)
     return gradient
 
 
@@ -270,20 +281,18 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Ten
     if upstream is None:
         return (None,) * 10
     logits, target, labels, weight, per_row, sums, top1, divisors = ctx.saved_tensors
-    gradient = row_gradient_op(
-        logits, target, labels, weight, per_row, *ctx.plain, sums, top1, divisors, upstream
-    )
+    gradient = row_gradient_op(logits, target, labels, weight, per_row, *ctx.plain, sums, top1, divisors, upstream)
     return (gradient, *(None,) * 9)
 
 
 row_state_op.register_autograd(_backward, setup_context=_setup)
 
 
-def _evaluate_op(rows: Rows, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def _evaluate_op(rows: Rows, call: Call) -> tuple[Tensor, State]:
     items = rows.num_items
     if items is not None:
         items = torch.as_tensor(items, dtype=vector_dtype(rows.logits.device), device=rows.logits.device)
-    loss, sums, top1, _ = row_state_op(
+    loss, *state = row_state_op(
         rows.logits,
         rows.target,
         rows.labels,
@@ -295,4 +304,4 @@ def _evaluate_op(rows: Rows, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         text_of(call.options),
         call.statistics,
     )
-    return loss, sums, top1
+    return loss, State(*state)

@@ -167,9 +167,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return a_begin < b_end and b_begin < a_end
 
 
-def _call(
-    rows: Rows, name: str, options: CUDOptions | DUSOptions, statistics: bool, grad_out: Tensor | None
-) -> Call:
+def _call(rows: Rows, name: str, options: CUDOptions | DUSOptions, statistics: bool, grad_out: Tensor | None) -> Call:
     _check_transforms()
     call = Call(options, statistics, grad_out)
     if options.inplace or grad_out is not None:
@@ -305,16 +303,17 @@ def cud_loss(
     if options.kd_weight == 0 and not return_stats:  # plain cross-entropy needs one matrix and one exponential
         rows = Rows(student, None, flat_labels, flat_weight, None, 1.0, items, classes)
         call = _call(rows, "student_logits", _cross_entropy(options), False, grad_out)
-        loss, _, _ = evaluate(rows, call)
+        loss, state = evaluate(rows, call)
     else:
         rows = Rows(student, teacher, flat_labels, flat_weight, per_row, scalar, items, classes)
         call = _call(rows, "student_logits", options, return_stats, grad_out)
-        loss, sums, top1 = evaluate(rows, call)
+        loss, state = evaluate(rows, call)
     if options.reduction == "none":
         loss = loss.reshape(student.shape[:-1])
     if not return_stats:
         return loss
-    return loss, student_statistics(rows, options, sums, top1)
+    assert state is not None
+    return loss, student_statistics(rows, options, state)
 
 
 def _cross_entropy(options: CUDOptions) -> DUSOptions:
@@ -428,12 +427,13 @@ def dus_loss(
         _num_items(num_items),
         classes,
     )
-    loss, sums, _ = evaluate(rows, _call(rows, "logits", options, return_stats, grad_out))
+    loss, state = evaluate(rows, _call(rows, "logits", options, return_stats, grad_out))
     if options.reduction == "none":
         loss = loss.reshape(logits.shape[:-1])
     if not return_stats:
         return loss
-    return loss, teacher_statistics(rows, options, sums)
+    assert state is not None
+    return loss, teacher_statistics(rows, options, state)
 
 
 def _alpha(alpha: object, labels: Tensor, classes: int) -> Tensor:

@@ -217,4 +217,3 @@ class DUSLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return _changed(self.options)
-

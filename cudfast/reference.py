@@ -139,9 +139,7 @@ def wclip(u: Tensor, budget: float, margin: float) -> Clip:
     """r = min(budget, -margin * expm1(u)), u = t_y - m_t."""
     r = torch.clamp(-margin * torch.expm1(u), max=budget)
     moves = r > 0
-    return Clip(
-        r, torch.where(moves, torch.log1p(-r), 0), torch.where(moves, torch.log(u.exp() + r), u)
-    )
+    return Clip(r, torch.where(moves, torch.log1p(-r), 0), torch.where(moves, torch.log(u.exp() + r), u))
 
 
 class TargetSums(NamedTuple):
@@ -231,7 +229,9 @@ def student_finish(state: StudentState, labelled: Tensor, tau: Tensor, options: 
     return StudentLoss(kd_value(state, target, tau), ce, target.z_tau, clip, target.impossible > 0)
 
 
-def student_coefficients(state: StudentState, loss: StudentLoss, tau: Tensor, kd: Tensor, ce: Tensor) -> StudentGradient:
+def student_coefficients(
+    state: StudentState, loss: StudentLoss, tau: Tensor, kd: Tensor, ce: Tensor
+) -> StudentGradient:
     """kd and ce are the rows' weights in each term, upstream gradient and divisors included."""
     return StudentGradient(
         torch.where(kd != 0, kd * tau / state.s_tau, 0),
@@ -408,9 +408,7 @@ def _student_state(rows: Rows, marks: _Marks, dtype: torch.dtype) -> StudentStat
     k = (t == _column(m_t)).to(torch.int8).argmax(-1)  # the first of equals, on every device
     sums = student_fold(_centre(t, m_t), _centre(s, m_s), _column(1 / _values(rows, dtype)))
     at_label = [torch.where(marks.labelled, x.gather(-1, marks.index).squeeze(-1), NOTHING) for x in (t, s)]
-    return StudentState(
-        m_t, s.gather(-1, _column(k)).squeeze(-1), m_s, *sums[:5], *at_label, sums.impossible, k
-    )
+    return StudentState(m_t, s.gather(-1, _column(k)).squeeze(-1), m_s, *sums[:5], *at_label, sums.impossible, k)
 
 
 def _teacher_state(rows: Rows, marks: _Marks, dtype: torch.dtype) -> TeacherState:
@@ -472,9 +470,10 @@ def row_state(
     options: CUDOptions | DUSOptions,
     *,
     statistics: bool,
+    keep: bool,
     gradient: Tensor | None,
     fresh: bool,
-) -> State:
+) -> tuple[Tensor, State | None]:
     """See `cudfast.rows.Backend`. Statistics cost nothing more here; `fresh` says nothing to PyTorch."""
     dtype = compute_dtype(rows)
     marks = _mark(rows, options)
@@ -492,7 +491,7 @@ def row_state(
     if gradient is not None and g is not None:
         _write(rows, marks, g, gradient)
     loss = value if options.reduction == "none" else value.sum()
-    return State(loss, sums, top1, divisors)
+    return loss, State(sums, top1, divisors) if keep else None
 
 
 def row_gradient(

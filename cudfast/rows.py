@@ -35,9 +35,8 @@ class Rows(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the first sweep leaves behind."""
+    """What the first sweep leaves behind, besides the loss."""
 
-    loss: Tensor  # () or (N,), in the compute dtype
     sums: Tensor  # (N, columns), in the compute dtype
     top1: Tensor  # (N,) int64 for the student loss, (0,) for the teacher loss
     divisors: Tensor  # (2,) f64: of the KD term, of the label terms
@@ -52,10 +51,15 @@ class Backend(Protocol):
         options: CUDOptions | DUSOptions,
         *,
         statistics: bool,
+        keep: bool,
         gradient: Tensor | None,
         fresh: bool,
-    ) -> State:
-        """First sweep: losses and states; also `gradient` (..., >= V) for an upstream gradient of 1 when given."""
+    ) -> tuple[Tensor, State | None]:
+        """First sweep: the loss, () or (N,) for reduction="none", in the compute dtype, and the state when `keep`.
+
+        With `gradient` (..., >= V), also the gradient for an upstream gradient of 1. `fresh`: its memory has never been
+        touched.
+        """
 
     def row_gradient(
         self,
@@ -116,9 +120,7 @@ def refuse_label(rows: Rows, options: CUDOptions | DUSOptions, row: int, label: 
     special = f"ignore_index={options.ignore_index}"
     if options.unlabeled_index is not None:
         special += f" or unlabeled_index={options.unlabeled_index}"
-    return ValueError(
-        f"labels[{row_name(rows, row)}] = {label}: expected a class in [0, {rows.classes}), {special}"
-    )
+    return ValueError(f"labels[{row_name(rows, row)}] = {label}: expected a class in [0, {rows.classes}), {special}")
 
 
 def refuse_value(rows: Rows, options: CUDOptions | DUSOptions, name: str, row: int, value: float) -> ValueError:

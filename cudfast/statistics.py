@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .options import CUDOptions, DUSOptions
-from .rows import Rows
+from .rows import Rows, State
 
 
 class StudentStatistics(NamedTuple):
@@ -51,9 +51,9 @@ def _masks(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[Tensor, Tensor
     return counts, labelled
 
 
-def student_statistics(rows: Rows, options: CUDOptions, sums: Tensor, top1: Tensor) -> StudentStatistics:
-    """From packed states (N, columns) and top-1 (N,)."""
-    state = reference.StudentState(*sums.detach().unbind(-1), top1)
+def student_statistics(rows: Rows, options: CUDOptions, packed: State) -> StudentStatistics:
+    """From the states of the first sweep."""
+    state = reference.StudentState(*packed.sums.detach().unbind(-1), packed.top1)
     counts, labelled = _masks(rows, options)
     shape = rows.logits.shape[:-1]
 
@@ -67,7 +67,7 @@ def student_statistics(rows: Rows, options: CUDOptions, sums: Tensor, top1: Tens
         moved = torch.where(labelled & (u < 0), clip.r / state.z_one, 0)
     prob = u.exp() / state.z_one
     return StudentStatistics(
-        torch.where(counts, top1, -1).reshape(shape),
+        torch.where(counts, packed.top1, -1).reshape(shape),
         where(counts, 1 / state.z_one),
         where(counts, moved),
         where(labelled, prob),
@@ -78,9 +78,9 @@ def student_statistics(rows: Rows, options: CUDOptions, sums: Tensor, top1: Tens
     )
 
 
-def teacher_statistics(rows: Rows, options: DUSOptions, sums: Tensor) -> TeacherStatistics:
-    """From packed states (N, columns)."""
-    state = reference.TeacherState(*sums.detach().unbind(-1))
+def teacher_statistics(rows: Rows, options: DUSOptions, packed: State) -> TeacherStatistics:
+    """From the states of the first sweep."""
+    state = reference.TeacherState(*packed.sums.detach().unbind(-1))
     _, labelled = _masks(rows, options)
     shape = rows.logits.shape[:-1]
 

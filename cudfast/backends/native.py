@@ -106,40 +106,53 @@ def row_state(
     options: CUDOptions | DUSOptions,
     *,
     statistics: bool,
+    keep: bool,
     gradient: Tensor | None,
     fresh: bool,
-) -> State:
+) -> tuple[Tensor, State | None]:
     """See `cudfast.rows.Backend`."""
     student = isinstance(options, CUDOptions)
     dtype = compute_dtype(rows)
     count = rows.count
     loss = torch.empty(count if options.reduction == "none" else (), dtype=dtype)
-    sums = torch.empty(count, _native.STUDENT_COLUMNS if student else _native.TEACHER_COLUMNS, dtype=dtype)
-    top1 = torch.empty(count if student else 0, dtype=torch.int64)
+    state = None
+    results = (loss.data_ptr(), 0, 0, 0)
+    if keep:
+        columns = _native.STUDENT_COLUMNS if student else _native.TEACHER_COLUMNS
+        state = State(
+            torch.empty(count, columns, dtype=dtype),
+            torch.empty(count if student else 0, dtype=torch.int64),
+            torch.empty(2, dtype=torch.float64),
+        )
+        results = (loss.data_ptr(), state.sums.data_ptr(), state.top1.data_ptr(), state.divisors.data_ptr())
     logits, logits_kept = _matrix(rows.logits, "student_logits" if student else "logits")
     target, target_kept = (_ABSENT, None) if rows.target is None else _matrix(rows.target, "teacher_logits")
     out, out_kept = (_ABSENT, None) if gradient is None else _matrix(gradient, "grad_out")
-    items = math.nan if rows.num_items is None else float(rows.num_items)
     kernel = _native.student_state if student else _native.teacher_state
-    fault, row, kd, ce = kernel(
+    fault, row = kernel(
         *_common(rows, options, logits, target),
         _REDUCTION_CODES[options.reduction],
-        items,
+        math.nan if rows.num_items is None else float(rows.num_items),
         statistics,
-        (loss.data_ptr(), sums.data_ptr(), top1.data_ptr()),
+        results,
         dtype == torch.float64,
         out,
         fresh,
     )
     del logits_kept, target_kept, out_kept
+    if fault:
+        raise _refusal(rows, options, fault, row)
+    return loss, state
+
+
+def _refusal(rows: Rows, options: CUDOptions | DUSOptions, fault: int, row: int) -> ValueError:
+    """The error for a fault that the kernel's check found."""
     if fault == 1:
         assert rows.labels is not None
-        raise refuse_label(rows, options, row, int(rows.labels[row]))
-    if fault:
-        values = rows.weight if fault == 2 else rows.per_row
-        assert values is not None
-        raise refuse_value(rows, options, _FAULTS[fault], row, float(values[row]))
-    return State(loss, sums, top1, torch.tensor((kd, ce), dtype=torch.float64))
+        return refuse_label(rows, options, row, int(rows.labels[row]))
+    values = rows.weight if fault == 2 else rows.per_row
+    assert values is not None
+    return refuse_value(rows, options, _FAULTS[fault], row, float(values[row]))
 
 
 def row_gradient(
@@ -161,10 +174,9 @@ def row_gradient(
     kernel = _native.student_gradient if student else _native.teacher_gradient
     kernel(
         *_common(rows, options, logits, target),
-        tuple(state.divisors.tolist()),
         upstream.data_ptr(),
         upstream.dim() > 0,
-        (0, state.sums.data_ptr(), state.top1.data_ptr()),
+        (0, state.sums.data_ptr(), state.top1.data_ptr(), state.divisors.data_ptr()),
         dtype == torch.float64,
         out,
         fresh,

@@ -1,0 +1,33 @@
+"""Fresh memory is NaN in every test, so that an element nobody wrote is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from cudfast.backends import native
+
+
+@pytest.fixture(autouse=True)
+def fill_fresh_memory() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=native._native.runnable_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that this machine runs."""
+    before = native.isa()
+    assert native._native.use_isa(request.param)
+    yield request.param
+    native._native.use_isa(before)
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)

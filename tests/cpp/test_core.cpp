@@ -1,0 +1,309 @@
+// csrc/row and csrc/cpu without Python: merges of random splits, both losses against a plain double-precision loop, exp
+// against libm, half conversions against every bit pattern. Runs under the address and undefined-behaviour sanitizers.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "../../csrc/cpu/simd.h"
+#include "../../csrc/cpu/sweeps.h"
+#include "../../csrc/launch.h"
+#include "../../csrc/row/element.h"
+
+using namespace cudfast;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool good, const char* what, double got, double wanted) {
+  if (good) return;
+  std::printf("FAIL %s [%s]: got %.17g, wanted %.17g\n", what, sweeps().isa, got, wanted);
+  ++failures;
+}
+
+void near(const char* what, double got, double wanted, double tolerance) {
+  const bool same = got == wanted || (std::isnan(got) && std::isnan(wanted));
+  expect(same || std::fabs(got - wanted) <= tolerance * (1 + std::fabs(wanted)), what, got, wanted);
+}
+
+using Random = std::mt19937_64;
+
+std::vector<double> normal(Random& random, int n, double scale) {
+  std::normal_distribution<double> distribution(0, scale);
+  std::vector<double> values(static_cast<size_t>(n));
+  for (double& value : values) value = distribution(random);
+  return values;
+}
+
+// The definition, one column at a time, around the part's own maxima.
+StudentState<double> part_of(const std::vector<double>& s, const std::vector<double>& t, size_t from, size_t to,
+                             double inv_tau) {
+  StudentState<double> state;
+  for (size_t j = from; j < to; ++j) {
+    if (t[j] > state.m_t) {
+      state.m_t = t[j];
+      state.k = static_cast<int64_t>(j);
+      state.s_k = s[j];
+    }
+    state.m_s = s[j] > state.m_s ? s[j] : state.m_s;
+  }
+  StudentSums<double> sums{};
+  const double c_t = state.m_t == kNothing<double> ? 0 : state.m_t, c_s = state.m_s == kNothing<double> ? 0 : state.m_s;
+  for (size_t j = from; j < to; ++j) fold<0, 2, true>(sums, t[j] - c_t, s[j] - c_s, inv_tau);
+  state.z_tau = sums.z_tau;
+  state.s_tau = sums.s_tau;
+  state.a = sums.a;
+  state.s_one = sums.s_one;
+  state.z_one = sums.z_one;
+  state.impossible = sums.impossible;
+  return state;
+}
+
+void test_merge() {
+  Random random(1);
+  for (int trial = 0; trial < 200; ++trial) {
+    const int n = 2 + trial % 60;
+    const double tau = 0.5 + 0.1 * (trial % 40), inv_tau = 1 / tau;
+    auto s = normal(random, n, 10), t = normal(random, n, 10);
+    if (trial % 3 == 0) t[static_cast<size_t>(n / 2)] = kNothing<double>;
+    if (trial % 5 == 0) s[static_cast<size_t>(n / 3)] = kNothing<double>;
+    if (trial % 7 == 0) t[0] = t[static_cast<size_t>(n - 1)] = 50;  // a tie across the cut
+    const auto size = static_cast<size_t>(n), cut = static_cast<size_t>(1 + trial % (n - 1));
+    const auto whole = part_of(s, t, 0, size, inv_tau);
+    const auto left = part_of(s, t, 0, cut, inv_tau), right = part_of(s, t, cut, size, inv_tau);
+    for (const auto& both : {merge(left, right, inv_tau), merge(right, left, inv_tau),
+                             merge(merge(StudentState<double>{}, left, inv_tau), right, inv_tau)}) {
+      near("merge m_t", both.m_t, whole.m_t, 0);
+      near("merge m_s", both.m_s, whole.m_s, 0);
+      near("merge k", static_cast<double>(both.k), static_cast<double>(whole.k), 0);
+      near("merge s_k", both.s_k, whole.s_k, 0);
+      near("merge z_tau", both.z_tau, whole.z_tau, 1e-12);
+      near("merge s_tau", both.s_tau, whole.s_tau, 1e-12);
+      if (whole.impossible == 0) near("merge a", both.a, whole.a, 1e-11);  // else the loss is inf, whatever a is
+      near("merge s_one", both.s_one, whole.s_one, 1e-12);
+      near("merge z_one", both.z_one, whole.z_one, 1e-12);
+      near("merge impossible", both.impossible, whole.impossible, 0);
+    }
+  }
+}
+
+// Both losses of one row and their gradients by the textbook, in double, over columns that are all finite.
+struct Truth {
+  double loss = 0;
+  std::vector<double> gradient;
+};
+
+double log_sum_exp(const std::vector<double>& v, double inv_tau) {
+  double m = kNothing<double>, sum = 0;
+  for (double x : v) m = x > m ? x : m;
+  for (double x : v) sum += std::exp((x - m) * inv_tau);
+  return m * inv_tau + std::log(sum);
+}
+
+Truth student_truth(const std::vector<double>& s, const std::vector<double>& t, int64_t label, double tau,
+                    const StudentOptions& o) {
+  const size_t n = s.size();
+  std::vector<double> log_q(n);
+  const double lt = log_sum_exp(t, 1);
+  size_t k = 0;
+  for (size_t j = 0; j < n; ++j) {
+    log_q[j] = t[j] - lt;
+    if (t[j] > t[k]) k = j;
+  }
+  const auto y = static_cast<size_t>(label);
+  if (o.clip && k != y) {
+    const double pk = std::exp(log_q[k]), py = std::exp(log_q[y]);
+    const double delta = std::fmin(o.budget * pk, o.margin * (pk - py));
+    log_q[k] = std::log(pk - delta);
+    log_q[y] = std::log(py + delta);
+  }
+  const double lq = log_sum_exp(log_q, 1 / tau), ls = log_sum_exp(s, 1 / tau), l1 = log_sum_exp(s, 1);
+  Truth truth;
+  truth.gradient.resize(n);
+  double kl = 0;
+  for (size_t j = 0; j < n; ++j) {
+    const double a = log_q[j] / tau - lq, b = s[j] / tau - ls;
+    kl += std::exp(a) * (a - b);
+    truth.gradient[j] =
+        o.kd_weight * tau * (std::exp(b) - std::exp(a)) + o.ce_weight * (std::exp(s[j] - l1) - (j == y ? 1.0 : 0.0));
+  }
+  truth.loss = o.kd_weight * tau * tau * kl + o.ce_weight * (l1 - s[y]);
+  return truth;
+}
+
+template <class T>
+Matrix dense(std::vector<T>& v, int64_t rows, int64_t width, DType dtype) {
+  return {reinterpret_cast<char*>(v.data()), rows, 0, width, dtype};
+}
+
+template <class T>
+void test_student(int64_t n_rows, int n, double tau, int threads) {
+  const DType dtype = sizeof(T) == 4 ? DType::f32 : DType::f64;
+  Random random(static_cast<uint64_t>(n));
+  std::vector<T> s, t;
+  std::vector<T> g(static_cast<size_t>(n_rows * n), std::numeric_limits<T>::quiet_NaN());
+  std::vector<int64_t> labels;
+  for (int64_t row = 0; row < n_rows; ++row) {
+    for (double x : normal(random, n, 3)) s.push_back(static_cast<T>(x));
+    for (double x : normal(random, n, 4)) t.push_back(static_cast<T>(x));
+    labels.push_back((row * 7919) % n);
+  }
+  const StudentOptions options{0.8, 0.2, true, 0.5, 0.7};
+  Rows rows;
+  rows.rows = n_rows;
+  rows.classes = rows.padded = n;
+  rows.logits = dense(s, n_rows, n, dtype);
+  rows.target = dense(t, n_rows, n, dtype);
+  rows.labels = labels.data();
+  rows.scalar = tau;
+  rows.threads = threads;
+  std::vector<T> loss(static_cast<size_t>(n_rows)), state(static_cast<size_t>(n_rows * kStudentColumns));
+  std::vector<int64_t> top1(static_cast<size_t>(n_rows));
+  Outputs out;
+  out.loss = loss.data();
+  out.per_row_loss = true;
+  out.state = state.data();
+  out.top1 = top1.data();
+  out.wide = dtype == DType::f64;
+  out.gradient = dense(g, n_rows, n, dtype);
+  student_state(rows, options, false, Divisors{}, out);
+  const double loss_tolerance = sizeof(T) == 4 ? 2e-6 * (tau > 1 ? tau * tau : 1) : 1e-12;
+  const double gradient_tolerance = sizeof(T) == 4 ? 1e-6 * (tau > 1 ? tau : 1) : 1e-13;
+  for (int64_t row = 0; row < n_rows; ++row) {
+    const auto at = static_cast<size_t>(row * n), end = at + static_cast<size_t>(n);
+    const Truth truth = student_truth({s.begin() + static_cast<long>(at), s.begin() + static_cast<long>(end)},
+                                      {t.begin() + static_cast<long>(at), t.begin() + static_cast<long>(end)},
+                                      labels[static_cast<size_t>(row)], tau, options);
+    near("student loss", static_cast<double>(loss[static_cast<size_t>(row)]), truth.loss, loss_tolerance);
+    for (size_t j = at; j < end; ++j) {
+      near("student gradient", static_cast<double>(g[j]), truth.gradient[j - at], gradient_tolerance);
+    }
+  }
+  // From the saved state, written over the logits: the same bits.
+  Outputs from = out;
+  from.gradient = rows.logits;
+  student_gradient(rows, options, Divisors{}, Upstream{}, from);
+  for (size_t j = 0; j < g.size(); ++j) {
+    near("gradient from state", static_cast<double>(s[j]), static_cast<double>(g[j]), sizeof(T) == 4 ? 1e-6 : 1e-13);
+  }
+}
+
+template <class T>
+void test_teacher(int n) {
+  const DType dtype = sizeof(T) == 4 ? DType::f32 : DType::f64;
+  Random random(static_cast<uint64_t>(n) + 17);
+  std::vector<T> z;
+  for (double x : normal(random, n, 3)) z.push_back(static_cast<T>(x));
+  std::vector<T> g(static_cast<size_t>(n));
+  std::vector<int64_t> labels{n / 2};
+  const TeacherOptions options{1.0, 1.0, 0.1, 2.5, 0.5, 1.0, 0.5, true};
+  Rows rows;
+  rows.rows = 1;
+  rows.classes = rows.padded = n;
+  rows.logits = dense(z, 1, n, dtype);
+  rows.labels = labels.data();
+  T loss = 0;
+  std::vector<T> state(kTeacherColumns);
+  Outputs out;
+  out.loss = &loss;
+  out.state = state.data();
+  out.wide = dtype == DType::f64;
+  out.gradient = dense(g, 1, n, dtype);
+  teacher_state(rows, options, Divisors{}, out);
+
+  const auto value = [&](const std::vector<double>& v) {
+    const double lz = log_sum_exp(v, 1), log_p = v[static_cast<size_t>(n / 2)] - lz, p = std::exp(log_p);
+    double entropy = 0;
+    for (double x : v) entropy -= std::exp(x - lz) * (x - lz);
+    const double w = (p < 0.5 ? 1.0 : 0.0) + std::pow(1 - p, 0.5);
+    return -log_p - std::pow(1 - p, 2.5) * log_p - 0.1 * w * entropy;
+  };
+  std::vector<double> v(z.begin(), z.end());
+  near("teacher loss", static_cast<double>(loss), value(v), sizeof(T) == 4 ? 2e-6 : 1e-12);
+  for (size_t j = 0; j < v.size(); j += 1 + v.size() / 20) {  // central differences
+    const double x = v[j], h = 1e-5;
+    v[j] = x + h;
+    const double above = value(v);
+    v[j] = x - h;
+    const double below = value(v);
+    v[j] = x;
+    near("teacher gradient", static_cast<double>(g[j]), (above - below) / (2 * h), sizeof(T) == 4 ? 1e-6 : 1e-8);
+  }
+}
+
+template <class T>
+void test_exp(const char* what, T lowest, void (*run)(const T*, T*, int64_t)) {
+  const int n = 1 << 20;
+  std::vector<T> x(static_cast<size_t>(n)), y(static_cast<size_t>(n));
+  for (int i = 0; i < n; ++i) x[static_cast<size_t>(i)] = lowest * static_cast<T>(i) / static_cast<T>(n);
+  run(x.data(), y.data(), n);
+  double worst = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const long double truth = std::exp(static_cast<long double>(x[i]));
+    const T near_truth = static_cast<T>(truth);
+    const long double ulp = std::nextafter(near_truth, std::numeric_limits<T>::infinity()) - near_truth;
+    const double error = static_cast<double>(std::fabs((static_cast<long double>(y[i]) - truth) / ulp));
+    worst = error > worst ? error : worst;
+  }
+  expect(worst <= kExpUlp<T>, what, worst, kExpUlp<T>);
+  const T special[4] = {0, lowest * 2, -std::numeric_limits<T>::infinity(), std::numeric_limits<T>::quiet_NaN()};
+  T result[4];
+  run(special, result, 4);
+  near("exp(0)", static_cast<double>(result[0]), 1, 0);
+  near("exp far below", static_cast<double>(result[1]), 0, 0);
+  near("exp(-inf)", static_cast<double>(result[2]), 0, 0);
+  expect(std::isnan(result[3]), "exp(NaN)", static_cast<double>(result[3]), NAN);
+}
+
+void test_halves() {
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    const auto h = static_cast<uint16_t>(bits);
+    const float f = widen_half(h), b = widen_bfloat(h);
+    if (std::isnan(f)) {
+      expect(std::isnan(widen_half(narrow_half(f))), "half NaN", 0, 0);
+    } else {
+      near("half round trip", narrow_half(f), h, 0);
+    }
+    if (std::isnan(b)) {
+      expect(std::isnan(widen_bfloat(narrow_bfloat(b))), "bfloat NaN", 0, 0);
+    } else {
+      near("bfloat round trip", narrow_bfloat(b), h, 0);
+    }
+  }
+  near("half ties to even", narrow_half(1.0f + 0x1p-11f), 0x3c00, 0);
+  near("half rounds up", narrow_half(1.0f + 0x1.8p-10f), 0x3c02, 0);
+  near("half overflow", narrow_half(65520.0f), 0x7c00, 0);
+  near("half below overflow", narrow_half(65519.0f), 0x7bff, 0);
+  near("half subnormal", narrow_half(0x1p-24f), 1, 0);
+  near("half subnormal tie", narrow_half(0x1p-25f), 0, 0);
+  near("bfloat ties to even", narrow_bfloat(1.0f + 0x1p-8f), 0x3f80, 0);
+}
+
+}  // namespace
+
+int main() {
+  test_merge();
+  test_halves();
+  int count = 0;
+  const char* const* names = runnable(count);
+  for (int i = 0; i < count; ++i) {
+    use(names[i]);
+    test_exp<float>("exp float", -87.32f, sweeps().exp32);
+    test_exp<double>("exp double", -708.38, sweeps().exp64);
+    for (int n : {1, 2, 3, 7, 8, 15, 16, 17, 77, 255, 1000, 2047, 2048, 2049, 5000}) {
+      for (double tau : {1.0, 2.0, 4.0, 3.0}) {
+        test_student<float>(3, n, tau, 1);
+        test_student<double>(2, n, tau, 1);
+      }
+      test_teacher<float>(n);
+      test_teacher<double>(n);
+    }
+    test_student<float>(2, 40000, 2.0, 2);  // columns over threads
+    test_student<float>(40, 3000, 2.0, 2);  // rows over threads
+    std::printf("%s: ok so far, %d failures\n", names[i], failures);
+  }
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

@@ -1,0 +1,170 @@
+"""csrc/row against cudfast/reference.py, function by function, on random and on special scalars."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from cudfast import DUSOptions, CUDOptions, WClip, reference
+from cudfast.backends.native import _native, _native_options
+
+row = _native.row
+f64 = torch.float64
+INF = math.inf
+
+
+def tensors(values: list[float]) -> list[torch.Tensor]:
+    return [torch.tensor([v], dtype=f64) for v in values]
+
+
+def same(got: list[float], wanted: tuple[torch.Tensor, ...], tolerance: float = 1e-13) -> None:
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(g, dtype=f64), w.to(f64).reshape(()), rtol=tolerance, atol=tolerance, equal_nan=True
+        )
+
+
+def draw(rng: random.Random, special: bool) -> float:
+    return rng.choice([-INF, 0.0, 80.0, -80.0]) if special and rng.random() < 0.3 else rng.gauss(0, 5)
+
+
+def student_state(rng: random.Random, first: int) -> list[float]:
+    """State of three columns starting at `first`."""
+    t, s = [draw(rng, True) for _ in range(3)], [draw(rng, True) for _ in range(3)]
+    m_t, m_s = max(t), max(s)
+    c_t, c_s = (0 if m == -INF else m for m in (m_t, m_s))
+    z, s_tau, a, s1, z1, impossible = row.student_fold([x - c_t for x in t], [x - c_s for x in s], 0.5)
+    k = t.index(m_t)
+    label = rng.randrange(4)
+    at_label = (t[label], s[label]) if label < 3 else (-INF, -INF)
+    return [m_t, s[k], m_s, z, s_tau, a, s1, z1, *at_label, impossible, first + k]
+
+
+def as_state(values: list[float]) -> reference.StudentState:
+    *floats, k = values
+    return reference.StudentState(*tensors(floats), torch.tensor([int(k)]))
+
+
+SEEDS = range(60)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_student_fold(seed: int) -> None:
+    rng = random.Random(seed)
+    dt, ds = ([-abs(draw(rng, True)) for _ in range(7)] for _ in range(2))
+    inv_tau = rng.uniform(0.1, 2)
+    sums = reference.student_fold(torch.tensor([dt], dtype=f64), torch.tensor([ds], dtype=f64), inv_tau)
+    same(row.student_fold(dt, ds, inv_tau), sums)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_student_merge(seed: int) -> None:
+    rng = random.Random(seed)
+    left, right = student_state(rng, 0), student_state(rng, 3)
+    if seed % 4 == 0:  # an empty part
+        left = [-INF, -INF, -INF, 0, 0, 0, 0, 0, -INF, -INF, 0, 0]
+    if seed % 5 == 0:  # a tie: the lower index wins from either side
+        right[0] = left[0]
+    for a, b in ((left, right), (right, left)):
+        same(row.student_merge(a, b, 0.5), reference.student_merge(as_state(a), as_state(b), 0.5))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_teacher(seed: int) -> None:
+    rng = random.Random(seed)
+    states = []
+    for _ in range(2):
+        z = [draw(rng, True) for _ in range(5)]
+        m = max(z)
+        c = 0 if m == -INF else m
+        sums = reference.teacher_fold(torch.tensor([[v - c for v in z]], dtype=f64))
+        same(row.teacher_fold([v - c for v in z]), sums)
+        states.append([m, *(float(v) for v in sums), z[rng.randrange(5)]])
+    merged = reference.teacher_merge(*(reference.TeacherState(*tensors(s)) for s in states))
+    same(row.teacher_merge(*states), merged)
+    options = DUSOptions(gamma=rng.choice([0, 0.5, 1, 10]), gate_power=rng.choice([0, 0.5, 1, 3]),
+                         differentiate_gate=seed % 2 == 0, ce_weight=rng.choice([0.0, 1.0]))
+    alpha = torch.tensor([0.7], dtype=f64)
+    for state in states:
+        if state[0] == -INF:
+            continue
+        loss = reference.teacher_finish(reference.TeacherState(*tensors(state)), alpha, options)
+        c = reference.teacher_coefficients(loss, torch.tensor([1.5], dtype=f64))
+        got = row.teacher_finish(state, 0.7, _native_options(options), 1.5)
+        same(got, (loss.value, loss.entropy, *c))
+        for x in (0.0, -3.0, -INF):
+            log_z = math.log(state[1])
+            element = reference.teacher_element(
+                c, torch.tensor([x], dtype=f64), torch.tensor([1 / state[1]], dtype=f64), log_z
+            )
+            same([row.teacher_element([float(v) for v in c], x, 1 / state[1], log_z)], (element,))
+
+
+@pytest.mark.parametrize(
+    ("u", "budget", "margin"),
+    list(itertools.product([-INF, -800.0, -3.0, -1e-9, 0.0], [0.0, 0.3, 0.99], [1e-3, 0.7, 1.0])),
+)
+def test_wclip(u: float, budget: float, margin: float) -> None:
+    clip = reference.wclip(torch.tensor([u], dtype=f64), budget, margin)
+    same(row.wclip(u, budget, margin), clip)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_replace_and_finish(seed: int) -> None:
+    rng = random.Random(seed)
+    values = student_state(rng, 0)
+    state = as_state(values)
+    labelled = values[8] > -INF or rng.random() < 0.5
+    clip = row.wclip(min(0.0, values[8] - values[0]) if values[0] > -INF else 0.0, 0.5, 0.7)
+    same(row.replace(values, clip, 0.5), reference.replace(state, reference.Clip(*tensors(clip)), 0.5))
+    options = CUDOptions(
+        temperature=2.0, calibration=WClip() if seed % 3 else None, kd_weight=rng.choice([0.0, 0.8]),
+        ce_weight=rng.choice([0.0, 0.2]),
+    )
+    tau, kd, ce = (torch.tensor([v], dtype=f64) for v in (2.0, 0.3, 0.4 if labelled else 0.0))
+    loss = reference.student_finish(state, torch.tensor([labelled]), tau, options)
+    c = reference.student_coefficients(state, loss, tau, kd, ce)
+    got = row.student_finish(values, labelled, 2.0, _native_options(options), 0.3, float(ce))
+    same(got, (loss.kd, loss.ce, loss.z_tau, loss.impossible, *c))
+    for dt, ds in itertools.product((0.0, -2.0, -INF), repeat=2):
+        element = reference.student_element(c, *(torch.tensor([v], dtype=f64) for v in (dt, ds)), 0.5)
+        same([row.student_element([float(v) for v in c], dt, ds, 0.5)], (element,))
+
+
+@pytest.mark.parametrize("log_p", [0.0, -1e-300, -1e-17, -1e-3, -2.0, -800.0, -INF])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 10.0])
+def test_focal_and_gate(log_p: float, gamma: float) -> None:
+    p = torch.tensor([log_p], dtype=f64)
+    term = reference.focal(p, gamma, torch.tensor([0.9], dtype=f64))
+    same(row.focal(log_p, gamma, 0.9), term)
+    assert not term.value.isnan()
+    assert not term.slope.isnan()
+    options = DUSOptions(gate_power=gamma, gate_scale=1.3)
+    weight = reference.gate(p, options)
+    same(row.gate(log_p, _native_options(options)), weight)
+    assert not weight.slope.isnan()
+
+
+@pytest.mark.parametrize(("ignored", "labelled"), [(False, False), (False, True), (True, False), (True, True)])
+def test_row_weights(ignored: bool, labelled: bool) -> None:
+    weights = reference.row_weights(torch.tensor(ignored), torch.tensor(labelled), torch.tensor(2.5, dtype=f64))
+    same(row.row_weights(ignored, labelled, 2.5), weights)
+
+
+def test_every_function_has_its_twin() -> None:
+    """Equation tags, in order, are the same in both mirrors."""
+    root = Path(__file__).parents[1]
+    tag = re.compile(r"(?:\s{4}|\.\s+|\s)\[([a-z]+(?:-[a-z]+)?)\]\W*$", re.MULTILINE)
+    headers = [root / "csrc/row" / f"{name}.h" for name in ("state", "target", "terms", "element")]
+    if not headers[0].exists():
+        pytest.skip("needs the source tree")
+    native = [t for header in headers for t in tag.findall(header.read_text())]
+    python = tag.findall((root / "cudfast/reference.py").read_text())
+    assert native == python
+    assert len(native) == len(set(native)) >= 14
