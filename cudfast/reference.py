@@ -315,7 +315,7 @@ def teacher_coefficients(loss: TeacherLoss, scale: Tensor) -> TeacherGradient:
 def student_element(c: StudentGradient, dt: Tensor, ds: Tensor, inv_tau: Tensor) -> Tensor:
     """dL/ds_j without the label's share (N, V); coefficients and inv_tau (N, 1).                   [element-student]"""
     g = c.student_tau * (ds * inv_tau).exp() - c.teacher_tau * (dt * inv_tau).exp() + c.student_one * ds.exp()
-    return torch.where(ds == NOTHING, 0, g)
+    return torch.where(ds == NOTHING, 0 * (c.student_tau + c.student_one), g)  # NaN in a NaN row
 
 
 def teacher_element(c: TeacherGradient, x: Tensor, inv_z: Tensor, log_z: Tensor) -> Tensor:

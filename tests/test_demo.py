@@ -19,8 +19,10 @@ for name in ("babel", "jinja2", "matplotlib", "rich", "torchmetrics"):
 ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "examples" / "cldr_names").is_dir():
     pytest.skip("the examples are not part of this copy", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
 
-import torch.nn.functional as F  # noqa: E402
+from rich.console import Console  # noqa: E402
+
 from examples.cldr_names import __main__ as cli  # noqa: E402
 from examples.cldr_names import data, methods, metrics  # noqa: E402
 from examples.cldr_names.conclusion import conclude  # noqa: E402
@@ -31,11 +33,10 @@ from examples.cldr_names.model import STUDENT  # noqa: E402
 from examples.cldr_names.ngrams import encode  # noqa: E402
 from examples.cldr_names.progress import Meter  # noqa: E402
 from examples.cldr_names.report import METHODS, save_csv, save_html, show  # noqa: E402
-from examples.cldr_names.timing import require_same  # noqa: E402
+from examples.cldr_names.timing import preflight, require_same  # noqa: E402
 from examples.cldr_names.train import Schedule, fit, logits_of  # noqa: E402
-from rich.console import Console  # noqa: E402
 
-TINY = Config(seeds=2, trials=2, teacher_epochs=1, student_epochs=1, batch=32, timing_steps=3)
+TINY = Config(seeds=2, trials=4, teacher_epochs=1, student_epochs=1, batch=32, timing_steps=3)
 SHARES = (0.6, 0.15, 0.25)
 
 
@@ -174,11 +175,15 @@ def test_training_repeats_for_a_seed(small: data.Dataset) -> None:
 
 
 def test_methods_search_alike() -> None:
-    drawn = {method.name: methods.settings(method, 5, seed=0) for method in METHODS}
-    assert {len(tried) for tried in drawn.values()} == {5}
+    drawn = {}
+    for method in METHODS:
+        first = methods.rate_settings(method)
+        drawn[method.name] = first + methods.other_settings(method, first[1], 4, seed=0)
+    assert {len(tried) for tried in drawn.values()} == {7}
     for kd, cud in zip(drawn["KD"], drawn["CUD"], strict=True):
         assert kd == {name: cud[name] for name in kd}
-    assert drawn["CUD"][0] == {name: methods.KNOBS[name].default for name in methods.CUD.knobs}
+    assert drawn["CUD"][1] == {name: methods.KNOBS[name].default for name in methods.CUD.knobs}
+    assert len({setting["student_rate"] for setting in drawn["Student CE"]}) == 7
     for name, value in (pair for setting in drawn["CUD"] for pair in setting.items()):
         assert methods.KNOBS[name].low <= value <= methods.KNOBS[name].high
 
@@ -190,6 +195,7 @@ def test_timing_refuses_losses_that_differ() -> None:
     def loss(scale: float) -> methods.CUDLoss:
         return methods.distillation({"temperature": scale, "kd_weight": 0.5, "budget": 0.5, "margin": 0.7})
 
+    preflight()
     require_same(loss(2.0), loss(2.0), logits, teacher, labels)
     with pytest.raises(RuntimeError, match="differs from plain PyTorch"):
         require_same(loss(2.0), loss(3.0), logits, teacher, labels)
@@ -209,7 +215,7 @@ def test_tiny_run_writes_a_full_report(
     for method in METHODS:
         assert f"<td>{method.name}</td>" in page
     assert page.count("data:image/svg+xml;base64,") == 3
-    assert re.findall(r"""(?:src|href)\s*=\s*["']?(?!data:)[^\s>]+|@import|url\(""", page) == []
+    assert re.findall(r"""(?:src|href)\s*=\s*(?!["']?data:)[^\s>]+|@import|url\(""", page) == []
     for line in conclude(results.scores):
         assert line in page
     assert "Unicode License" in page

@@ -18,7 +18,8 @@ inline F element(const StudentGradient<F>& c, F dt, F ds, F inv_tau) {
   } else if constexpr (Ones > 0) {
     g = g + c.student_one * exp(ds);
   }
-  if constexpr (Holes) g = select(ds == F(kNothing<float>), F(0), g);
+  if constexpr (Holes)
+    g = select(ds == F(kNothing<float>), F(0) * (c.student_tau + c.student_one), g);  // NaN in a NaN row
   return g;
 }
 
