@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import overload, Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor

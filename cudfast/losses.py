@@ -52,6 +52,7 @@ class CUDLoss(nn.Module):
         TypeError, ValueError, RuntimeError: see `cudfast.functional.cud_loss`.
 
     Example:
+        >>> import torch
         >>> loss = CUDLoss(temperature=2.0)
         >>> student, teacher = torch.randn(8, 77, requires_grad=True), torch.randn(8, 77)
         >>> labels = torch.randint(77, (8,))
@@ -146,6 +147,7 @@ class DUSLoss(nn.Module):
         TypeError, ValueError, RuntimeError: see `cudfast.functional.dus_loss`.
 
     Example:
+        >>> import torch
         >>> loss = DUSLoss()
         >>> logits = torch.randn(8, 77, requires_grad=True)
         >>> loss(logits, torch.randint(77, (8,))).backward()

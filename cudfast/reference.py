@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .options import CUDOptions, DUSOptions, WClip
+from .options import CUDOptions, DUSOptions
 from .rows import Rows, State, compute_dtype, refuse_label, refuse_value, vector_dtype
 
 NOTHING = -torch.inf

@@ -79,7 +79,8 @@ def test_accumulation_by_num_items_equals_one_batch(backend: str, batch: tuple[t
     options = CUDOptions(backend=backend)
     whole = cud_loss(student, teacher, labels, options, num_items=7)
     parts = [
-        cud_loss(student[i : i + 2], teacher[i : i + 2], labels[i : i + 2], options, num_items=7) for i in range(0, 8, 2)
+        cud_loss(student[i : i + 2], teacher[i : i + 2], labels[i : i + 2], options, num_items=7)
+        for i in range(0, 8, 2)
     ]
     torch.testing.assert_close(sum(parts), whole)
 
@@ -148,8 +149,12 @@ def test_leading_shapes(backend: str) -> None:
 def test_empty_batches(backend: str) -> None:
     student = torch.randn(0, V, requires_grad=True)
     for reduction in ("mean", "sum"):
-        loss = cud_loss(student, torch.randn(0, V), torch.empty(0, dtype=torch.int64),
-                        CUDOptions(reduction=reduction, backend=backend))
+        loss = cud_loss(
+            student,
+            torch.randn(0, V),
+            torch.empty(0, dtype=torch.int64),
+            CUDOptions(reduction=reduction, backend=backend),
+        )
         assert loss.item() == 0.0
         assert gradient(loss, student).shape == (0, V)
     loss = cud_loss(student, torch.randn(0, V), None, CUDOptions(reduction="none", backend=backend))
@@ -217,7 +222,9 @@ def test_mass_where_the_student_cannot_go_is_infinite(backend: str) -> None:
     teacher[1, 4] = -torch.inf
     assert cud_loss(student, teacher, torch.tensor([1, 2, 3]), options).isfinite().all()
     teacher[1, 0], student[1, 0] = 30.0, 0.0  # a confident wrong top-1, and the label where the student has -inf
-    rows = cud_loss(student, teacher, torch.tensor([1, 4, 3]), CUDOptions(reduction="none", ce_weight=0, backend=backend))
+    rows = cud_loss(
+        student, teacher, torch.tensor([1, 4, 3]), CUDOptions(reduction="none", ce_weight=0, backend=backend)
+    )
     assert rows[1] == torch.inf
 
 
@@ -263,8 +270,9 @@ def test_statistics(backend: str, batch: tuple[torch.Tensor, ...]) -> None:
     student, teacher, labels = batch
     student[3, 20] = 50.0
     for tau in (2.0, 3.0):
-        loss, stats = cud_loss(student, teacher, labels, CUDOptions(temperature=tau, backend=backend),
-                               return_stats=True)
+        loss, stats = cud_loss(
+            student, teacher, labels, CUDOptions(temperature=tau, backend=backend), return_stats=True
+        )
         assert torch.equal(loss, cud_loss(student, teacher, labels, CUDOptions(temperature=tau, backend=backend)))
         counts, labelled = labels != -100, labels >= 0
         p, index = teacher.softmax(-1), labels.clamp(min=0)[:, None]

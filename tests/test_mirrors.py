@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cudfast import DUSOptions, CUDOptions, WClip, reference
+from cudfast import CUDOptions, DUSOptions, WClip, reference
 from cudfast.backends.native import _native, _native_options
 
 row = _native.row
@@ -88,8 +88,12 @@ def test_teacher(seed: int) -> None:
         states.append([m, *(float(v) for v in sums), z[rng.randrange(5)]])
     merged = reference.teacher_merge(*(reference.TeacherState(*tensors(s)) for s in states))
     same(row.teacher_merge(*states), merged)
-    options = DUSOptions(gamma=rng.choice([0, 0.5, 1, 10]), gate_power=rng.choice([0, 0.5, 1, 3]),
-                         differentiate_gate=seed % 2 == 0, ce_weight=rng.choice([0.0, 1.0]))
+    options = DUSOptions(
+        gamma=rng.choice([0, 0.5, 1, 10]),
+        gate_power=rng.choice([0, 0.5, 1, 3]),
+        differentiate_gate=seed % 2 == 0,
+        ce_weight=rng.choice([0.0, 1.0]),
+    )
     alpha = torch.tensor([0.7], dtype=f64)
     for state in states:
         if state[0] == -INF:
@@ -124,7 +128,9 @@ def test_replace_and_finish(seed: int) -> None:
     clip = row.wclip(min(0.0, values[8] - values[0]) if values[0] > -INF else 0.0, 0.5, 0.7)
     same(row.replace(values, clip, 0.5), reference.replace(state, reference.Clip(*tensors(clip)), 0.5))
     options = CUDOptions(
-        temperature=2.0, calibration=WClip() if seed % 3 else None, kd_weight=rng.choice([0.0, 0.8]),
+        temperature=2.0,
+        calibration=WClip() if seed % 3 else None,
+        kd_weight=rng.choice([0.0, 0.8]),
         ce_weight=rng.choice([0.0, 0.2]),
     )
     tau, kd, ce = (torch.tensor([v], dtype=f64) for v in (2.0, 0.3, 0.4 if labelled else 0.0))

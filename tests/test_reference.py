@@ -33,7 +33,11 @@ def test_teacher_loss_is_equation_3(backend: str, gamma: float, power: float, di
     logits = (3 * torch.randn(6, 11, dtype=f64)).requires_grad_()
     labels, alpha = torch.tensor([0, 3, 10, 2, -100, 5]), torch.rand(11, dtype=f64) + 0.1
     loss = DUSLoss(
-        gamma=gamma, alpha=alpha, gate_power=power, differentiate_gate=differentiate_gate, reduction="sum",
+        gamma=gamma,
+        alpha=alpha,
+        gate_power=power,
+        differentiate_gate=differentiate_gate,
+        reduction="sum",
         backend=backend,
     )(logits, labels)
     expected = dus_rows(
@@ -50,8 +54,9 @@ def test_gradcheck(backend: str, reduction: str) -> None:
     for save in ("state", "gradient"):
         cud = CUDLoss(3.0, reduction=reduction, save=save, backend=backend)
         assert torch.autograd.gradcheck(lambda s, f=cud: f(s, teacher, labels), student)
-        dus = DUSLoss(gamma=1.5, gate_power=0.7, differentiate_gate=True, reduction=reduction, save=save,
-                      backend=backend)
+        dus = DUSLoss(
+            gamma=1.5, gate_power=0.7, differentiate_gate=True, reduction=reduction, save=save, backend=backend
+        )
         assert torch.autograd.gradcheck(lambda s, f=dus: f(s, labels.abs()), student)
 
 

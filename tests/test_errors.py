@@ -1,0 +1,289 @@
+"""Bad input: the type of the error and its exact words, before any kernel runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from cudfast import CUDLoss, CUDOptions, DUSLoss, DUSOptions, WClip, backends
+from cudfast.functional import cud_loss, dus_loss
+
+S, T, Y = torch.randn(4, 7), torch.randn(4, 7), torch.tensor([0, 1, 2, 3])
+
+
+CASES: list[tuple[type[Exception], str, Callable[[], object]]] = [
+    (TypeError, "student_logits: expected a torch.Tensor of logits (..., V), got list", lambda: cud_loss([1.0], T, Y)),
+    (
+        TypeError,
+        "student_logits has dtype torch.int64: expected one of float32, float64, bfloat16, float16",
+        lambda: cud_loss(S.long(), T, Y),
+    ),
+    (
+        TypeError,
+        "teacher_logits has layout torch.sparse_coo: expected a dense (strided) tensor; call .to_dense() first",
+        lambda: cud_loss(S, T.to_sparse(), Y),
+    ),
+    (
+        ValueError,
+        "student_logits has shape (): expected (..., V) with at least one class",
+        lambda: cud_loss(torch.tensor(1.0), T, Y),
+    ),
+    (
+        ValueError,
+        "student_logits has shape (4, 0): expected (..., V) with at least one class",
+        lambda: cud_loss(S[:, :0], T[:, :0], Y),
+    ),
+    (
+        TypeError,
+        "teacher_logits is None: expected logits (..., V), unless kd_weight=0 and return_stats=False",
+        lambda: cud_loss(S, None, Y),
+    ),
+    (
+        ValueError,
+        "teacher_logits requires grad, and no gradient flows to the teacher: run the teacher under "
+        "torch.no_grad(), or pass teacher_logits.detach()",
+        lambda: cud_loss(S, T.clone().requires_grad_(), Y),
+    ),
+    (
+        ValueError,
+        "student_logits has 7 classes and teacher_logits has 6: expected the same width. If one of them is "
+        "padded, pass num_classes=6 (the number of real classes)",
+        lambda: cud_loss(S, T[:, :6], Y),
+    ),
+    (
+        ValueError,
+        "num_classes=9 is more than the 7 columns of student_logits",
+        lambda: cud_loss(S, T, Y, CUDOptions(num_classes=9)),
+    ),
+    (
+        ValueError,
+        "student_logits has shape (4, 7) and teacher_logits (3, 7): expected the same leading shape",
+        lambda: cud_loss(S, T[:3], Y),
+    ),
+    (
+        ValueError,
+        "student_logits is on cpu and teacher_logits on meta: move them to one device",
+        lambda: cud_loss(S, T.to("meta"), Y),
+    ),
+    (
+        TypeError,
+        "labels: expected a torch.Tensor of class indices (...), got list",
+        lambda: cud_loss(S, T, [0, 1, 2, 3]),
+    ),
+    (
+        TypeError,
+        "labels has dtype torch.float32: expected int64 class indices (class probabilities belong to the teacher)",
+        lambda: cud_loss(S, T, Y.float()),
+    ),
+    (
+        ValueError,
+        "labels has shape (3,): expected (4,), that of student_logits without its last axis",
+        lambda: cud_loss(S, T, Y[:3]),
+    ),
+    (
+        ValueError,
+        "labels is on meta and student_logits on cpu: move them to one device",
+        lambda: cud_loss(S, T, Y.to("meta")),
+    ),
+    (
+        ValueError,
+        "labels[3] = 7: expected a class in [0, 7), ignore_index=-100 or unlabeled_index=-1",
+        lambda: cud_loss(S, T, torch.tensor([0, 1, -1, 7])),
+    ),
+    (
+        ValueError,
+        "labels[1, 0] = -2: expected a class in [0, 7), ignore_index=-100",
+        lambda: dus_loss(S.view(2, 2, 7), torch.tensor([[0, 1], [-2, 3]])),
+    ),
+    (
+        ValueError,
+        "labels[2] = 6: expected a class in [0, 6), ignore_index=-100 or unlabeled_index=-1",
+        lambda: cud_loss(S, T, torch.tensor([0, 1, 6, 2]), CUDOptions(num_classes=6)),
+    ),
+    (
+        TypeError,
+        "weight: expected a torch.Tensor with one weight per row, got list",
+        lambda: cud_loss(S, T, Y, weight=[1.0]),
+    ),
+    (TypeError, "weight has dtype torch.int64: expected floating point", lambda: cud_loss(S, T, Y, weight=Y)),
+    (
+        ValueError,
+        "weight[1] = -0.5: expected a finite number >= 0",
+        lambda: cud_loss(S, T, Y, weight=torch.tensor([1.0, -0.5, 1, 1])),
+    ),
+    (
+        ValueError,
+        "weight requires grad, and no gradient flows to it: pass weight.detach()",
+        lambda: cud_loss(S, T, Y, weight=torch.ones(4, requires_grad=True)),
+    ),
+    (
+        ValueError,
+        "temperature[2] = 0.0: expected a finite number > 0",
+        lambda: cud_loss(S, T, Y, temperature=torch.tensor([1.0, 2, 0, 1])),
+    ),
+    (ValueError, "temperature=-1: expected a finite number > 0", lambda: cud_loss(S, T, Y, temperature=-1)),
+    (
+        TypeError,
+        "temperature: expected a number or a tensor (...), got str",
+        lambda: cud_loss(S, T, Y, temperature="hot"),
+    ),
+    (ValueError, "num_items=-3: expected a finite number >= 0", lambda: cud_loss(S, T, Y, num_items=-3)),
+    (ValueError, "num_items has shape (2,): expected one number", lambda: cud_loss(S, T, Y, num_items=torch.ones(2))),
+    (
+        TypeError,
+        "num_items: expected a number or a tensor of one, got str",
+        lambda: cud_loss(S, T, Y, num_items="many"),
+    ),
+    (TypeError, "options: expected CUDOptions, got DUSOptions", lambda: cud_loss(S, T, Y, DUSOptions())),
+    (
+        TypeError,
+        "labels is None: the teacher loss needs a label (or ignore_index) for every row",
+        lambda: dus_loss(S, None),
+    ),
+    (
+        ValueError,
+        "alpha is torch.float32 (6,): expected floating point (7,)",
+        lambda: dus_loss(S, Y, alpha=torch.ones(6)),
+    ),
+    (
+        ValueError,
+        "alpha of the label of row 2 is -1.0: expected a finite number > 0",
+        lambda: dus_loss(S, Y, alpha=torch.tensor([1.0, 1, -1, 1, 1, 1, 1])),
+    ),
+    (
+        ValueError,
+        "inplace=True would overwrite student_logits, a leaf that requires grad (a parameter or an input you "
+        "keep): use inplace=False, or pass the output of a layer",
+        lambda: CUDLoss(inplace=True)(S.clone().requires_grad_(), T, Y),
+    ),
+    (
+        ValueError,
+        "student_logits shares memory with teacher_logits, which would be overwritten: clone one of them",
+        lambda: CUDLoss(inplace=True)((s := S * 1), s, Y),
+    ),
+    (
+        ValueError,
+        "student_logits has shape (4, 7) and strides (0, 1): expected rows that are dense and do not overlap, "
+        "to write a gradient into; call .contiguous() first",
+        lambda: CUDLoss(inplace=True)(S[:1].expand(4, 7), T, Y),
+    ),
+    (
+        ValueError,
+        "grad_out is torch.float32 (4, 6) on cpu: expected torch.float32 (4, 7) on cpu, as student_logits",
+        lambda: cud_loss(S, T, Y, grad_out=torch.empty(4, 6)),
+    ),
+    (
+        ValueError,
+        "grad_out shares memory with student_logits: use inplace=True to write the gradient over it",
+        lambda: cud_loss(S, T, Y, grad_out=S),
+    ),
+    (
+        ValueError,
+        "grad_out shares memory with teacher_logits, which would be overwritten: clone one of them",
+        lambda: cud_loss(S, T, Y, grad_out=T),
+    ),
+    (
+        ValueError,
+        "grad_out requires grad: expected plain memory, e.g. torch.empty_like(logits)",
+        lambda: cud_loss(S, T, Y, grad_out=torch.empty(4, 7, requires_grad=True)),
+    ),
+    (
+        ValueError,
+        "inplace=True and grad_out were both given: the gradient can go to one place only",
+        lambda: cud_loss(S * 1, T, Y, CUDOptions(inplace=True), grad_out=torch.empty(4, 7)),
+    ),
+    (ValueError, "CUDOptions(temperature=0): expected a finite number in (0, inf)", lambda: CUDLoss(0)),
+    (ValueError, "CUDOptions(temperature=nan): expected a finite number in (0, inf)", lambda: CUDLoss(float("nan"))),
+    (TypeError, "CUDOptions(temperature=...): expected a number, got str", lambda: CUDLoss("2")),
+    (ValueError, "CUDOptions(kd_weight=-0.1): expected a finite number in [0, inf)", lambda: CUDLoss(kd_weight=-0.1)),
+    (
+        ValueError,
+        "CUDOptions(ce_weight=inf): expected a finite number in [0, inf)",
+        lambda: CUDLoss(ce_weight=float("inf")),
+    ),
+    (TypeError, "calibration='wclip': expected WClip(budget, margin) or None", lambda: CUDLoss(calibration="wclip")),
+    (
+        ValueError,
+        "WClip(budget=1): expected a finite number in [0, 1): the top-1 keeps some of its mass",
+        lambda: WClip(budget=1),
+    ),
+    (ValueError, "WClip(margin=0): expected a finite number in (0, 1]", lambda: WClip(margin=0)),
+    (
+        ValueError,
+        "CUDOptions(reduction='avg'): expected one of 'none', 'sum', 'mean'",
+        lambda: CUDLoss(reduction="avg"),
+    ),
+    (ValueError, "CUDOptions(save='all'): expected one of 'auto', 'state', 'gradient'", lambda: CUDLoss(save="all")),
+    (
+        ValueError,
+        "CUDOptions(backend='gpu'): expected one of 'auto', 'reference', 'native'",
+        lambda: CUDLoss(backend="gpu"),
+    ),
+    (
+        ValueError,
+        "unlabeled_index and ignore_index are both -1: expected two different values",
+        lambda: CUDLoss(ignore_index=-1),
+    ),
+    (TypeError, "CUDOptions(ignore_index=...): expected an int, got float", lambda: CUDLoss(ignore_index=1.5)),
+    (ValueError, "num_classes=0: expected at least 1, or None for every column", lambda: CUDLoss(num_classes=0)),
+    (
+        ValueError,
+        "DUSOptions(gate_threshold=1.5): expected a finite number in [0, 1]",
+        lambda: DUSLoss(gate_threshold=1.5),
+    ),
+    (ValueError, "DUSOptions(alpha=0.0): expected a finite number in (0, inf)", lambda: DUSLoss(alpha=0)),
+    (
+        ValueError,
+        "backend 'native' works on CPU tensors, got logits on meta; use backend='auto' or 'reference'",
+        lambda: cud_loss(S.to("meta"), T.to("meta"), None, CUDOptions(backend="native")),
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "words", "call"), CASES, ids=[words[:60] for _, words, _ in CASES])
+def test_bad_input(kind: type[Exception], words: str, call: Callable[[], object]) -> None:
+    with pytest.raises(kind, match=f"^{re.escape(words)}$"):
+        call()
+
+
+@pytest.mark.parametrize("labels", [[0, 1, -1, 7], [9, 0, 0, 0]])
+def test_both_backends_refuse_the_same_row(labels: list[int]) -> None:
+    words = []
+    for backend in ("native", "reference"):
+        with pytest.raises(ValueError, match="expected a class in") as error:
+            cud_loss(S, T, torch.tensor(labels), CUDOptions(backend=backend))
+        words.append(str(error.value))
+    assert words[0] == words[1]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_check_finite_names_the_row(backend: str, value: float) -> None:
+    logits = torch.randn(2, 3, 7)
+    logits[1, 0, 2] = value
+    labels = torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^row 1, 0 holds NaN, \+inf, or nothing but -inf"):
+        CUDLoss(check_finite=True, backend=backend)(logits, torch.randn(2, 3, 7), labels)
+    with pytest.raises(ValueError, match=r"^row 1, 0 holds NaN"):
+        DUSLoss(check_finite=True, backend=backend)(logits.requires_grad_(), labels)
+    labels[1, 0] = -100
+    CUDLoss(check_finite=True, backend=backend)(logits, torch.randn(2, 3, 7), labels)
+
+
+def test_a_backend_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = backends.load
+    monkeypatch.setattr(backends, "load", lambda name: "no C++ compiler found" if name == "native" else real(name))
+    with pytest.raises(RuntimeError, match="^backend 'native' is not available: no C\\+\\+ compiler found$"):
+        backends.choose("native", torch.device("cpu"))
+    assert backends.choose("auto", torch.device("cpu")) is real("reference")
+
+
+def test_the_environment_sets_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDFAST_BACKEND", "reference")
+    assert backends.choose("auto", torch.device("cpu")) is backends.load("reference")
+    assert backends.choose("native", torch.device("cpu")) is backends.load("native")
+    monkeypatch.setenv("CUDFAST_BACKEND", "cublas")
+    with pytest.raises(ValueError, match="^CUDFAST_BACKEND='cublas': expected one of auto, native, reference$"):
+        backends.choose("auto", torch.device("cpu"))

@@ -1,0 +1,88 @@
+"""What a user meets besides the losses: the command line, leaks, the import."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+
+import cudfast
+from cudfast import CUDLoss, DUSLoss, info
+from cudfast.__main__ import main
+from cudfast.backends import native
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["cudfast"].strip() == cudfast.__version__
+    assert lines["backend native"].strip() == lines["backend reference"].strip() == "available, self-check ok"
+    assert lines["instruction set"].strip().startswith(native.isa())
+
+
+def test_info_says_why_a_backend_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(info.backends, "load", lambda name: "no C++ compiler found (looked for c++, g++, clang++)")
+    assert main(["info"]) == 0
+    assert re.search(r"backend native +missing: no C\+\+ compiler found", capsys.readouterr().out)
+
+
+def test_a_wrong_number_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "_KNOWN_LOSS", 1.0)
+    text, good = info.describe()
+    assert not good
+    assert "wrong: got 1.348705" in text
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx1024"])
+def test_isa_from_the_environment(isa: str) -> None:
+    script = "from cudfast.backends import native; print(native.isa())"
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "CUDFAST_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0
+    if isa == "baseline":
+        assert run.stdout.strip() == "baseline"
+        assert not run.stderr
+    else:
+        assert "CUDFAST_ISA=avx1024 cannot run here; expected one of: baseline" in run.stderr
+
+
+def resident() -> int:
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's account of memory")
+def test_a_thousand_calls_leak_nothing() -> None:
+    student, teacher, labels = torch.randn(8, 3000), torch.randn(8, 3000), torch.randint(3000, (8,))
+
+    def calls(count: int) -> None:
+        for i in range(count):
+            leaf = student.clone().requires_grad_()
+            loss = CUDLoss(save=("state", "gradient")[i % 2])(leaf, teacher, labels)
+            loss.backward()
+            DUSLoss()(leaf, labels, return_stats=True)[0].backward()
+
+    calls(50)
+    gc.collect()
+    tracemalloc.start()
+    before, traced = resident(), tracemalloc.get_traced_memory()[0]
+    calls(1000)
+    gc.collect()
+    grown, traced = resident() - before, tracemalloc.get_traced_memory()[0] - traced
+    tracemalloc.stop()
+    assert traced < 200_000
+    assert grown < 8_000_000  # a leak of one gradient a call would be 96 MB
