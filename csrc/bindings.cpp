@@ -107,9 +107,8 @@ Answer row_state(const ShapeArgument& shape, const MatrixArgument& logits, const
 template <class Options>
 void row_gradient(const ShapeArgument& shape, const MatrixArgument& logits, const MatrixArgument& target,
                   const VectorsArgument& vectors, double scalar, int64_t ignore_index, int64_t unlabeled_index,
-                  int threads, const Options& options, uintptr_t upstream,
-                  bool per_row_upstream, const ResultsArgument& results, bool wide, const MatrixArgument& gradient,
-                  bool fresh) {
+                  int threads, const Options& options, uintptr_t upstream, bool per_row_upstream,
+                  const ResultsArgument& results, bool wide, const MatrixArgument& gradient, bool fresh) {
   const Rows rows = make_rows(shape, logits, target, vectors, scalar, ignore_index, unlabeled_index, threads);
   Outputs from;
   from.state = address<void>(std::get<1>(results));
@@ -118,8 +117,7 @@ void row_gradient(const ShapeArgument& shape, const MatrixArgument& logits, cons
   from.gradient = matrix(gradient);
   from.fresh = fresh;
   const double* d = address<const double>(std::get<3>(results));
-  gradient_of(rows, options, {d[0], d[1]}, {address<const void>(upstream), per_row_upstream},
-              from);
+  gradient_of(rows, options, {d[0], d[1]}, {address<const void>(upstream), per_row_upstream}, from);
 }
 
 // ---- row/ on scalars, so that a test can hold every function against its mirror ----

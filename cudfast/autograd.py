@@ -118,7 +118,7 @@ class _Loss(torch.autograd.Function):
         logits = ctx.saved_tensors[0]  # create_graph=True
         with torch.no_grad():
             gradient = _Loss._gradient(ctx, upstream)
-        return _Once.apply(logits, upstream, gradient), None, None, None, None
+        return _Once.apply(logits, upstream, gradient), None, None, None, None  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class _Loss(torch.autograd.Function):
 
 
 def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """The saved gradient (..., V) times the upstream one, in its own memory. Reading it on the host waits for no CPU."""
+    """The saved gradient (..., V) times the upstream one, in its own memory."""
     if upstream.dim():
         return gradient.mul_(upstream.reshape(*gradient.shape[:-1], 1))
     if upstream.device.type == "cpu" and upstream.item() == 1:

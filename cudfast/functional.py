@@ -59,7 +59,7 @@ def _labels(labels: object, logits: Tensor, name: str) -> Tensor | None:
     _vector_shape(labels, "labels", logits, name)
     if labels.dtype != torch.int64:
         labels = labels.to(torch.int64)
-    return labels.reshape(-1)
+    return labels.reshape(-1).contiguous()
 
 
 def _vector_shape(vector: Tensor, name: str, logits: Tensor, logits_name: str) -> None:

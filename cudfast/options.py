@@ -1,7 +1,7 @@
 """What a loss is made of: frozen, validated, hashable.
 
-Options never hold tensors. What changes from call to call (labels, weights, a temperature per row) is an argument of the
-call; what makes two losses different is a field here.
+Options never hold tensors. What changes from call to call (labels, weights, a temperature per row) is an argument of
+the call; what makes two losses different is a field here.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class LossOptions:
     check_finite: bool = False
 
     def __post_init__(self) -> None:
-        if self.reduction == "batchmean":
+        if str(self.reduction) == "batchmean":
             object.__setattr__(self, "reduction", "mean")
         _choice(self, "reduction", get_args(Reduction))
         _choice(self, "save", get_args(Save))

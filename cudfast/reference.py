@@ -21,7 +21,7 @@ NOTHING = -torch.inf
 
 
 class StudentState(NamedTuple):
-    """State of rows, or of some of their columns, in the student loss.                               [state-student]"""
+    """State of rows, or of some of their columns, in the student loss.                             [state-student]"""
 
     m_t: Tensor  # (N,) teacher maximum
     s_k: Tensor  # (N,) student logit at the teacher's top-1
@@ -71,7 +71,7 @@ def _down(m: Tensor, to: Tensor) -> Tensor:
 
 
 def student_merge(left: StudentState, right: StudentState, inv_tau: Tensor) -> StudentState:
-    """State of the union of two disjoint sets of columns.                                             [merge-student]"""
+    """State of the union of two disjoint sets of columns.                                           [merge-student]"""
     m_t, m_s = torch.maximum(left.m_t, right.m_t), torch.maximum(left.m_s, right.m_s)
     sums: list[Tensor] = []
     for part in (left, right):
@@ -81,20 +81,22 @@ def student_merge(left: StudentState, right: StudentState, inv_tau: Tensor) -> S
         moved = (teacher * part.z_tau, student * part.s_tau, a, down_s.exp() * part.s_one, down_t.exp() * part.z_one)
         sums = [old + new for old, new in zip(sums, moved)] if sums else list(moved)
     from_left = torch.where(left.m_t == right.m_t, left.k <= right.k, left.m_t > right.m_t)
-    return StudentState(
-        m_t,
-        torch.where(from_left, left.s_k, right.s_k),
-        m_s,
-        *sums,
-        torch.maximum(left.t_y, right.t_y),
-        torch.maximum(left.s_y, right.s_y),
-        torch.maximum(left.impossible, right.impossible),
-        torch.where(from_left, left.k, right.k),
+    return StudentState._make(
+        (
+            m_t,
+            torch.where(from_left, left.s_k, right.s_k),
+            m_s,
+            *sums,
+            torch.maximum(left.t_y, right.t_y),
+            torch.maximum(left.s_y, right.s_y),
+            torch.maximum(left.impossible, right.impossible),
+            torch.where(from_left, left.k, right.k),
+        )
     )
 
 
 class TeacherState(NamedTuple):
-    """State of rows in the teacher loss.                                                             [state-teacher]"""
+    """State of rows in the teacher loss.                                                           [state-teacher]"""
 
     m: Tensor  # (N,) maximum
     z: Tensor  # (N,) sum exp(z_j - m)
@@ -114,7 +116,7 @@ def teacher_fold(x: Tensor) -> TeacherSums:
 
 
 def teacher_merge(left: TeacherState, right: TeacherState) -> TeacherState:
-    """e' = e^(m - m') (e + z (m - m'))                                                                [merge-teacher]"""
+    """e' = e^(m - m') (e + z (m - m'))                                                              [merge-teacher]"""
     m = torch.maximum(left.m, right.m)
     z, e = torch.zeros_like(m), torch.zeros_like(m)
     for part in (left, right):
@@ -128,7 +130,7 @@ def teacher_merge(left: TeacherState, right: TeacherState) -> TeacherState:
 
 
 class Clip(NamedTuple):
-    """W-Clip of rows.                                                                                         [clip]"""
+    """W-Clip of rows.                                                                                       [clip]"""
 
     r: Tensor  # (N,) moved mass times Z1; 0 when nothing moves
     t_k: Tensor  # (N,) new teacher logit of the top-1, minus m_t
@@ -149,7 +151,7 @@ class TargetSums(NamedTuple):
 
 
 def replace(state: StudentState, clip: Clip, inv_tau: Tensor) -> TargetSums:
-    """The teacher's sums after the clip: two contributions leave, two come in.                             [replace]"""
+    """The teacher's sums after the clip: two contributions leave, two come in.                           [replace]"""
     moves = clip.r > 0
     w_k, w_y = (state.s_k - state.m_s) * inv_tau, (state.s_y - state.m_s) * inv_tau
     blocked = moves & ((w_k == NOTHING) | (w_y == NOTHING))
@@ -177,7 +179,7 @@ class RowWeights(NamedTuple):
 
 
 def row_weights(ignored: Tensor, labelled: Tensor, weight: Tensor) -> RowWeights:
-    """How much a row counts in each term.                                                              [row-weights]"""
+    """How much a row counts in each term.                                                            [row-weights]"""
     kd = torch.where(ignored, 0, weight)
     return RowWeights(kd, torch.where(labelled, kd, 0))
 
@@ -191,20 +193,20 @@ class StudentLoss(NamedTuple):
 
 
 def kd_value(state: StudentState, target: TargetSums, tau: Tensor) -> Tensor:
-    """tau^2 KL(q || p) = tau^2 (a / z - log z + log s); rounding below 0 is 0.                                  [kd]"""
-    kl = target.a / target.z_tau - target.z_tau.log() + state.s_tau.log()
+    """tau^2 KL(q || p) = tau^2 (a / z + log(s / z)); rounding below 0 is 0.                                   [kd]"""
+    kl = target.a / target.z_tau + (state.s_tau / target.z_tau).log()
     kl = torch.where(kl < 0, 0, tau * tau * kl)
     kl = torch.where(target.impossible > 0, torch.inf + 0 * (target.z_tau * state.s_tau), kl)
     return torch.where((state.m_t == NOTHING) | (state.m_s == NOTHING), torch.nan, kl)
 
 
 def ce_value(s_one: Tensor, s_y: Tensor, m_s: Tensor) -> Tensor:
-    """-log p_y = log S1 - (s_y - m_s)                                                                           [ce]"""
+    """-log p_y = log S1 - (s_y - m_s)                                                                         [ce]"""
     return s_one.log() - (s_y - m_s)
 
 
 class StudentGradient(NamedTuple):
-    """Coefficients of dL/ds_j.                                                                    [student-gradient]"""
+    """Coefficients of dL/ds_j.                                                                  [student-gradient]"""
 
     student_tau: Tensor  # (N,)
     teacher_tau: Tensor  # (N,)
@@ -247,7 +249,7 @@ class Term(NamedTuple):
 
 
 def focal(log_p: Tensor, gamma: float, alpha: Tensor) -> Term:
-    """alpha (1 - p)^gamma (-log p)                                                                            [focal]"""
+    """alpha (1 - p)^gamma (-log p)                                                                          [focal]"""
     a = -torch.expm1(log_p)
     a_gamma = a**gamma
     ratio = torch.where(a > 0, log_p / a, -1)
@@ -259,7 +261,7 @@ def focal(log_p: Tensor, gamma: float, alpha: Tensor) -> Term:
 
 
 def gate(log_p: Tensor, o: DUSOptions) -> Term:
-    """w = 1{p < threshold} + scale (1 - p)^power                                                               [gate]"""
+    """w = 1{p < threshold} + scale (1 - p)^power                                                             [gate]"""
     a = -torch.expm1(log_p)
     value = (1 - a < o.gate_threshold).to(a.dtype) + o.gate_scale * a**o.gate_power
     if not o.gate_power > 0:
@@ -297,7 +299,7 @@ def teacher_finish(state: TeacherState, alpha: Tensor, o: DUSOptions) -> Teacher
 
 
 class TeacherGradient(NamedTuple):
-    """dL/dz_j = p_j (one + log * log p_j) + label 1[j = y]                                        [teacher-gradient]"""
+    """dL/dz_j = p_j (one + log * log p_j) + label 1[j = y]                                      [teacher-gradient]"""
 
     one: Tensor  # (N,)
     log: Tensor  # (N,)
@@ -313,13 +315,13 @@ def teacher_coefficients(loss: TeacherLoss, scale: Tensor) -> TeacherGradient:
 
 
 def student_element(c: StudentGradient, dt: Tensor, ds: Tensor, inv_tau: Tensor) -> Tensor:
-    """dL/ds_j without the label's share (N, V); coefficients and inv_tau (N, 1).                   [element-student]"""
+    """dL/ds_j without the label's share (N, V); coefficients and inv_tau (N, 1).                 [element-student]"""
     g = c.student_tau * (ds * inv_tau).exp() - c.teacher_tau * (dt * inv_tau).exp() + c.student_one * ds.exp()
     return torch.where(ds == NOTHING, 0 * (c.student_tau + c.student_one), g)  # NaN in a NaN row
 
 
 def teacher_element(c: TeacherGradient, x: Tensor, inv_z: Tensor, log_z: Tensor) -> Tensor:
-    """dL/dz_j without the label's share (N, V).                                                    [element-teacher]"""
+    """dL/dz_j without the label's share (N, V).                                                  [element-teacher]"""
     log_p = torch.where(x > NOTHING, x - log_z, 0)
     return x.exp() * inv_z * (c.one + c.log * log_p)
 
@@ -329,7 +331,7 @@ def teacher_element(c: TeacherGradient, x: Tensor, inv_z: Tensor, log_z: Tensor)
 
 def _flat(logits: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
     """(N, V) in the compute dtype."""
-    return logits[..., : rows.classes].reshape(rows.count, rows.classes).to(dtype)
+    return logits[..., : rows.classes].reshape(rows.n, rows.classes).to(dtype)
 
 
 def _column(values: Tensor) -> Tensor:
@@ -339,7 +341,7 @@ def _column(values: Tensor) -> Tensor:
 class _Marks(NamedTuple):
     ignored: Tensor  # (N,) bool
     labelled: Tensor  # (N,) bool
-    index: Tensor  # (N, 1) int64, a valid column even where there is no label
+    column: Tensor  # (N, 1) int64, a valid column even where there is no label
     weights: RowWeights
 
 
@@ -347,10 +349,10 @@ def _mark(rows: Rows, options: CUDOptions | DUSOptions) -> _Marks:
     device = rows.logits.device
     weight = rows.weight
     if weight is None:
-        weight = torch.ones(rows.count, dtype=vector_dtype(device), device=device)
+        weight = torch.ones(rows.n, dtype=vector_dtype(device), device=device)
     ignored = weight == 0
     labelled = torch.zeros_like(ignored)
-    index = torch.zeros(rows.count, dtype=torch.int64, device=device)
+    index = torch.zeros(rows.n, dtype=torch.int64, device=device)
     if rows.labels is not None:
         ignored = ignored | (rows.labels == options.ignore_index)
         labelled = rows.labels != options.ignore_index
@@ -394,7 +396,7 @@ def _values(rows: Rows, dtype: torch.dtype) -> Tensor:
     """(N,) temperature or alpha."""
     if rows.per_row is not None:
         return rows.per_row.to(dtype)
-    return torch.full((rows.count,), rows.scalar, dtype=dtype, device=rows.logits.device)
+    return torch.full((rows.n,), rows.scalar, dtype=dtype, device=rows.logits.device)
 
 
 def _centre(logits: Tensor, m: Tensor) -> Tensor:
@@ -407,14 +409,16 @@ def _student_state(rows: Rows, marks: _Marks, dtype: torch.dtype) -> StudentStat
     m_t, m_s = t.amax(-1), s.amax(-1)
     k = (t == _column(m_t)).to(torch.int8).argmax(-1)  # the first of equals, on every device
     sums = student_fold(_centre(t, m_t), _centre(s, m_s), _column(1 / _values(rows, dtype)))
-    at_label = [torch.where(marks.labelled, x.gather(-1, marks.index).squeeze(-1), NOTHING) for x in (t, s)]
-    return StudentState(m_t, s.gather(-1, _column(k)).squeeze(-1), m_s, *sums[:5], *at_label, sums.impossible, k)
+    at_label = [torch.where(marks.labelled, x.gather(-1, marks.column).squeeze(-1), NOTHING) for x in (t, s)]
+    return StudentState._make(
+        (m_t, s.gather(-1, _column(k)).squeeze(-1), m_s, *sums[:5], *at_label, sums.impossible, k)
+    )
 
 
 def _teacher_state(rows: Rows, marks: _Marks, dtype: torch.dtype) -> TeacherState:
     z = _flat(rows.logits, rows, dtype)
     m = z.amax(-1)
-    z_y = torch.where(marks.labelled, z.gather(-1, marks.index).squeeze(-1), NOTHING)
+    z_y = torch.where(marks.labelled, z.gather(-1, marks.column).squeeze(-1), NOTHING)
     return TeacherState(m, *teacher_fold(_centre(z, m)), z_y)
 
 
@@ -434,12 +438,12 @@ def _student_rows(
     s, t = _flat(rows.logits, rows, dtype), _flat(rows.target, rows, dtype)
     dt, ds = _centre(t, state.m_t), s - _column(state.m_s)
     clipped = _column(marks.labelled & (loss.clip.r > 0))
-    for index, new in ((_column(state.k), loss.clip.t_k), (marks.index, loss.clip.t_y)):
+    for index, new in ((_column(state.k), loss.clip.t_k), (marks.column, loss.clip.t_y)):
         dt = dt.scatter(-1, index, torch.where(clipped, _column(new), dt.gather(-1, index)))
     c = student_coefficients(state, loss, tau, kd * upstream, ce * upstream)
     g = student_element(StudentGradient(*map(_column, c)), dt, ds, _column(1 / tau))
     at_label = torch.where(_column(marks.labelled & (state.s_y > NOTHING)), -_column(c.label), 0)
-    return value, g.scatter_add(-1, marks.index, at_label)
+    return value, g.scatter_add(-1, marks.column, at_label)
 
 
 def _teacher_rows(
@@ -455,7 +459,7 @@ def _teacher_rows(
     x = _flat(rows.logits, rows, dtype) - _column(state.m)
     g = teacher_element(TeacherGradient(*map(_column, c)), x, _column(1 / state.z), _column(loss.log_z))
     at_label = torch.where(_column(marks.labelled & (state.z_y > NOTHING)), _column(c.label), 0)
-    return value, g.scatter_add(-1, marks.index, at_label)
+    return value, g.scatter_add(-1, marks.column, at_label)
 
 
 def _write(rows: Rows, marks: _Marks, values: Tensor, gradient: Tensor) -> None:
@@ -507,7 +511,7 @@ def row_gradient(
     marks = _mark(rows, options)
     columns = state.sums.unbind(-1)
     if isinstance(options, CUDOptions):
-        student = StudentState(*columns, state.top1)
+        student = StudentState._make((*columns, state.top1))
         _, g = _student_rows(rows, options, marks, student, state.divisors, upstream)
     else:
         _, g = _teacher_rows(rows, options, marks, TeacherState(*columns), state.divisors, upstream)

@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     classes: int  # V
 
     @property
-    def count(self) -> int:
+    def n(self) -> int:
         """N."""
         return self.logits.shape[:-1].numel()
 

@@ -29,7 +29,7 @@ class StudentStatistics(NamedTuple):
 
 
 class TeacherStatistics(NamedTuple):
-    """Statistics of the teacher loss; every field has the labels' shape (...). Ignored rows hold NaN (correct: False)."""
+    """Statistics of the teacher loss; every field has the labels' shape (...). Ignored rows: NaN (correct: False)."""
 
     label_prob: Tensor  #: p_y
     entropy: Tensor  #: of p, in nats
@@ -39,7 +39,7 @@ class TeacherStatistics(NamedTuple):
 
 def _masks(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[Tensor, Tensor]:
     """(N,) bool: the row counts; it has a label, too."""
-    counts = torch.ones(rows.count, dtype=torch.bool, device=rows.logits.device)
+    counts = torch.ones(rows.n, dtype=torch.bool, device=rows.logits.device)
     if rows.weight is not None:
         counts = rows.weight != 0
     if rows.labels is None:
@@ -53,7 +53,7 @@ def _masks(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[Tensor, Tensor
 
 def student_statistics(rows: Rows, options: CUDOptions, packed: State) -> StudentStatistics:
     """From the states of the first sweep."""
-    state = reference.StudentState(*packed.sums.detach().unbind(-1), packed.top1)
+    state = reference.StudentState._make((*packed.sums.detach().unbind(-1), packed.top1))
     counts, labelled = _masks(rows, options)
     shape = rows.logits.shape[:-1]
 

@@ -201,9 +201,7 @@ def test_timing_refuses_losses_that_differ() -> None:
         require_same(loss(2.0), loss(3.0), logits, teacher, labels)
 
 
-def test_tiny_run_writes_a_full_report(
-    tmp_path: Path, small: data.Dataset, results: Results, console: Console
-) -> None:
+def test_tiny_run_writes_a_full_report(tmp_path: Path, small: data.Dataset, results: Results, console: Console) -> None:
     show(console, results)
     table, runs = save_csv(tmp_path, results)
     with table.open(encoding="utf-8", newline="") as file:
@@ -222,12 +220,8 @@ def test_tiny_run_writes_a_full_report(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["per_seed.csv", "report.html", "results.csv"]
 
 
-def test_one_seed_still_makes_a_report(
-    tmp_path: Path, small: data.Dataset, results: Results, console: Console
-) -> None:
-    scores = {
-        name: {part: runs[:1] for part, runs in parts.items()} for name, parts in results.scores.items()
-    }
+def test_one_seed_still_makes_a_report(tmp_path: Path, small: data.Dataset, results: Results, console: Console) -> None:
+    scores = {name: {part: runs[:1] for part, runs in parts.items()} for name, parts in results.scores.items()}
     single = replace(results, scores=scores)
     show(console, single)
     page = save_html(tmp_path, single, small, replace(TINY, seeds=1)).read_text(encoding="utf-8")
@@ -254,9 +248,7 @@ def test_one_seed_still_makes_a_report(
 def test_conclusion_follows_the_numbers(changes: tuple[float, ...], headline: str, sentence: str) -> None:
     same = Scores(accuracy=0.5, nll=2.0, ece=0.1, brier=0.7, aurc=0.3)
     scores = {method.name: {part: [same] * len(changes) for part in data.PARTS} for method in METHODS}
-    scores["CUD"] = {
-        part: [replace(same, accuracy=0.5 + change) for change in changes] for part in data.PARTS
-    }
+    scores["CUD"] = {part: [replace(same, accuracy=0.5 + change) for change in changes] for part in data.PARTS}
     first, *rest = conclude(scores)
     assert first.startswith(headline)
     assert len(rest) == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -272,10 +272,19 @@ def test_check_finite_names_the_row(backend: str, value: float) -> None:
     CUDLoss(check_finite=True, backend=backend)(logits, torch.randn(2, 3, 7), labels)
 
 
+@pytest.fixture
+def _fresh_choice() -> Iterator[None]:
+    """The choice of a backend is remembered; a test that changes what there is must not be."""
+    backends._chosen.cache_clear()
+    yield
+    backends._chosen.cache_clear()
+
+
+@pytest.mark.usefixtures("_fresh_choice")
 def test_a_backend_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     real = backends.load
     monkeypatch.setattr(backends, "load", lambda name: "no C++ compiler found" if name == "native" else real(name))
-    with pytest.raises(RuntimeError, match="^backend 'native' is not available: no C\\+\\+ compiler found$"):
+    with pytest.raises(RuntimeError, match=r"^backend 'native' is not available: no C\+\+ compiler found$"):
         backends.choose("native", torch.device("cpu"))
     assert backends.choose("auto", torch.device("cpu")) is real("reference")
 
@@ -285,5 +294,5 @@ def test_the_environment_sets_the_default(monkeypatch: pytest.MonkeyPatch) -> No
     assert backends.choose("auto", torch.device("cpu")) is backends.load("reference")
     assert backends.choose("native", torch.device("cpu")) is backends.load("native")
     monkeypatch.setenv("CUDFAST_BACKEND", "cublas")
-    with pytest.raises(ValueError, match="^CUDFAST_BACKEND='cublas': expected one of auto, native, reference$"):
+    with pytest.raises(ValueError, match=r"^CUDFAST_BACKEND='cublas': expected one of auto, native, reference$"):
         backends.choose("auto", torch.device("cpu"))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as F
 
 from cudfast import CUDLoss, CUDOptions, DUSLoss, DUSOptions, WClip
 from cudfast.functional import cud_loss, dus_loss

@@ -110,7 +110,7 @@ def test_mixed_dtypes(isa: str, student_dtype: torch.dtype, teacher_dtype: torch
     dus = DUSLoss(save="gradient")(z, labels)
     z64 = z.detach().to(f64).requires_grad_()
     truth = gradient(dus_rows(z64, labels).mean(), z64)
-    slack = 1e-16 if student_dtype == f64 else 1e-7
+    slack = 1e-16 if student_dtype == f64 else 5e-7
     assert ((gradient(dus, z).to(f64) - truth).abs() <= 1.01 * half_ulp * truth.abs() + tiny + slack).all()
 
 

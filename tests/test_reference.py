@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as F
 
 from cudfast import CUDLoss, DUSLoss, WClip
 

@@ -39,8 +39,16 @@ bool agrees_with_baseline(const Sweeps& candidate) {
     s[i] = 8.0f * std::sin(0.37f * static_cast<float>(i));
     t[i] = 9.0f * std::cos(0.53f * static_cast<float>(i));
   }
-  StudentBlock block{
-      reinterpret_cast<const char*>(s), reinterpret_cast<const char*>(t), DType::f32, DType::f32, false, n, 2, 2, 0.5};
+  StudentBlock block{reinterpret_cast<const char*>(s),
+                     reinterpret_cast<const char*>(t),
+                     DType::f32,
+                     DType::f32,
+                     false,
+                     n,
+                     2,
+                     2,
+                     0.5,
+                     nullptr};
   const Sweeps& baseline = sweeps_baseline();
   StudentBlockState state, expected;
   candidate.student_state(block, state);

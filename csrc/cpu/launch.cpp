@@ -10,9 +10,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../row/element.h"
-#include "simd.h"
-#include "sweeps.h"
+#include "losses.h"
 #include "threads.h"
 
 namespace cudfast {
@@ -30,220 +28,6 @@ bool can_thread() {
 }
 
 namespace {
-
-double load(const Matrix& m, int64_t row, int64_t column) {
-  double value;
-  widen(m.at(row, column), m.dtype, 1, &value);
-  return value;
-}
-
-void store(const Matrix& m, int64_t row, int64_t column, double value) {
-  narrow(&value, 1, m.dtype, m.at(row, column));
-}
-
-// Packed vectors are f32 or f64.
-double get(const void* data, bool wide, int64_t i) {
-  return wide ? static_cast<const double*>(data)[i] : static_cast<double>(static_cast<const float*>(data)[i]);
-}
-
-void put(void* data, bool wide, int64_t i, double value) {
-  if (!data) return;
-  if (wide) {
-    static_cast<double*>(data)[i] = value;
-  } else {
-    static_cast<float*>(data)[i] = static_cast<float>(value);
-  }
-}
-
-double share(double weight, double divisor) { return divisor > 0 ? weight / divisor : 0.0; }
-
-// ---- The two losses, as the driver below sees them: fold a block, merge, finish, map a block ----
-
-struct StudentLossOfRows {
-  using State = StudentState<double>;
-  static constexpr int columns = kStudentColumns;
-
-  const Rows& rows;
-  const StudentOptions& options;
-  Divisors divisors;
-  bool wide;
-  bool statistics;
-
-  StudentBlock block(int64_t row, int64_t column, int n) const {
-    const double tau = rows.value_at(row);
-    const int power = tau == 1 ? 1 : tau == 2 ? 2 : tau == 4 ? 4 : 0;
-    const int ones = statistics ? 2 : options.ce_weight > 0 ? 1 : 0;
-    return {rows.logits.at(row, column),
-            rows.target.at(row, column),
-            rows.logits.dtype,
-            rows.target.dtype,
-            wide,
-            n,
-            power,
-            ones,
-            1 / tau};
-  }
-
-  State fold(int64_t row, int64_t column, int n) const {
-    StudentBlockState part;
-    sweeps().student_state(block(row, column, n), part);
-    State state;
-    state.m_t = part.m_t;
-    state.m_s = part.m_s;
-    state.z_tau = part.z_tau;
-    state.s_tau = part.s_tau;
-    state.a = part.a;
-    state.s_one = part.s_one;
-    state.z_one = part.z_one;
-    state.impossible = part.impossible;
-    state.k = column;  // the block of the maximum; complete() finds the column
-    return state;
-  }
-
-  State merged(int64_t row, const State& left, const State& right) const {
-    return merge(left, right, 1 / rows.value_at(row));
-  }
-
-  void complete(int64_t row, State& state) const {
-    const int n = static_cast<int>(std::min<int64_t>(kBlock, rows.classes - state.k));
-    state.k += sweeps().find(rows.target.at(row, state.k), rows.target.dtype, wide, n, state.m_t);
-    state.s_k = load(rows.logits, row, state.k);
-    if (rows.labelled(row)) {
-      state.t_y = load(rows.target, row, rows.labels[row]);
-      state.s_y = load(rows.logits, row, rows.labels[row]);
-    }
-  }
-
-  void pack(const State& s, int64_t row, const Outputs& out) const {
-    const double values[columns] = {s.m_t,   s.s_k,   s.m_s, s.z_tau, s.s_tau,     s.a,
-                                    s.s_one, s.z_one, s.t_y, s.s_y,   s.impossible};
-    for (int i = 0; i < columns; ++i) put(out.state, out.wide, row * columns + i, values[i]);
-    if (out.top1) out.top1[row] = s.k;
-  }
-
-  State unpack(int64_t row, const Outputs& from) const {
-    double v[columns];
-    for (int i = 0; i < columns; ++i) v[i] = get(from.state, from.wide, row * columns + i);
-    return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], from.top1[row]};
-  }
-
-  // The row's own loss and gradient map, from its state.
-  struct Row {
-    double value = 0;
-    StudentLoss<double> loss;
-    StudentGradient<double> gradient;
-  };
-
-  Row finish_row(int64_t row, const State& state, double upstream) const {
-    const bool labelled = rows.labelled(row);
-    const double tau = rows.value_at(row);
-    const RowWeights<double> weights = row_weights(rows.ignored(row), labelled, rows.weight_at(row));
-    const double kd = options.kd_weight * share(weights.kd, divisors.kd);
-    const double ce = options.ce_weight * share(weights.ce, divisors.ce);
-    Row out;
-    out.loss = finish(state, labelled, tau, options);
-    out.value = (kd != 0 ? kd * out.loss.kd : 0.0) + (ce != 0 ? ce * out.loss.ce : 0.0);
-    out.gradient = coefficients(state, out.loss, tau, kd * upstream, ce * upstream);
-    return out;
-  }
-
-  void map(int64_t row, int64_t column, int n, const State& state, const Row& r, const Matrix& g) const {
-    const StudentBlockMap m{state.m_t,
-                            state.m_s,
-                            r.gradient.student_tau,
-                            r.gradient.teacher_tau,
-                            r.gradient.student_one,
-                            r.loss.impossible,
-                            g.at(row, column),
-                            g.dtype};
-    sweeps().student_gradient(block(row, column, n), m);
-  }
-
-  // Coordinates that the sweep cannot know: the label, and the two that the clip changed. With g == logits the
-  // student's values are gone by now, so they come from the state.
-  void fix(int64_t row, const State& state, const Row& r, const Matrix& g) const {
-    if (!rows.labelled(row)) return;
-    const double inv_tau = 1 / rows.value_at(row);
-    const bool clipped = r.loss.clip.r > 0;
-    const auto at = [&](double s, double dt) { return element<0, 1, true>(r.gradient, dt, s - state.m_s, inv_tau); };
-    const double dt_y = clipped ? r.loss.clip.t_y : state.t_y - state.m_t;
-    const double g_y = at(state.s_y, dt_y);
-    store(g, row, rows.labels[row], state.s_y == kNothing<double> ? 0.0 : g_y - r.gradient.label);
-    if (clipped) store(g, row, state.k, at(state.s_k, r.loss.clip.t_k));
-  }
-};
-
-struct TeacherLossOfRows {
-  using State = TeacherState<double>;
-  static constexpr int columns = kTeacherColumns;
-
-  const Rows& rows;
-  const TeacherOptions& options;
-  Divisors divisors;
-  bool wide;
-
-  TeacherBlock block(int64_t row, int64_t column, int n) const {
-    return {rows.logits.at(row, column), rows.logits.dtype, wide, n};
-  }
-
-  State fold(int64_t row, int64_t column, int n) const {
-    TeacherBlockState part;
-    sweeps().teacher_state(block(row, column, n), part);
-    State state;
-    state.m = part.m;
-    state.z = part.z;
-    state.e = part.e;
-    return state;
-  }
-
-  State merged(int64_t, const State& left, const State& right) const { return merge(left, right); }
-
-  void complete(int64_t row, State& state) const {
-    if (rows.labelled(row)) state.z_y = load(rows.logits, row, rows.labels[row]);
-  }
-
-  void pack(const State& s, int64_t row, const Outputs& out) const {
-    const double values[columns] = {s.m, s.z, s.e, s.z_y};
-    for (int i = 0; i < columns; ++i) put(out.state, out.wide, row * columns + i, values[i]);
-  }
-
-  State unpack(int64_t row, const Outputs& from) const {
-    double v[columns];
-    for (int i = 0; i < columns; ++i) v[i] = get(from.state, from.wide, row * columns + i);
-    return {v[0], v[1], v[2], v[3]};
-  }
-
-  struct Row {
-    double value = 0;
-    TeacherLoss<double> loss;
-    TeacherGradient<double> gradient;
-  };
-
-  Row finish_row(int64_t row, const State& state, double upstream) const {
-    const RowWeights<double> weights = row_weights(rows.ignored(row), rows.labelled(row), rows.weight_at(row));
-    const double scale = share(weights.ce, divisors.ce);
-    Row out;
-    if (scale == 0) return out;
-    out.loss = finish(state, rows.value_at(row), options);
-    out.value = scale * out.loss.value;
-    out.gradient = coefficients(out.loss, scale * upstream);
-    return out;
-  }
-
-  void map(int64_t row, int64_t column, int n, const State& state, const Row& r, const Matrix& g) const {
-    const TeacherBlockMap m{state.m,        1 / state.z,       r.loss.log_z, r.gradient.one,
-                            r.gradient.log, g.at(row, column), g.dtype};
-    sweeps().teacher_gradient(block(row, column, n), m);
-  }
-
-  void fix(int64_t row, const State& state, const Row& r, const Matrix& g) const {
-    if (!rows.labelled(row) || r.gradient.label == 0) return;
-    const double p = element<true>(r.gradient, state.z_y - state.m, 1 / state.z, r.loss.log_z);
-    store(g, row, rows.labels[row], state.z_y == kNothing<double> ? 0.0 : p + r.gradient.label);
-  }
-};
-
-// ---- The driver ----
 
 // Below this many elements a second thread costs more than it brings (a fork and join take some 5 us).
 constexpr int64_t kSmall = 1 << 15;
@@ -281,18 +65,90 @@ void ask_for_huge_pages(const Rows& rows, const Matrix& g) {
 #endif
 }
 
+// What one thread works with. Kept from call to call, so that a row costs no allocation.
+template <class State>
+struct Scratch {
+  std::vector<State> parts;    // states of a row's blocks
+  std::vector<double> memory;  // exponentials of a row, two per element
+};
+
+template <class State>
+Scratch<State>& scratch() {
+  static thread_local Scratch<State> own;
+  return own;
+}
+
+// Exponentials are kept for the second sweep while two of them an element fit beside the row in a second-level cache.
+// The choice depends on the row alone, never on threads: the same bits whatever they are.
+constexpr int64_t kKeepBytes = 5 << 18;
+
+template <class State>
+char* room_for_exponentials(Scratch<State>& own, const Plan& p, int64_t element) {
+  const int64_t bytes = 2 * p.blocks * kBlock * element;
+  if (p.blocks * kBlock > kKeepBytes / (2 * element)) return nullptr;
+  own.memory.resize(static_cast<size_t>(bytes + 64) / sizeof(double));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(own.memory.data());
+  return reinterpret_cast<char*>((begin + 63) / 64 * 64);
+}
+
+// One row, its blocks over `threads`.
 template <class Loss>
-void gradient_of_row(const Loss& loss, int64_t row, const typename Loss::State& state, const typename Loss::Row& r,
-                     const Matrix& g, const Plan& p, int threads) {
-  const Rows& rows = loss.rows;
-  // Backwards: the end of a row that is longer than the cache is what is still in it.
-  parallel(threads, Schedule::same, p.blocks, [&](int64_t i) {
-    const int64_t column = (threads > 1 ? i : p.blocks - 1 - i) * kBlock;
-    const int n = static_cast<int>(std::min<int64_t>(kBlock, rows.classes - column));
-    loss.map(row, column, n, state, r, g);
+struct RowWork {
+  using State = typename Loss::State;
+  const Loss& loss;
+  const Plan& plan;
+  int64_t row;
+  int threads;
+  Scratch<State>& own;  // of the thread that owns the row; the others write their own blocks of it
+  char* kept = nullptr;
+
+  template <class F>
+  void each_block(F f) const {
+    parallel(threads, Schedule::same, plan.blocks, [&](int64_t i) {
+      const int64_t column = i * kBlock;
+      f(i, column, static_cast<int>(std::min<int64_t>(kBlock, loss.rows.classes - column)));
+    });
+  }
+
+  void* kept_at(int64_t block) const { return kept ? kept + 2 * block * kBlock * (loss.wide ? 8 : 4) : nullptr; }
+
+  State state() {
+    own.parts.resize(static_cast<size_t>(plan.blocks));
+    each_block([&](int64_t i, int64_t column, int n) {
+      own.parts[static_cast<size_t>(i)] = loss.fold(row, column, n, kept_at(i));
+    });
+    State whole = own.parts[0];
+    for (size_t i = 1; i < own.parts.size(); ++i) whole = loss.merged(row, whole, own.parts[i]);
+    loss.complete(row, whole);
+    return whole;
+  }
+
+  void gradient(const State& state, const typename Loss::Row& r, const Matrix& g) const {
+    const auto map = [&](int64_t i, int64_t column, int n) {
+      loss.map(row, column, n, state, kept ? &own.parts[static_cast<size_t>(i)] : nullptr, r, g, kept_at(i));
+    };
+    if (threads > 1) {
+      each_block(map);
+    } else {  // backwards: the end of a row that is longer than the cache is what is still in it
+      for (int64_t i = plan.blocks - 1; i >= 0; --i) {
+        map(i, i * kBlock, static_cast<int>(std::min<int64_t>(kBlock, loss.rows.classes - i * kBlock)));
+      }
+    }
+    clear(g, row, loss.rows.classes, loss.rows.padded);
+    loss.fix(row, state, r, g);
+  }
+};
+
+// task(row, threads) for every row: rows over threads, or one row after the other with its columns over threads.
+template <class F>
+void each_row(const Rows& rows, const Plan& p, F task) {
+  if (p.columns) {
+    for (int64_t row = 0; row < rows.rows; ++row) task(row, p.threads);
+    return;
+  }
+  parallel(p.threads, Schedule::next, (rows.rows + p.batch - 1) / p.batch, [&](int64_t batch) {
+    for (int64_t row = batch * p.batch; row < std::min(rows.rows, (batch + 1) * p.batch); ++row) task(row, 1);
   });
-  clear(g, row, rows.classes, rows.padded);
-  loss.fix(row, state, r, g);
 }
 
 template <class Loss>
@@ -301,46 +157,27 @@ void run(const Loss& loss, const Outputs& out) {
   const Plan p = plan(rows);
   if (out.fresh && out.gradient.data && rows.rows > 0) ask_for_huge_pages(rows, out.gradient);
   std::vector<double> values(static_cast<size_t>(rows.rows), 0.0);
-
-  const auto one_row = [&](int64_t row, int threads, std::vector<typename Loss::State>& parts) {
-    typename Loss::State state;
-    if (rows.ignored(row) || rows.classes == 0) {
-      loss.pack(state, row, out);
+  each_row(rows, p, [&](int64_t row, int threads) {
+    if (rows.ignored(row)) {
+      loss.pack(typename Loss::State{}, row, out);
       if (out.gradient.data) clear(out.gradient, row, 0, rows.padded);
       return;
     }
-    parts.resize(static_cast<size_t>(p.blocks));
-    parallel(threads, Schedule::same, p.blocks, [&](int64_t i) {
-      const int64_t column = i * kBlock;
-      const int n = static_cast<int>(std::min<int64_t>(kBlock, rows.classes - column));
-      parts[static_cast<size_t>(i)] = loss.fold(row, column, n);
-    });
-    state = parts[0];
-    for (size_t i = 1; i < parts.size(); ++i) state = loss.merged(row, state, parts[i]);
-    loss.complete(row, state);
+    RowWork<Loss> work{loss, p, row, threads, scratch<typename Loss::State>()};
+    if (out.gradient.data && loss.keeps(row)) work.kept = room_for_exponentials(work.own, p, loss.wide ? 8 : 4);
+    const typename Loss::State state = work.state();
     loss.pack(state, row, out);
     const typename Loss::Row r = loss.finish_row(row, state, 1.0);
     values[static_cast<size_t>(row)] = r.value;
-    if (out.gradient.data) gradient_of_row(loss, row, state, r, out.gradient, p, threads);
-  };
-
-  if (p.columns) {
-    std::vector<typename Loss::State> parts;
-    for (int64_t row = 0; row < rows.rows; ++row) one_row(row, p.threads, parts);
-  } else {
-    parallel(p.threads, Schedule::next, (rows.rows + p.batch - 1) / p.batch, [&](int64_t task) {
-      std::vector<typename Loss::State> parts;
-      for (int64_t row = task * p.batch; row < std::min(rows.rows, (task + 1) * p.batch); ++row) one_row(row, 1, parts);
-    });
+    if (out.gradient.data) work.gradient(state, r, out.gradient);
+  });
+  double sum = 0;
+  for (int64_t row = 0; row < rows.rows; ++row) {
+    const double value = values[static_cast<size_t>(row)];
+    if (out.per_row_loss) put(out.loss, out.wide, row, value);
+    sum += value;
   }
-
-  if (out.per_row_loss) {
-    for (int64_t row = 0; row < rows.rows; ++row) put(out.loss, out.wide, row, values[static_cast<size_t>(row)]);
-  } else {
-    double sum = 0;
-    for (double value : values) sum += value;
-    put(out.loss, out.wide, 0, sum);
-  }
+  if (!out.per_row_loss) put(out.loss, out.wide, 0, sum);
 }
 
 template <class Loss>
@@ -348,19 +185,13 @@ void run_gradient(const Loss& loss, Upstream upstream, const Outputs& from) {
   const Rows& rows = loss.rows;
   const Plan p = plan(rows);
   if (from.fresh && rows.rows > 0) ask_for_huge_pages(rows, from.gradient);
-  const auto one_row = [&](int64_t row, int threads) {
+  each_row(rows, p, [&](int64_t row, int threads) {
+    if (rows.ignored(row)) return clear(from.gradient, row, 0, rows.padded);
     const double scale = upstream.data ? get(upstream.data, from.wide, upstream.per_row ? row : 0) : 1.0;
-    if (rows.ignored(row) || rows.classes == 0) return clear(from.gradient, row, 0, rows.padded);
     const typename Loss::State state = loss.unpack(row, from);
-    gradient_of_row(loss, row, state, loss.finish_row(row, state, scale), from.gradient, p, threads);
-  };
-  if (p.columns) {
-    for (int64_t row = 0; row < rows.rows; ++row) one_row(row, p.threads);
-  } else {
-    parallel(p.threads, Schedule::next, (rows.rows + p.batch - 1) / p.batch, [&](int64_t task) {
-      for (int64_t row = task * p.batch; row < std::min(rows.rows, (task + 1) * p.batch); ++row) one_row(row, 1);
-    });
-  }
+    const RowWork<Loss> work{loss, p, row, threads, scratch<typename Loss::State>()};
+    work.gradient(state, loss.finish_row(row, state, scale), from.gradient);
+  });
 }
 
 bool wide(const Rows& rows) {

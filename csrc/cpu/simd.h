@@ -250,6 +250,17 @@ inline void widen_half_lanes(const uint16_t* from, float* to) { *to = widen_half
 inline void narrow_half_lanes(const float* from, uint16_t* to) { *to = narrow_half(*from); }
 #endif
 
+// Round to nearest even in every lane, as narrow_bfloat.
+inline void store_bfloat(Lanes<float> lanes, uint16_t* to) {
+  typedef uint32_t Bits __attribute__((vector_size(CUDFAST_VECTOR_BYTES)));
+  typedef uint16_t Half __attribute__((vector_size(CUDFAST_VECTOR_BYTES / 2)));
+  const Bits bits = (Bits)lanes.v;
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits quiet = (bits >> 16) | 0x40u;
+  const Half half = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, Half);
+  std::memcpy(to, &half, sizeof half);
+}
+
 // n stored values -> n computed ones.
 template <class T>
 inline void widen(const void* from, DType dtype, int n, T* to) {

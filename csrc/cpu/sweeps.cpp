@@ -16,20 +16,29 @@ constexpr int kChunk = 32;
 template <class T>
 constexpr DType dtype_of = sizeof(T) == 4 ? DType::f32 : DType::f64;
 
+// A block of columns as T: in place when it is stored so, else widened into `buffer` (kBlock values). The last, partial
+// vector is apart: its lanes past the end repeat its first value, neutral to maximum and minimum, masked out of sums.
 template <class T>
-constexpr int up(int n) {  // to whole vectors
-  return (n + Lanes<T>::count - 1) / Lanes<T>::count * Lanes<T>::count;
-}
+struct Columns {
+  static constexpr int width = Lanes<T>::count;
+  const T* data;
+  int whole;  // columns in whole vectors
+  int rest;   // columns in the last one
+  alignas(64) T tail[width];
 
-// The block as whole vectors of T: in place when it is stored so, else widened into `buffer` (kBlock values). Lanes
-// past the end repeat the first value: neutral to maximum and minimum, and masked out of sums.
-template <class T>
-const T* fetch(const char* from, DType dtype, int n, T* buffer) {
-  if (dtype == dtype_of<T> && n % Lanes<T>::count == 0) return reinterpret_cast<const T*>(from);
-  widen(from, dtype, n, buffer);
-  for (int i = n; i < up<T>(n); ++i) buffer[i] = buffer[0];
-  return buffer;
-}
+  Columns(const char* from, DType dtype, int n, T* buffer) : whole(n / width * width), rest(n - whole) {
+    if (dtype == dtype_of<T>) {
+      data = reinterpret_cast<const T*>(from);
+    } else {
+      widen(from, dtype, n, buffer);
+      data = buffer;
+    }
+    if (rest == 0) return;
+    for (int lane = 0; lane < width; ++lane) tail[lane] = data[whole + (lane < rest ? lane : 0)];
+  }
+  Lanes<T> at(int i) const { return Lanes<T>::load(data + i); }
+  Lanes<T> last() const { return Lanes<T>::load(tail); }
+};
 
 template <class T>
 struct Range {
@@ -40,21 +49,24 @@ struct Range {
 };
 
 template <class T>
-Range<T> range(const T* p, int n) {
+Range<T> range(const Columns<T>& columns) {
   using F = Lanes<T>;
   F high(kNothing<T>), low(-kNothing<T>), high2 = high, low2 = low;
-  const int whole = up<T>(n);
   int i = 0;
-  for (; i + 2 * F::count <= whole; i += 2 * F::count) {
-    const F a = F::load(p + i), b = F::load(p + i + F::count);
+  for (; i + 2 * F::count <= columns.whole; i += 2 * F::count) {
+    const F a = columns.at(i), b = columns.at(i + F::count);
     high = max(a, high);
     low = min(a, low);
     high2 = max(b, high2);
     low2 = min(b, low2);
   }
-  if (i < whole) {
-    high = max(F::load(p + i), high);
-    low = min(F::load(p + i), low);
+  if (i < columns.whole) {
+    high = max(columns.at(i), high);
+    low = min(columns.at(i), low);
+  }
+  if (columns.rest > 0) {
+    high2 = max(columns.last(), high2);
+    low2 = min(columns.last(), low2);
   }
   T highs[F::count], lows[F::count];
   max(high, high2).store(highs);
@@ -78,10 +90,9 @@ double total(Lanes<T> lanes) {
 
 // Lanes of the last vector that hold columns keep their value, the others become -inf.
 template <class T>
-Lanes<T> keep(Lanes<T> lanes, int valid) {
-  T index[Lanes<T>::count];
-  for (int i = 0; i < Lanes<T>::count; ++i) index[i] = static_cast<T>(i);
-  return select(Lanes<T>(valid) > Lanes<T>::load(index), lanes, Lanes<T>(kNothing<T>));
+Lanes<T> only(Lanes<T> lanes, int valid) {
+  alignas(64) static constexpr T kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return select(Lanes<T>(valid) > Lanes<T>::load(kIndex), lanes, Lanes<T>(kNothing<T>));
 }
 
 template <class F>
@@ -118,12 +129,12 @@ struct Ahead {
   void prefetch(int i) const { __builtin_prefetch(at + i * size); }
 };
 
-// Sums over n columns: body(sums, i) folds the vector at column i, tail(sums, i, valid) the last, partial one; ahead(i)
-// is called for every cache line.
+// Sums over a block: body(sums, i) folds the vector at column i, tail(sums) the last, partial one; ahead(i) is called
+// for every cache line.
 template <class T, class Sums, class Body, class Tail, class Prefetch>
-inline __attribute__((always_inline)) Sums accumulate(int n, Sums zero, Body body, Tail tail, Prefetch ahead) {
+inline __attribute__((always_inline)) Sums accumulate(int whole, int rest, Sums zero, Body body, Tail tail,
+                                                      Prefetch ahead) {
   constexpr int width = Lanes<T>::count;
-  const int whole = n / width * width;
   Sums sums = zero;
   for (int start = 0; start < whole; start += kChunk * width) {
     const int end = start + kChunk * width < whole ? start + kChunk * width : whole;
@@ -139,21 +150,28 @@ inline __attribute__((always_inline)) Sums accumulate(int n, Sums zero, Body bod
     add(first, second);
     add(sums, first);
   }
-  if (whole < n) tail(sums, whole, n - whole);
+  if (rest > 0) tail(sums);
   return sums;
 }
 
-template <class T, int P, int Ones, bool Holes>
-__attribute__((noinline)) StudentSums<Lanes<T>> student_sums(const StudentBlock& b, const T* s, const T* t, T m_s,
-                                                             T m_t) {
+template <class T, int P, int Ones, bool Holes, bool Keep>
+__attribute__((noinline)) StudentSums<Lanes<T>> student_sums(const StudentBlock& b, const Columns<T>& s,
+                                                             const Columns<T>& t, T m_s, T m_t) {
   using F = Lanes<T>;
   const Ahead next_s(b.s, b.s_dtype), next_t(b.t, b.t_dtype);
   const F ms(m_s), mt(m_t), inv(b.inv_tau);
+  T* kept = static_cast<T*>(b.kept);
+  const auto keep = [&](int i, Exponentials<F> e) {
+    if constexpr (Keep) {
+      e.teacher.store(kept + i);
+      e.student.store(kept + kBlock + i);
+    }
+  };
   return accumulate<T>(
-      b.n, zero_student<F>(),
-      [&](auto& sums, int i) { fold<P, Ones, Holes>(sums, F::load(t + i) - mt, F::load(s + i) - ms, inv); },
-      [&](auto& sums, int i, int valid) {
-        fold<P, Ones, true>(sums, keep(F::load(t + i) - mt, valid), keep(F::load(s + i) - ms, valid), inv);
+      s.whole, s.rest, zero_student<F>(),
+      [&](auto& sums, int i) { keep(i, fold<P, Ones, Holes>(sums, t.at(i) - mt, s.at(i) - ms, inv)); },
+      [&](auto& sums) {
+        keep(s.whole, fold<P, Ones, true>(sums, only(t.last() - mt, s.rest), only(s.last() - ms, s.rest), inv));
       },
       [&](int i) {
         next_s.prefetch(i);
@@ -179,71 +197,99 @@ void with_temperature(int power, int ones, F f) {
 template <class T>
 void student_state(const StudentBlock& b, StudentBlockState& out) {
   alignas(64) T s_buffer[kBlock], t_buffer[kBlock];
-  const T* s = fetch(b.s, b.s_dtype, b.n, s_buffer);
-  const T* t = fetch(b.t, b.t_dtype, b.n, t_buffer);
-  const Range<T> rs = range(s, b.n), rt = range(t, b.n);
+  const Columns<T> s(b.s, b.s_dtype, b.n, s_buffer), t(b.t, b.t_dtype, b.n, t_buffer);
+  const Range<T> rs = range(s), rt = range(t);
   const bool holes = rs.holes() || rt.holes();
   const T m_s = rs.centre(), m_t = rt.centre();
   with_temperature(b.power, b.ones, [&](auto p, auto ones) {
     constexpr int P = decltype(p)::value, Ones = decltype(ones)::value;
-    const auto sums =
-        holes ? student_sums<T, P, Ones, true>(b, s, t, m_s, m_t) : student_sums<T, P, Ones, false>(b, s, t, m_s, m_t);
+    constexpr bool can_keep = P > 0;
+    StudentSums<Lanes<T>> sums;
+    if (can_keep && b.kept) {
+      sums = holes ? student_sums<T, P, Ones, true, can_keep>(b, s, t, m_s, m_t)
+                   : student_sums<T, P, Ones, false, can_keep>(b, s, t, m_s, m_t);
+    } else {
+      sums = holes ? student_sums<T, P, Ones, true, false>(b, s, t, m_s, m_t)
+                   : student_sums<T, P, Ones, false, false>(b, s, t, m_s, m_t);
+    }
     out = {rt.high,       rs.high,           total(sums.z_tau), total(sums.s_tau),
            total(sums.a), total(sums.s_one), total(sums.z_one), total(sums.impossible) > 0 ? 1.0 : 0.0};
   });
 }
 
-// Writes element(i) for every vector of the block.
-template <class T, class Element>
-inline __attribute__((always_inline)) void map(int n, char* g, DType dtype, Element element) {
+// Writes body(i) for every whole vector of a block and tail() for the last, partial one, in the gradient's own type.
+template <class T, class Body, class Tail>
+inline __attribute__((always_inline)) void map(int n, char* g, DType dtype, Body body, Tail tail) {
   constexpr int width = Lanes<T>::count;
-  alignas(64) T buffer[kBlock];
-  const bool direct = dtype == dtype_of<T> && n % width == 0;
-  T* to = direct ? reinterpret_cast<T*>(g) : buffer;
-  for (int i = 0; i < n; i += width) element(i).store(to + i);
-  if (!direct) narrow(buffer, n, dtype, g);
+  const int whole = n / width * width;
+  alignas(64) T buffer[width];
+  if (dtype == dtype_of<T>) {
+    for (int i = 0; i < whole; i += width) body(i).store(reinterpret_cast<T*>(g) + i);
+  } else {
+    for (int i = 0; i < whole; i += width) {
+      if constexpr (sizeof(T) == 4) {
+        if (dtype == DType::bf16) {
+          store_bfloat(body(i), reinterpret_cast<uint16_t*>(g) + i);
+          continue;
+        }
+      }
+      body(i).store(buffer);
+      narrow(buffer, width, dtype, g + i * size_of(dtype));
+    }
+  }
+  if (whole < n) {
+    tail().store(buffer);
+    narrow(buffer, n - whole, dtype, g + whole * size_of(dtype));
+  }
 }
 
 template <class T, int P, int Ones, bool Holes>
-__attribute__((noinline)) void student_map(const StudentBlock& b, const StudentBlockMap& m, const T* s, const T* t) {
+__attribute__((noinline)) void student_map(const StudentBlock& b, const StudentBlockMap& m) {
   using F = Lanes<T>;
+  alignas(64) T s_buffer[kBlock], t_buffer[kBlock];
+  const Columns<T> s(b.s, b.s_dtype, b.n, s_buffer), t(b.t, b.t_dtype, b.n, t_buffer);
   const StudentGradient<F> c{F(m.student_tau), F(m.teacher_tau), F(m.student_one), F(0)};
   const F ms(m.m_s), mt(m.m_t), inv(b.inv_tau);
-  map<T>(b.n, m.g, m.g_dtype,
-         [&](int i) { return element<P, Ones, Holes>(c, F::load(t + i) - mt, F::load(s + i) - ms, inv); });
+  map<T>(
+      b.n, m.g, m.g_dtype, [&](int i) { return element<P, Ones, Holes>(c, t.at(i) - mt, s.at(i) - ms, inv); },
+      [&] { return element<P, Ones, Holes>(c, t.last() - mt, s.last() - ms, inv); });
+}
+
+template <class T, int P>
+__attribute__((noinline)) void student_map_kept(const StudentBlock& b, const StudentBlockMap& m) {
+  using F = Lanes<T>;
+  const StudentGradient<F> c{F(m.student_tau), F(m.teacher_tau), F(m.student_one), F(0)};
+  const T* kept = static_cast<const T*>(b.kept);
+  const auto at = [&](int i) { return element<P>(c, Exponentials<F>{F::load(kept + i), F::load(kept + kBlock + i)}); };
+  map<T>(b.n, m.g, m.g_dtype, at, [&] { return at(b.n / F::count * F::count); });
 }
 
 template <class T>
 void student_gradient(const StudentBlock& b, const StudentBlockMap& m) {
-  alignas(64) T s_buffer[kBlock], t_buffer[kBlock];
-  const T* s = fetch(b.s, b.s_dtype, b.n, s_buffer);
-  const T* t = fetch(b.t, b.t_dtype, b.n, t_buffer);
   with_temperature(b.power, b.ones, [&](auto p, auto ones) {
     constexpr int P = decltype(p)::value, Ones = decltype(ones)::value;
-    if (m.holes) {
-      student_map<T, P, Ones, true>(b, m, s, t);
-    } else {
-      student_map<T, P, Ones, false>(b, m, s, t);
+    if constexpr (P > 0) {
+      if (b.kept) return student_map_kept<T, P>(b, m);
     }
+    m.holes ? student_map<T, P, Ones, true>(b, m) : student_map<T, P, Ones, false>(b, m);
   });
 }
 
 template <class T, bool Holes>
-__attribute__((noinline)) TeacherSums<Lanes<T>> teacher_sums(const TeacherBlock& b, const T* z, T m) {
+__attribute__((noinline)) TeacherSums<Lanes<T>> teacher_sums(const TeacherBlock& b, const Columns<T>& z, T m) {
   using F = Lanes<T>;
   const Ahead next(b.z, b.dtype);
   const F centre(m);
   return accumulate<T>(
-      b.n, zero_teacher<F>(), [&](auto& sums, int i) { fold<Holes>(sums, F::load(z + i) - centre); },
-      [&](auto& sums, int i, int valid) { fold<true>(sums, keep(F::load(z + i) - centre, valid)); },
-      [&](int i) { next.prefetch(i); });
+      z.whole, z.rest, zero_teacher<F>(), [&](auto& sums, int i) { fold<Holes>(sums, z.at(i) - centre); },
+      [&](auto& sums) { fold<true>(sums, only(z.last() - centre, z.rest)); }, [&](int i) { next.prefetch(i); });
 }
 
 template <class T>
 void teacher_state(const TeacherBlock& b, TeacherBlockState& out) {
   alignas(64) T buffer[kBlock];
-  const T* z = fetch(b.z, b.dtype, b.n, buffer);
-  const Range<T> r = range(z, b.n);
+  const Columns<T> z(b.z, b.dtype, b.n, buffer);
+  const Range<T> r = range(z);
   const auto sums = r.holes() ? teacher_sums<T, true>(b, z, r.centre()) : teacher_sums<T, false>(b, z, r.centre());
   out = {r.high, total(sums.z), total(sums.e)};
 }
@@ -252,24 +298,29 @@ template <class T>
 void teacher_gradient(const TeacherBlock& b, const TeacherBlockMap& m) {
   using F = Lanes<T>;
   alignas(64) T buffer[kBlock];
-  const T* z = fetch(b.z, b.dtype, b.n, buffer);
+  const Columns<T> z(b.z, b.dtype, b.n, buffer);
   const TeacherGradient<F> c{F(m.one), F(m.log), F(0)};
   const F centre(m.m), inv_z(m.inv_z), log_z(m.log_z);
-  map<T>(b.n, m.g, m.g_dtype, [&](int i) { return element<true>(c, F::load(z + i) - centre, inv_z, log_z); });
+  map<T>(
+      b.n, m.g, m.g_dtype, [&](int i) { return element<true>(c, z.at(i) - centre, inv_z, log_z); },
+      [&] { return element<true>(c, z.last() - centre, inv_z, log_z); });
 }
 
 template <class T>
 int find(const char* from, DType dtype, int n, double value) {
   using F = Lanes<T>;
   alignas(64) T buffer[kBlock];
-  const T* p = fetch(from, dtype, n, buffer);
+  const Columns<T> columns(from, dtype, n, buffer);
   const F wanted(value);
-  for (int i = 0; i < n; i += F::count) {
-    T hit[F::count];
-    select(F::load(p + i) == wanted, F(1), F(0)).store(hit);
-    for (int lane = 0; lane < F::count && i + lane < n; ++lane) {
-      if (hit[lane] != 0) return i + lane;
-    }
+  constexpr int group = 8 * F::count;  // looked through at once; only the group that has it is looked at again
+  int i = 0;
+  for (; i + group <= columns.whole; i += group) {
+    F any(0);
+    for (int j = i; j < i + group; j += F::count) any = max(any, select(columns.at(j) == wanted, F(1), F(0)));
+    if (total(any) > 0) break;
+  }
+  for (; i < n; ++i) {
+    if (columns.data[i] == static_cast<T>(value)) return i;
   }
   return 0;
 }

@@ -20,6 +20,7 @@ struct StudentBlock {
   int power;  // the temperature when it is 1, 2 or 4, else 0
   int ones;   // temperature-1 sums wanted when power is 0: see row/state.h
   double inv_tau;
+  void* kept;  // null, or room for 2 kBlock exponentials that the first sweep leaves for the second
 };
 
 // Sums of a block around its own maxima.
@@ -27,7 +28,8 @@ struct StudentBlockState {
   double m_t, m_s, z_tau, s_tau, a, s_one, z_one, impossible;
 };
 
-// The map of the second sweep. `holes` zeroes classes where the student is -inf.
+// The map of the second sweep. `holes` zeroes classes where the student is -inf. From kept exponentials, which are
+// relative to the block's own maxima, the coefficients are the block's own, too.
 struct StudentBlockMap {
   double m_t, m_s, student_tau, teacher_tau, student_one;
   bool holes;

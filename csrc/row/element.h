@@ -6,20 +6,27 @@
 namespace cudfast {
 namespace {
 
-// dL/ds_j without the label's share. P, Ones and dt, ds as in fold(); Holes: a class that the student cannot have has a
-// zero gradient even where the teacher gives it mass.                                               [element-student]
+// dL/ds_j without the label's share, at a temperature of 1, 2 or 4.
+template <int P, class F>
+inline F element(const StudentGradient<F>& c, Exponentials<F> e) {
+  return c.student_tau * e.student - c.teacher_tau * e.teacher + c.student_one * power<P>(e.student);
+}
+
+// The same from dt and ds, as in fold(). Holes: a class that the student cannot have has a zero gradient even where the
+// teacher gives it mass.                                                                            [element-student]
 template <int P, int Ones, bool Holes, class F>
 inline F element(const StudentGradient<F>& c, F dt, F ds, F inv_tau) {
-  const F student = exp(ds * inv_tau);
-  const F teacher = exp(dt * inv_tau);
-  F g = c.student_tau * student - c.teacher_tau * teacher;
+  const Exponentials<F> e{exp(dt * inv_tau), exp(ds * inv_tau)};
+  F g;
   if constexpr (P > 0) {
-    g = g + c.student_one * power<P>(student);
-  } else if constexpr (Ones > 0) {
-    g = g + c.student_one * exp(ds);
+    g = element<P>(c, e);
+  } else {
+    g = c.student_tau * e.student - c.teacher_tau * e.teacher;
+    if constexpr (Ones > 0) g = g + c.student_one * exp(ds);
   }
-  if constexpr (Holes)
-    g = select(ds == F(kNothing<float>), F(0) * (c.student_tau + c.student_one), g);  // NaN in a NaN row
+  if constexpr (Holes) {  // NaN in a NaN row
+    g = select(ds == F(kNothing<float>), F(0) * (c.student_tau + c.student_one), g);
+  }
   return g;
 }
 

@@ -59,30 +59,36 @@ inline F power(F e) {
   }
 }
 
+// e^((t - m_t) / tau) and e^((s - m_s) / tau): all that the gradient needs of a column when the temperature is a power.
+template <class F>
+struct Exponentials {
+  F teacher, student;
+};
+
 // Adds the columns held in dt = t - m_t and ds = s - m_s. P is the temperature when that is 1, 2 or 4, else 0, and then
 // Ones says which temperature-1 sums are wanted (0 none, 1 the student's, 2 both). Holes: some logit may be -inf.
 template <int P, int Ones, bool Holes, class F>
-inline void fold(StudentSums<F>& sums, F dt, F ds, F inv_tau) {
+inline Exponentials<F> fold(StudentSums<F>& sums, F dt, F ds, F inv_tau) {
   const F x = dt * inv_tau;
   const F w = ds * inv_tau;
-  const F teacher = exp(x);
-  const F student = exp(w);
+  const Exponentials<F> e{exp(x), exp(w)};
   F excess = x - w;
-  if constexpr (Holes) {  // 0 * inf is excluded, not computed; x > -inf is false for NaN, which `teacher` carries on
+  if constexpr (Holes) {  // 0 * inf is excluded, not computed; x > -inf is false for NaN, which e.teacher carries on
     const F floor = F(kNothing<float>);
     excess = select(x > floor, select(w > floor, excess, F(0)), F(0));
     sums.impossible = max(sums.impossible, select(x > floor, select(w > floor, F(0), F(1)), F(0)));
   }
-  sums.z_tau = sums.z_tau + teacher;
-  sums.s_tau = sums.s_tau + student;
-  sums.a = sums.a + teacher * excess;
+  sums.z_tau = sums.z_tau + e.teacher;
+  sums.s_tau = sums.s_tau + e.student;
+  sums.a = sums.a + e.teacher * excess;
   if constexpr (P > 0) {
-    sums.s_one = sums.s_one + power<P>(student);
-    sums.z_one = sums.z_one + power<P>(teacher);
+    sums.s_one = sums.s_one + power<P>(e.student);
+    sums.z_one = sums.z_one + power<P>(e.teacher);
   } else {
     if constexpr (Ones > 0) sums.s_one = sums.s_one + exp(ds);
     if constexpr (Ones > 1) sums.z_one = sums.z_one + exp(dt);
   }
+  return e;
 }
 
 // exp of a distance between maxima; most merges move nothing.
@@ -91,11 +97,17 @@ inline R rescale(R shift) {
   return shift == 0 ? R(1) : std::exp(shift);
 }
 
+// Distance from a part's maximum to the whole's; an empty part has nothing to rescale.
+template <class R>
+inline R below(R part, R whole) {
+  return part == kNothing<R> ? R(0) : part - whole;
+}
+
 // Sums of `part` as seen from new maxima m_t and m_s.                                               [merge-student]
 template <class R>
 inline StudentState<R> move(StudentState<R> part, R m_t, R m_s, R inv_tau) {
-  const R down_t = part.m_t == kNothing<R> ? R(0) : part.m_t - m_t;  // an empty part has nothing to rescale
-  const R down_s = part.m_s == kNothing<R> ? R(0) : part.m_s - m_s;
+  const R down_t = below(part.m_t, m_t);
+  const R down_s = below(part.m_s, m_s);
   const R teacher = rescale(down_t * inv_tau);
   part.a = teacher * (part.a + part.z_tau * ((down_t - down_s) * inv_tau));
   part.z_tau *= teacher;
@@ -159,7 +171,7 @@ inline void fold(TeacherSums<F>& sums, F x) {
 // e' = e^(m - m') (e + z (m - m'))                                                                  [merge-teacher]
 template <class R>
 inline TeacherState<R> move(TeacherState<R> part, R m) {
-  const R down = part.m == kNothing<R> ? R(0) : part.m - m;
+  const R down = below(part.m, m);
   const R scale = rescale(down);
   part.e = scale * (part.e + part.z * down);
   part.z *= scale;

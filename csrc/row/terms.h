@@ -55,12 +55,12 @@ struct StudentLoss {
   bool impossible = false;
 };
 
-// tau^2 KL(q || p) = tau^2 (a / z - log z + log s); rounding below 0 is 0.                                      [kd]
+// tau^2 KL(q || p) = tau^2 (a / z + log(s / z)); rounding below 0 is 0.                                          [kd]
 template <class R>
 inline R kd_value(const StudentState<R>& state, const TargetSums<R>& target, R tau) {
   if (state.m_t == kNothing<R> || state.m_s == kNothing<R>) return std::numeric_limits<R>::quiet_NaN();
   if (target.impossible > 0) return std::numeric_limits<R>::infinity() + 0 * (target.z_tau * state.s_tau);
-  const R kl = target.a / target.z_tau - std::log(target.z_tau) + std::log(state.s_tau);
+  const R kl = target.a / target.z_tau + std::log(state.s_tau / target.z_tau);
   return kl < 0 ? R(0) : tau * tau * kl;
 }
 

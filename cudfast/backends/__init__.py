@@ -45,9 +45,14 @@ def choose(name: str, device: torch.device) -> Backend:
         ValueError: an unknown name in CUDFAST_BACKEND, or a backend that does not work on this device.
         RuntimeError: the backend asked for is not there; the message says why and what to do.
     """
+    return _chosen(name, os.environ.get("CUDFAST_BACKEND", "") if name == "auto" else "", device)
+
+
+@functools.lru_cache(maxsize=64)
+def _chosen(name: str, default: str, device: torch.device) -> Backend:
     asked = name
     if name == "auto":
-        asked = os.environ.get("CUDFAST_BACKEND") or "auto"
+        asked = default or "auto"
         if asked not in ("auto", *NAMES):
             raise ValueError(f"CUDFAST_BACKEND={asked!r}: expected one of {', '.join(('auto', *NAMES))}")
         if asked == "auto":

@@ -14,7 +14,7 @@ from ..options import CUDOptions, DUSOptions
 from ..rows import DTYPES, Rows, State, compute_dtype, refuse_label, refuse_value, row_layout
 
 try:
-    from .. import _native
+    from .. import _native as _native
 except ModuleNotFoundError as error:
     note = Path(__file__).parents[1] / "_native_missing.txt"
     reason = note.read_text().strip() if note.exists() else "it is not in the package"
@@ -89,7 +89,7 @@ def _common(rows: Rows, options: CUDOptions | DUSOptions, logits: _Matrix, targe
     """Leading arguments of every kernel."""
     unlabeled = options.ignore_index if options.unlabeled_index is None else options.unlabeled_index
     return (
-        (rows.count, rows.classes, rows.logits.shape[-1]),
+        (rows.n, rows.classes, rows.logits.shape[-1]),
         logits,
         target,
         (_address(rows.labels), _address(rows.weight), _address(rows.per_row)),
@@ -113,7 +113,7 @@ def row_state(
     """See `cudfast.rows.Backend`."""
     student = isinstance(options, CUDOptions)
     dtype = compute_dtype(rows)
-    count = rows.count
+    count = rows.n
     loss = torch.empty(count if options.reduction == "none" else (), dtype=dtype)
     state = None
     results = (loss.data_ptr(), 0, 0, 0)

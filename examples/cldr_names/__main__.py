@@ -27,19 +27,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Compare CUD with distillation baselines on CLDR names.",
     )
     quick = os.environ.get("QUICK", "0") not in ("", "0")
-    parser.add_argument(
-        "--quick", action="store_true", default=quick, help="fewer strings and seeds, about 1 minute"
-    )
+    parser.add_argument("--quick", action="store_true", default=quick, help="fewer strings and seeds, about 1 minute")
     parser.add_argument("--seeds", type=_positive, help="runs of each method (default 3, with --quick 2)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo_results"), help="folder for results (%(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("demo_results"), help="folder for results (%(default)s)")
     parser.add_argument("--threads", type=_positive, help="threads of PyTorch (default: its own choice)")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the whole demo and write its results."""
+    # Threads that spin while they wait make training several times slower as soon as another program runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
     from rich.console import Console
 
@@ -47,14 +45,19 @@ def run(args: argparse.Namespace) -> None:
     from .experiment import FULL, QUICK, Experiment, work
     from .progress import Meter
     from .report import save_csv, save_html, show
+    from .timing import preflight
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     config = QUICK if args.quick else FULL
     if args.seeds is not None:
         config = replace(config, seeds=args.seeds)
+    try:
+        preflight()
+    except RuntimeError as error:
+        sys.exit(str(error))
     args.out.mkdir(parents=True, exist_ok=True)
-    console = Console() if sys.stdout.isatty() else Console(width=100)
+    console = Console() if sys.stdout.isatty() else Console(width=110)
     console.print("Reading CLDR names ...")
     data = load(max_strings=config.max_strings)
     rows = {"train": data.train, "validation": data.validation, **data.tests}

@@ -72,14 +72,10 @@ def headline(found: dict[str, list[Difference]]) -> str:
     if "unknown" in verdicts:
         return "One seed has no spread: this run cannot say whether CUD helps over KD."
     if verdicts == {"same"}:
-        return (
-            "CUD does not help over KD on this task: no measure differs by more than the spread over seeds."
-        )
+        return "CUD does not help over KD on this task: no measure differs by more than the spread over seeds."
     start = "CUD does not help over KD on this task."
     if "better" in verdicts:
-        start = "CUD helps over KD by some measures" + (
-            " and hurts by others." if "worse" in verdicts else "."
-        )
+        start = "CUD helps over KD by some measures" + (" and hurts by others." if "worse" in verdicts else ".")
     return " ".join([start, *(f"{part.capitalize()}: {_by_verdict(found[part])}." for part in found)])
 
 

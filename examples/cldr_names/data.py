@@ -40,7 +40,7 @@ class Split:
         return len(self.label)
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Yield a random order of the row numbers in pieces of ``size``, leaving out an incomplete last one."""
+        """Yield the row numbers in random order, ``size`` at a time, without an incomplete last piece."""
         order = torch.randperm(len(self), generator=generator)
         pieces = order.split(size)
         yield from (piece for piece in pieces if len(piece) == size or len(pieces) == 1)
@@ -67,9 +67,7 @@ def read_names(sources: tuple[str, ...]) -> dict[str, set[str]]:
     for code in sorted(c for c in localedata.locale_identifiers() if "_" not in c):
         # Inherited entries are copies of the parent's names, not names in this language.
         tables = localedata.load(code, merge_inherited=False)
-        names[code] = {
-            text for source in sources for text in tables.get(source, {}).values() if isinstance(text, str)
-        }
+        names[code] = {text for source in sources for text in tables.get(source, {}).values() if isinstance(text, str)}
     return names
 
 
@@ -94,9 +92,7 @@ def split_strings(
         shuffled = [strings[i] for i in rng.permutation(len(strings))]
         first = round(shares[0] * len(strings))
         second = round((shares[0] + shares[1]) * len(strings))
-        for part, piece in zip(
-            parts, (shuffled[:first], shuffled[first:second], shuffled[second:]), strict=True
-        ):
+        for part, piece in zip(parts, (shuffled[:first], shuffled[first:second], shuffled[second:]), strict=True):
             part.extend(piece)
     return parts
 
@@ -105,10 +101,7 @@ def make_split(strings: list[str], names: Names, languages: list[str]) -> Split:
     """Return one row for each language of each string."""
     position = {text: i for i, text in enumerate(strings)}
     pairs = sorted(
-        (position[text], label)
-        for label, code in enumerate(languages)
-        for text in names[code]
-        if text in position
+        (position[text], label) for label, code in enumerate(languages) for text in names[code] if text in position
     )
     rows = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
     return Split(encode(strings), rows[:, 0].contiguous(), rows[:, 1].contiguous())
@@ -129,15 +122,11 @@ def build(
     """
     languages = [code for code in sorted(names) if len(names[code]) >= min_strings]
     if len(languages) < 2:
-        raise ValueError(
-            f"need 2 languages with {min_strings} strings, found {len(languages)}: lower min_strings"
-        )
+        raise ValueError(f"need 2 languages with {min_strings} strings, found {len(languages)}: lower min_strings")
     kept = {code: sorted(names[code]) for code in languages}
     if max_strings is not None:
         rng = np.random.default_rng(seed)
-        kept = {
-            code: [text[i] for i in rng.permutation(len(text))[:max_strings]] for code, text in kept.items()
-        }
+        kept = {code: [text[i] for i in rng.permutation(len(text))[:max_strings]] for code, text in kept.items()}
     chosen = {code: set(text) for code, text in kept.items()}
     parts = split_strings(chosen, shares, seed)
     known = set().union(*chosen.values())

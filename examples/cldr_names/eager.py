@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 
 def cud_loss(
@@ -27,5 +27,5 @@ def cud_loss(
         p = p.scatter_add(1, top, -moved).scatter_add(1, true, moved)
         log_q = (p.clamp_min(1e-30).log() / temperature).log_softmax(1)
     log_s = (student / temperature).log_softmax(1)
-    kl = F.kl_div(log_s, log_q, reduction="batchmean", log_target=True)
-    return kd_weight * temperature**2 * kl + (1 - kd_weight) * F.cross_entropy(student, labels)
+    kl = functional.kl_div(log_s, log_q, reduction="batchmean", log_target=True)
+    return kd_weight * temperature**2 * kl + (1 - kd_weight) * functional.cross_entropy(student, labels)

@@ -48,9 +48,7 @@ def bar_chart(scores: dict[str, dict[str, list[Scores]]]) -> str:
         panels = figure.subplots(1, len(_BAR_PANELS), sharey=True)
         for axes, (measure, label, factor) in zip(panels, _BAR_PANELS, strict=True):
             for offset, part in zip((-0.2, 0.2), PARTS, strict=True):
-                values = [
-                    mean_and_spread([factor * getattr(s, measure) for s in scores[n][part]]) for n in names
-                ]
+                values = [mean_and_spread([factor * getattr(s, measure) for s in scores[n][part]]) for n in names]
                 means, spreads = zip(*values, strict=True)
                 whiskers = {"elinewidth": 1.2, "capsize": 2.5}
                 axes.barh(
@@ -83,7 +81,7 @@ def reliability_diagrams(bins: dict[str, dict[str, NDArray[np.float64]]], names:
                 x, y = (100 * total[used] / rows[used] for total in (confidence, correct))
                 axes.plot(x, y, color=_COLOURS[part], linewidth=1.3)
                 area = 6 + 200 * rows[used] / rows.sum()
-                axes.scatter(x, y, area, color=_COLOURS[part], marker=marker, label=part, zorder=3)
+                axes.scatter(x, y, area, color=_COLOURS[part], marker=marker, label=part, zorder=3, clip_on=False)
             axes.set_title(name, fontsize=11)
             axes.set_xlabel("Confidence (%)")
             axes.set(xlim=(0, 100), ylim=(0, 100), xticks=(0, 50, 100), yticks=(0, 50, 100))

@@ -6,10 +6,11 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from cudfast import CUDLoss, DUSLoss, WClip
 
@@ -40,12 +41,12 @@ class Knob:
 
 
 KNOBS = {
-    "teacher_rate": Knob(0.006, 0.03, 0.012, log=True),
-    "student_rate": Knob(0.03, 0.2, 0.08, log=True),
+    "teacher_rate": Knob(0.006, 0.054, 0.018, log=True),
+    "student_rate": Knob(0.04, 0.36, 0.12, log=True),
     "focal_weight": Knob(0.0, 1.0, 1.0),
     "entropy_weight": Knob(0.05, 0.8, 0.1, log=True),
-    "temperature": Knob(0.7, 4.0, 2.0, log=True),
-    "kd_weight": Knob(0.2, 1.0, 0.8),
+    "temperature": Knob(0.7, 3.0, 2.0, log=True),
+    "kd_weight": Knob(0.3, 1.0, 0.8),
     "budget": Knob(0.1, 0.9, 0.5),
     "margin": Knob(0.3, 1.0, 0.7),
 }
@@ -55,7 +56,7 @@ KNOBS = {
 class Method:
     """A teacher (``teacher`` is None) or a student of the teacher method named ``teacher``.
 
-    A student without ``teacher`` learns from the labels alone.
+    A student without ``teacher`` learns from the labels alone. The first of ``knobs`` is the learning rate.
     """
 
     name: str
@@ -63,6 +64,11 @@ class Method:
     size: Size
     knobs: tuple[str, ...]
     teacher: str | None = None
+
+    @property
+    def rate(self) -> str:
+        """Name of the knob that sets the learning rate."""
+        return self.knobs[0]
 
 
 _KD = ("student_rate", "temperature", "kd_weight")
@@ -73,32 +79,33 @@ DUS_TEACHER = Method(
 )
 CE_STUDENT = Method("Student CE", "small network, cross-entropy on the labels", STUDENT, ("student_rate",))
 KD = Method("KD", "small network, logit distillation from Teacher CE", STUDENT, _KD, CE_TEACHER.name)
-KD_DUS = Method(
-    "KD + DUS", "small network, logit distillation from Teacher DUS", STUDENT, _KD, DUS_TEACHER.name
-)
+KD_DUS = Method("KD + DUS", "small network, logit distillation from Teacher DUS", STUDENT, _KD, DUS_TEACHER.name)
 KD_CLIP = Method(
     "KD + W-Clip", "small network, W-Clip distillation from Teacher CE", STUDENT, _KD + _CLIP, CE_TEACHER.name
 )
-CUD = Method(
-    "CUD", "small network, W-Clip distillation from Teacher DUS", STUDENT, _KD + _CLIP, DUS_TEACHER.name
-)
+CUD = Method("CUD", "small network, W-Clip distillation from Teacher DUS", STUDENT, _KD + _CLIP, DUS_TEACHER.name)
 TEACHERS = (CE_TEACHER, DUS_TEACHER)
 STUDENTS = (CE_STUDENT, KD, KD_DUS, KD_CLIP, CUD)
 
 
-def settings(method: Method, trials: int, seed: int) -> list[Setting]:
-    """Return ``trials`` settings: the defaults, then a Latin hypercube over the method's knobs.
+def rate_settings(method: Method) -> list[dict[str, float]]:
+    """Return settings with a low, a middle and a high learning rate and every other knob at its default."""
+    defaults = {name: KNOBS[name].default for name in method.knobs}
+    return [{**defaults, method.rate: KNOBS[method.rate].at(share)} for share in (0.0, 0.5, 1.0)]
 
-    Values of a knob depend on its name only, so methods with a knob in common try the same values of it.
+
+def other_settings(method: Method, best: Setting, trials: int, seed: int) -> list[dict[str, float]]:
+    """Return ``trials`` settings that keep the rate of ``best``: a Latin hypercube over the other knobs.
+
+    A method without other knobs goes on with its rate. A knob's values depend on its name alone, so methods
+    that share a knob try the same values of it.
     """
-    drawn: list[dict[str, float]] = [{} for _ in range(trials)]
-    for name in method.knobs:
+    drawn = [dict(best) for _ in range(trials)]
+    for name in method.knobs[1:] or method.knobs:
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        strata = rng.permutation(trials - 1)
-        values = [KNOBS[name].at((k + rng.random()) / (trials - 1)) for k in strata]
-        for setting, value in zip(drawn, [KNOBS[name].default, *values], strict=True):
-            setting[name] = value
-    return list(drawn)
+        for setting, stratum in zip(drawn, rng.permutation(trials), strict=True):
+            setting[name] = KNOBS[name].at((stratum + rng.random()) / trials)
+    return drawn
 
 
 def batch_loss(method: Method, setting: Setting, rows: Split, teacher: Tensor | None) -> BatchLoss:
@@ -112,10 +119,10 @@ def batch_loss(method: Method, setting: Setting, rows: Split, teacher: Tensor | 
     if "entropy_weight" in method.knobs:
         dus = DUSLoss(focal_weight=setting["focal_weight"], entropy_weight=setting["entropy_weight"])
         return lambda student, batch: dus(student, label[batch])
-    return lambda student, batch: F.cross_entropy(student, label[batch])
+    return lambda student, batch: functional.cross_entropy(student, label[batch])
 
 
-def distillation(setting: Setting, backend: str = "auto") -> CUDLoss:
+def distillation(setting: Setting, backend: Literal["auto", "native"] = "auto") -> CUDLoss:
     """Return the distillation loss of a setting; without ``budget`` and ``margin`` it is plain logit KD."""
     clip = WClip(setting["budget"], setting["margin"]) if "budget" in setting else None
     weight = setting["kd_weight"]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 BINS = 15
@@ -66,7 +66,7 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
     confidence, predicted = probs.max(1)
     return Scores(
         accuracy=float(multiclass_accuracy(predicted, labels, num_classes=classes, average="micro")),
-        nll=float(F.cross_entropy(logits, labels)),
+        nll=float(functional.cross_entropy(logits, labels)),
         ece=float(multiclass_calibration_error(probs, labels, num_classes=classes, n_bins=BINS, norm="l1")),
         brier=brier(probs, labels),
         aurc=aurc(confidence.double().numpy(), (predicted == labels).numpy()),

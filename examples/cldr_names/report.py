@@ -39,7 +39,7 @@ def cells(scores: list[Scores]) -> list[str]:
 def timing_lines(timing: Timing) -> list[str]:
     """Say what the loss costs in a student's step."""
     lines = [
-        f"Student step on {timing.batch} x {timing.classes} logits, {timing.threads} threads, median of "
+        f"Student step on {timing.batch} x {timing.classes} logits, threads: {timing.threads}, median of "
         f"{timing.steps} steps taken in turns; both losses and gradients agree."
     ]
     for name, took in (("cudfast native", timing.native), ("plain PyTorch", timing.eager)):
@@ -84,9 +84,7 @@ def save_csv(folder: Path, results: Results) -> list[Path]:
     entries = [(m.name, part, results.scores[m.name][part]) for m in METHODS for part in PARTS]
     with whole_file(table) as file:
         writer = csv.writer(file)
-        writer.writerow(
-            ["method", "part", "seeds", *(f"{n}_{what}" for n in MEASURES for what in ("mean", "sd"))]
-        )
+        writer.writerow(["method", "part", "seeds", *(f"{n}_{what}" for n in MEASURES for what in ("mean", "sd"))])
         for name, part, scores in entries:
             values = [x for n in MEASURES for x in mean_and_spread([getattr(s, n) for s in scores])]
             writer.writerow([name, part, len(scores), *(f"{x:.6f}" for x in values)])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .data import Split
 from .eager import cud_loss
-from .methods import Setting, distillation
+from .methods import CUD, KNOBS, Setting, distillation
 from .model import STUDENT, NgramNet
 from .train import adam
 
@@ -89,20 +89,30 @@ def require_same(one: DistilLoss, two: DistilLoss, logits: Tensor, teacher: Tens
             )
 
 
-def measure(
-    rows: Split, teacher: Tensor, setting: Setting, batch: int, steps: int, tick: Callable[[], None]
-) -> Timing:
+def preflight() -> None:
+    """Raise RuntimeError unless the native loss is there and agrees with plain PyTorch on random logits."""
+    student, teacher = torch.randn(2, 16, 9, generator=torch.Generator().manual_seed(0))
+    setting = {name: KNOBS[name].default for name in CUD.knobs}
+    require_same(*_both(setting), student, teacher, torch.arange(16) % 9)
+
+
+def _both(setting: Setting) -> tuple[DistilLoss, DistilLoss]:
+    """Return the native and the plain PyTorch loss of one setting of CUD."""
+    knobs = {name: setting[name] for name in ("temperature", "kd_weight", "budget", "margin")}
+
+    def eager(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return cud_loss(student, teacher, labels, **knobs)
+
+    return distillation(setting, backend="native"), eager
+
+
+def measure(rows: Split, teacher: Tensor, setting: Setting, batch: int, steps: int, tick: Callable[[], None]) -> Timing:
     """Train two students side by side for ``steps`` steps each, taking turns on every batch.
 
     ``teacher`` holds logits [S, V] of the strings of ``rows``; ``setting`` is that of CUD.
     """
-    knobs = {name: setting[name] for name in ("temperature", "kd_weight", "budget", "margin")}
-
-    def eager(student: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
-        return cud_loss(student, targets, labels, **knobs)
-
     classes = teacher.shape[1]
-    native = distillation(setting, backend="native")
+    native, eager = _both(setting)
     contestants = [_Contestant(loss, classes, setting["student_rate"]) for loss in (native, eager)]
     first = torch.arange(min(batch, len(rows)))
     with torch.no_grad():
