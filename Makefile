@@ -51,7 +51,8 @@ check: $(VENV)/.dev
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
 
 bench: $(VENV)/.cudfast
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	mkdir -p bench_results
+	$(if $(QUICK),QUICK=1) $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=bench_results/bench.json
 
 clean:
 	rm -rf build $(VENV) *.egg-info cudfast/_native*.so cudfast/_native_missing.txt
