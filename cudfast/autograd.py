@@ -151,7 +151,7 @@ def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
     """The saved gradient (..., V) times the upstream one, in its own memory."""
     if upstream.dim():
         return gradient.mul_(upstream.reshape(*gradient.shape[:-1], 1))
-    if upstream.device.type == "cpu" and upstream.item() == 1:
+    if upstream.is_cpu and upstream.item() == 1:
         return gradient
     return gradient.mul_(upstream)
 

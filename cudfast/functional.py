@@ -31,6 +31,8 @@ def _logits(value: object, name: str) -> Tensor:
 
 def _classes(student: Tensor, teacher: Tensor | None, num_classes: int | None, names: tuple[str, str]) -> int:
     """How many leading columns are classes."""
+    if num_classes is None and (teacher is None or teacher.shape[-1] == student.shape[-1]):
+        return student.shape[-1]
     widths = {names[0]: student.shape[-1]}
     if teacher is not None:
         widths[names[1]] = teacher.shape[-1]
@@ -39,12 +41,11 @@ def _classes(student: Tensor, teacher: Tensor | None, num_classes: int | None, n
             if num_classes > width:
                 raise ValueError(f"num_classes={num_classes} is more than the {width} columns of {name}")
         return num_classes
-    if teacher is not None and student.shape[-1] != teacher.shape[-1]:
-        raise ValueError(
-            f"{names[0]} has {student.shape[-1]} classes and {names[1]} has {teacher.shape[-1]}: expected the same "
-            f"width. If one of them is padded, pass num_classes={min(widths.values())} (the number of real classes)"
-        )
-    return student.shape[-1]
+    first, second = widths.values()
+    raise ValueError(
+        f"{names[0]} has {first} classes and {names[1]} has {second}: expected the same width. If one of them is padded, "
+        f"pass num_classes={min(first, second)} (the number of real classes)"
+    )
 
 
 def _labels(labels: object, logits: Tensor, name: str) -> Tensor | None:
@@ -59,7 +60,7 @@ def _labels(labels: object, logits: Tensor, name: str) -> Tensor | None:
     _vector_shape(labels, "labels", logits, name)
     if labels.dtype != torch.int64:
         labels = labels.to(torch.int64)
-    return labels.reshape(-1).contiguous()
+    return labels if labels.dim() == 1 and labels.is_contiguous() else labels.reshape(-1).contiguous()
 
 
 def _vector_shape(vector: Tensor, name: str, logits: Tensor, logits_name: str) -> None:

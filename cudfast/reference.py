@@ -139,9 +139,10 @@ class Clip(NamedTuple):
 
 def wclip(u: Tensor, budget: float, margin: float) -> Clip:
     """r = min(budget, -margin * expm1(u)), u = t_y - m_t."""
-    r = torch.clamp(-margin * torch.expm1(u), max=budget)
+    below_one = torch.expm1(u)
+    r = torch.clamp(-margin * below_one, max=budget)
     moves = r > 0
-    return Clip(r, torch.where(moves, torch.log1p(-r), 0), torch.where(moves, torch.log(u.exp() + r), u))
+    return Clip(r, torch.where(moves, torch.log1p(-r), 0), torch.where(moves, torch.log((1 + below_one) + r), u))
 
 
 class TargetSums(NamedTuple):

@@ -91,8 +91,8 @@ def row_layout(logits: Tensor) -> tuple[int, int, int] | None:
     Row i starts at (i // inner) * outer + (i % inner) * inner_stride. None when the leading axes do not reduce to two
     strides or the last axis is not dense: such logits need a copy.
     """
-    if logits.dim() == 2:
-        return (max(logits.shape[0], 1), 0, logits.stride(0)) if logits.stride(1) == 1 or logits.shape[1] == 1 else None
+    if logits.is_contiguous():
+        return 1, logits.shape[-1], 0
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         return None
     axes: list[tuple[int, int]] = []  # (size, stride), adjacent axes joined where they can be

@@ -96,6 +96,7 @@ struct StudentLossOfRows {
   }
 
   void pack(const State& s, int64_t row, const Outputs& out) const {
+    if (!out.state) return;
     const double values[columns] = {s.m_t,   s.s_k,   s.m_s, s.z_tau, s.s_tau,     s.a,
                                     s.s_one, s.z_one, s.t_y, s.s_y,   s.impossible};
     for (int i = 0; i < columns; ++i) put(out.state, out.wide, row * columns + i, values[i]);
@@ -197,6 +198,7 @@ struct TeacherLossOfRows {
   }
 
   void pack(const State& s, int64_t row, const Outputs& out) const {
+    if (!out.state) return;
     const double values[columns] = {s.m, s.z, s.e, s.z_y};
     for (int i = 0; i < columns; ++i) put(out.state, out.wide, row * columns + i, values[i]);
   }

@@ -117,6 +117,27 @@ inline Lanes<float> min(Lanes<float> a, Lanes<float> b) {
 }
 #endif
 
+// First lane where a == b, or -1.
+template <class T>
+inline int first_equal(Lanes<T> a, Lanes<T> b) {
+  const auto mask = a.v == b.v;
+  for (int lane = 0; lane < Lanes<T>::count; ++lane) {
+    if (mask[lane]) return lane;
+  }
+  return -1;
+}
+#if CUDFAST_VECTOR_BYTES == 64
+inline int first_equal(Lanes<float> a, Lanes<float> b) {
+  const unsigned mask = _mm512_cmp_ps_mask((__m512)a.v, (__m512)b.v, _CMP_EQ_OQ);
+  return mask ? __builtin_ctz(mask) : -1;
+}
+#elif CUDFAST_VECTOR_BYTES == 32
+inline int first_equal(Lanes<float> a, Lanes<float> b) {
+  const int mask = _mm256_movemask_ps(_mm256_cmp_ps((__m256)a.v, (__m256)b.v, _CMP_EQ_OQ));
+  return mask ? __builtin_ctz(static_cast<unsigned>(mask)) : -1;
+}
+#endif
+
 // ---- exp ----
 //
 // x = n ln 2 + r with |r| <= ln(2) / 2, ln 2 in two pieces whose first product with n is exact, e^r by a polynomial,

@@ -34,7 +34,8 @@ struct Columns {
       data = buffer;
     }
     if (rest == 0) return;
-    for (int lane = 0; lane < width; ++lane) tail[lane] = data[whole + (lane < rest ? lane : 0)];
+    Lanes<T>(data[whole]).store(tail);
+    std::memcpy(tail, data + whole, static_cast<size_t>(rest) * sizeof(T));
   }
   Lanes<T> at(int i) const { return Lanes<T>::load(data + i); }
   Lanes<T> last() const { return Lanes<T>::load(tail); }
@@ -47,6 +48,20 @@ struct Range {
   bool holes() const { return !(low - high > -std::numeric_limits<T>::max()); }
   T centre() const { return high == kNothing<T> ? T(0) : high; }
 };
+
+// All lanes into one value of type R, as a tree.
+template <class R, class T, class Op>
+inline R reduce(Lanes<T> lanes, Op op) {
+  constexpr int count = Lanes<T>::count;
+  T stored[count];
+  lanes.store(stored);
+  R values[count];
+  for (int i = 0; i < count; ++i) values[i] = static_cast<R>(stored[i]);
+  for (int half = count / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) values[i] = op(values[i], values[i + half]);
+  }
+  return values[0];
+}
 
 template <class T>
 Range<T> range(const Columns<T>& columns) {
@@ -68,24 +83,13 @@ Range<T> range(const Columns<T>& columns) {
     high2 = max(columns.last(), high2);
     low2 = min(columns.last(), low2);
   }
-  T highs[F::count], lows[F::count];
-  max(high, high2).store(highs);
-  min(low, low2).store(lows);
-  Range<T> r{lows[0], highs[0]};
-  for (int lane = 1; lane < F::count; ++lane) {
-    r.low = lows[lane] < r.low ? lows[lane] : r.low;
-    r.high = highs[lane] > r.high ? highs[lane] : r.high;
-  }
-  return r;
+  return {reduce<T>(min(low, low2), [](T a, T b) { return a < b ? a : b; }),
+          reduce<T>(max(high, high2), [](T a, T b) { return a > b ? a : b; })};
 }
 
 template <class T>
 double total(Lanes<T> lanes) {
-  T values[Lanes<T>::count];
-  lanes.store(values);
-  double sum = 0;
-  for (T value : values) sum += value;
-  return sum;
+  return reduce<double>(lanes, [](double a, double b) { return a + b; });
 }
 
 // Lanes of the last vector that hold columns keep their value, the others become -inf.
@@ -312,17 +316,12 @@ int find(const char* from, DType dtype, int n, double value) {
   alignas(64) T buffer[kBlock];
   const Columns<T> columns(from, dtype, n, buffer);
   const F wanted(value);
-  constexpr int group = 8 * F::count;  // looked through at once; only the group that has it is looked at again
-  int i = 0;
-  for (; i + group <= columns.whole; i += group) {
-    F any(0);
-    for (int j = i; j < i + group; j += F::count) any = max(any, select(columns.at(j) == wanted, F(1), F(0)));
-    if (total(any) > 0) break;
+  for (int i = 0; i < columns.whole; i += F::count) {
+    const int lane = first_equal(columns.at(i), wanted);
+    if (lane >= 0) return i + lane;
   }
-  for (; i < n; ++i) {
-    if (columns.data[i] == static_cast<T>(value)) return i;
-  }
-  return 0;
+  const int lane = columns.rest > 0 ? first_equal(columns.last(), wanted) : -1;
+  return lane >= 0 ? columns.whole + lane : 0;
 }
 
 template <class T>

@@ -18,12 +18,13 @@ struct Clip {
 template <class R>
 inline Clip<R> wclip(R u, R budget, R margin) {
   Clip<R> clip;
-  const R gap = -margin * std::expm1(u);
+  const R below_one = std::expm1(u);
+  const R gap = -margin * below_one;
   clip.r = budget < gap ? budget : gap;
   clip.t_y = u;
   if (clip.r > 0) {  // r = 0 leaves both logits exactly as they are, whatever u is
     clip.t_k = std::log1p(-clip.r);
-    clip.t_y = std::log(std::exp(u) + clip.r);
+    clip.t_y = std::log((1 + below_one) + clip.r);
   }
   return clip;
 }
