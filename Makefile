@@ -19,11 +19,7 @@ $(VENV)/.torch:
 
 # The native core is built in pip's isolated environment; nothing but torch must be there before.
 $(VENV)/.cudfast: $(VENV)/.torch $(SOURCES)
-	CUDFAST_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --progress-bar on --editable ".[demo,test]"
-	touch $@
-
-$(VENV)/.dev: $(VENV)/.cudfast pyproject.toml
-	$(BIN)/python -m pip install --quiet --progress-bar on --editable ".[dev]"
+	CUDFAST_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --progress-bar on --editable ".[demo,test,dev]"
 	touch $@
 
 demo: $(VENV)/.cudfast
@@ -44,11 +40,11 @@ sanitize: $(VENV)/.cudfast
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/test_core
 
-check: $(VENV)/.dev
+check: $(VENV)/.cudfast
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp,$(SOURCES)) $(wildcard tests/cpp/*.cpp)
 
 bench: $(VENV)/.cudfast
 	mkdir -p bench_results

@@ -43,8 +43,8 @@ def _classes(student: Tensor, teacher: Tensor | None, num_classes: int | None, n
         return num_classes
     first, second = widths.values()
     raise ValueError(
-        f"{names[0]} has {first} classes and {names[1]} has {second}: expected the same width. If one of them is padded, "
-        f"pass num_classes={min(first, second)} (the number of real classes)"
+        f"{names[0]} has {first} classes and {names[1]} has {second}: expected the same width. If one of them is "
+        f"padded, pass num_classes={min(first, second)} (the number of real classes)"
     )
 
 

@@ -48,7 +48,9 @@ bool agrees_with_baseline(const Sweeps& candidate) {
                      2,
                      2,
                      0.5,
-                     nullptr};
+                     nullptr,
+                     nullptr,
+                     DType::f32};
   const Sweeps& baseline = sweeps_baseline();
   StudentBlockState state, expected;
   candidate.student_state(block, state);

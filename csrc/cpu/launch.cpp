@@ -227,14 +227,14 @@ Divisors count(const Rows& rows) {
 
 void student_state(const Rows& rows, const StudentOptions& options, bool statistics, Divisors divisors,
                    const Outputs& out) {
-  run(StudentLossOfRows{rows, options, divisors, wide(rows), statistics}, out);
+  run(StudentLossOfRows{rows, options, divisors, wide(rows), statistics, out.gradient}, out);
 }
 void teacher_state(const Rows& rows, const TeacherOptions& options, Divisors divisors, const Outputs& out) {
   run(TeacherLossOfRows{rows, options, divisors, wide(rows)}, out);
 }
 void student_gradient(const Rows& rows, const StudentOptions& options, Divisors divisors, Upstream upstream,
                       const Outputs& from) {
-  run_gradient(StudentLossOfRows{rows, options, divisors, wide(rows), false}, upstream, from);
+  run_gradient(StudentLossOfRows{rows, options, divisors, wide(rows), false, Matrix{}}, upstream, from);
 }
 void teacher_gradient(const Rows& rows, const TeacherOptions& options, Divisors divisors, Upstream upstream,
                       const Outputs& from) {

@@ -39,6 +39,8 @@ inline bool is_power(double tau) { return tau == 1 || tau == 2 || tau == 4; }
 
 inline double share(double weight, double divisor) { return divisor > 0 ? weight / divisor : 0.0; }
 
+constexpr int64_t kFetchColumns = 1 << 16;  // f32: 1.25 MiB in all
+
 struct StudentLossOfRows {
   using State = StudentState<double>;
   static constexpr int columns = kStudentColumns;
@@ -48,6 +50,7 @@ struct StudentLossOfRows {
   Divisors divisors;
   bool wide;
   bool statistics;
+  Matrix gradient;  // data null when the first sweep is not followed by the second
 
   StudentBlock block(int64_t row, int64_t column, int n, void* kept) const {
     const double tau = rows.value_at(row);
@@ -62,7 +65,9 @@ struct StudentLossOfRows {
             power,
             ones,
             1 / tau,
-            kept};
+            kept,
+            kept && fetch_gradient() ? gradient.at(row, column) : nullptr,
+            gradient.dtype};
   }
 
   State fold(int64_t row, int64_t column, int n, void* kept) const {
@@ -128,6 +133,9 @@ struct StudentLossOfRows {
     out.gradient = coefficients(state, out.loss, tau, kd * upstream, ce * upstream);
     return out;
   }
+
+  // Fetching the gradient early pays while a row, its exponentials and its gradient stay in a second-level cache.
+  bool fetch_gradient() const { return gradient.data && rows.classes * (wide ? 2 : 1) <= kFetchColumns; }
 
   // Exponentials can serve the second sweep when the temperature is a power and nothing must be masked.
   bool keeps(int64_t row) const { return is_power(rows.value_at(row)); }

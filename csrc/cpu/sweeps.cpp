@@ -180,6 +180,7 @@ __attribute__((noinline)) StudentSums<Lanes<T>> student_sums(const StudentBlock&
       [&](int i) {
         next_s.prefetch(i);
         next_t.prefetch(i);
+        if (Keep && b.g) __builtin_prefetch(b.g + i * size_of(b.g_dtype), 1);
       });
 }
 

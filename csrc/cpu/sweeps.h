@@ -20,7 +20,9 @@ struct StudentBlock {
   int power;  // the temperature when it is 1, 2 or 4, else 0
   int ones;   // temperature-1 sums wanted when power is 0: see row/state.h
   double inv_tau;
-  void* kept;  // null, or room for 2 kBlock exponentials that the first sweep leaves for the second
+  void* kept;     // null, or room for 2 kBlock exponentials that the first sweep leaves for the second
+  const char* g;  // null, or where the gradient will go soon: fetched for writing while there is arithmetic to do
+  DType g_dtype;
 };
 
 // Sums of a block around its own maxima.
