@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -286,7 +287,11 @@ def test_a_backend_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(backends, "load", lambda name: "no C++ compiler found" if name == "native" else real(name))
     with pytest.raises(RuntimeError, match=r"^backend 'native' is not available: no C\+\+ compiler found$"):
         backends.choose("native", torch.device("cpu"))
-    assert backends.choose("auto", torch.device("cpu")) is real("reference")
+    with pytest.warns(RuntimeWarning, match=r"reference backend, which is much slower: no C\+\+ compiler found$"):
+        assert backends.choose("auto", torch.device("cpu")) is real("reference")
+    with warnings.catch_warnings():  # once is enough
+        warnings.simplefilter("error")
+        assert backends.choose("auto", torch.device("cpu")) is real("reference")
 
 
 def test_the_environment_sets_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -58,6 +60,19 @@ def test_isa_from_the_environment(isa: str) -> None:
         assert not run.stderr
     else:
         assert "CUDFAST_ISA=avx1024 cannot run here; expected one of: baseline" in run.stderr
+
+
+def test_losses_travel() -> None:
+    """Copies, pickles and spawned workers: nothing native hangs on to a loss that has been called."""
+    student, teacher, labels = torch.randn(3, 9), torch.randn(3, 9), torch.tensor([1, 2, 3])
+    for loss, arguments in (
+        (CUDLoss(3.0), (student, teacher, labels)),
+        (DUSLoss(alpha=torch.rand(9)), (student, labels)),
+    ):
+        value = loss(*arguments)
+        for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+            assert other.options == loss.options
+            assert torch.equal(other(*arguments), value)
 
 
 def resident() -> int:

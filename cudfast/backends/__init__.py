@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
 from typing import cast
 
 import torch
@@ -35,7 +36,17 @@ def available() -> dict[str, str]:
 
 
 def _default(device: torch.device) -> str:
-    return "native" if device.type == "cpu" and not isinstance(load("native"), str) else "reference"
+    if device.type != "cpu":
+        return "reference"
+    missing = load("native")
+    if not isinstance(missing, str):
+        return "native"
+    warnings.warn(
+        f"cudfast: CPU tensors go through the reference backend, which is much slower: {missing}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return "reference"
 
 
 def choose(name: str, device: torch.device) -> Backend:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -58,15 +58,8 @@ def _matrix(logits: Tensor, name: str) -> tuple[_Matrix, Tensor]:
     return (logits.data_ptr(), *layout, _DTYPE_CODES[logits.dtype]), logits
 
 
+@functools.lru_cache(maxsize=256)
 def _native_options(options: CUDOptions | DUSOptions) -> _native.StudentOptions | _native.TeacherOptions:
-    """The options as the kernels take them, made once: they wait in the frozen instance's own dictionary."""
-    own = options.__dict__
-    if "_native" not in own:
-        own["_native"] = _convert(options)
-    return cast("_native.StudentOptions | _native.TeacherOptions", own["_native"])
-
-
-def _convert(options: CUDOptions | DUSOptions) -> _native.StudentOptions | _native.TeacherOptions:
     if isinstance(options, CUDOptions):
         clip = options.calibration
         return _native.StudentOptions(
