@@ -62,6 +62,24 @@ def test_isa_from_the_environment(isa: str) -> None:
         assert "CUDFAST_ISA=avx1024 cannot run here; expected one of: baseline" in run.stderr
 
 
+def test_without_the_native_core() -> None:
+    """As after an installation without a compiler: the loss works, says so once, and info says why."""
+    script = """
+import sys
+sys.modules["cudfast._native"] = None
+import torch, cudfast
+from cudfast.__main__ import main
+for _ in range(2):
+    print(cudfast.CUDLoss()(torch.zeros(2, 5), torch.zeros(2, 5)).item())
+main(["info"])
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("0.0\n0.0\n")
+    assert "missing: the native core was not built when cudfast was installed: it is not in the package" in run.stdout
+    assert run.stderr.count("CPU tensors go through the reference backend") == 1
+
+
 def test_losses_travel() -> None:
     """Copies, pickles and spawned workers: nothing native hangs on to a loss that has been called."""
     student, teacher, labels = torch.randn(3, 9), torch.randn(3, 9), torch.tensor([1, 2, 3])

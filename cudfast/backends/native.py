@@ -14,7 +14,7 @@ from ..options import CUDOptions, DUSOptions
 from ..rows import DTYPES, Rows, State, compute_dtype, refuse_label, refuse_value, row_layout
 
 try:
-    from .. import _native as _native
+    import cudfast._native as _native
 except ModuleNotFoundError as error:
     note = Path(__file__).parents[1] / "_native_missing.txt"
     reason = note.read_text().strip() if note.exists() else "it is not in the package"
