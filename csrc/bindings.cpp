@@ -105,11 +105,13 @@ Answer row_state(const ShapeArgument& shape, const MatrixArgument& logits, const
 }
 
 template <class Options>
-void row_gradient(const ShapeArgument& shape, const MatrixArgument& logits, const MatrixArgument& target,
-                  const VectorsArgument& vectors, double scalar, int64_t ignore_index, int64_t unlabeled_index,
-                  int threads, const Options& options, uintptr_t upstream, bool per_row_upstream,
-                  const ResultsArgument& results, bool wide, const MatrixArgument& gradient, bool fresh) {
+Answer row_gradient(const ShapeArgument& shape, const MatrixArgument& logits, const MatrixArgument& target,
+                    const VectorsArgument& vectors, double scalar, int64_t ignore_index, int64_t unlabeled_index,
+                    int threads, const Options& options, uintptr_t upstream, bool per_row_upstream,
+                    const ResultsArgument& results, bool wide, const MatrixArgument& gradient, bool fresh) {
   const Rows rows = make_rows(shape, logits, target, vectors, scalar, ignore_index, unlabeled_index, threads);
+  const Check fault = check(rows);
+  if (fault.fault != Fault::none) return {static_cast<int>(fault.fault), fault.row};
   Outputs from;
   from.state = address<void>(std::get<1>(results));
   from.top1 = address<int64_t>(std::get<2>(results));
@@ -118,6 +120,7 @@ void row_gradient(const ShapeArgument& shape, const MatrixArgument& logits, cons
   from.fresh = fresh;
   const double* d = address<const double>(std::get<3>(results));
   gradient_of(rows, options, {d[0], d[1]}, {address<const void>(upstream), per_row_upstream}, from);
+  return {0, 0};
 }
 
 // ---- row/ on scalars, so that a test can hold every function against its mirror ----

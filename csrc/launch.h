@@ -73,6 +73,10 @@ struct Upstream {
   bool per_row = false;
 };
 
+// Temperatures that a row may have (cudfast/options.py).
+constexpr double kLowestTemperature = 1e-4;
+constexpr double kHighestTemperature = 1e4;
+
 // What is wrong with the vectors of a call, before any sweep runs.
 enum class Fault : int { none = 0, label = 1, weight = 2, per_row = 3 };
 struct Check {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import backends
 from .options import CUDOptions, DUSOptions, parse, text_of
-from .rows import STUDENT_COLUMNS, TEACHER_COLUMNS, Backend, Rows, State, compute_dtype, row_name, vector_dtype
+from .rows import STUDENT_COLUMNS, TEACHER_COLUMNS, Backend, Rows, State, compute_dtype, masks, row_name, vector_dtype
 
 
 class Call(NamedTuple):
@@ -27,6 +27,8 @@ class Call(NamedTuple):
 
 def _keeps_gradient(rows: Rows, options: CUDOptions | DUSOptions) -> bool:
     """Whether the gradient is made in forward. A float16 gradient made before the loss scale arrives rounds to 0."""
+    if options.inplace and options.check_finite:  # the check comes before anything is overwritten
+        return False
     if options.save == "auto":
         return options.reduction != "none" and rows.logits.dtype != torch.float16
     return options.save == "gradient"
@@ -45,10 +47,8 @@ def _check_finite(rows: Rows, options: CUDOptions | DUSOptions, state: State) ->
     bad = state.sums.isnan().any(-1)
     for maximum in (0, 2) if isinstance(options, CUDOptions) else (0,):
         bad = bad | (state.sums[:, maximum] == -torch.inf)
-    if rows.labels is not None:
-        bad = bad & (rows.labels != options.ignore_index)
-    if rows.weight is not None:
-        bad = bad & (rows.weight != 0)
+    counts, labelled = masks(rows, options)
+    bad = bad & (counts if isinstance(options, CUDOptions) else labelled)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ValueError(
@@ -57,10 +57,12 @@ def _check_finite(rows: Rows, options: CUDOptions | DUSOptions, state: State) ->
         )
 
 
-def _wrote_inplace(rows: Rows, options: CUDOptions | DUSOptions) -> None:
-    """Tells autograd that the logits changed: an op that saved them as its output now raises instead of lying."""
-    if options.inplace:
+def _wrote(rows: Rows, call: Call, gradient: Tensor) -> None:
+    """Tells autograd what was overwritten, so that whoever saved it raises instead of lying."""
+    if call.options.inplace:
         torch.autograd.graph.increment_version(rows.logits)
+    elif call.grad_out is not None:
+        torch.autograd.graph.increment_version(gradient)
 
 
 class _Once(torch.autograd.Function):
@@ -96,15 +98,17 @@ class _Loss(torch.autograd.Function):
             fresh=fresh,
         )
         if gradient is not None:
-            _wrote_inplace(rows, options)
+            _wrote(rows, call, gradient)
         if kept is not None and state is not None:
             kept.append(state)
         ctx.gradient, ctx.call, ctx.backend = gradient, call, backend
+        ctx.version = 0 if gradient is None else gradient._version
         ctx.destroyed = gradient is not None and options.inplace
         ctx.plain = (rows.scalar, rows.num_items, rows.classes)
         # Unpacked only while the gradient is still to be made: logits changed after the loss are no error otherwise.
         vectors = (logits, rows.target, rows.labels, rows.weight, rows.per_row)
-        ctx.save_for_backward(*vectors, *(state if gradient is None and state is not None else (None, None, None)))
+        if not ctx.destroyed:
+            ctx.save_for_backward(*vectors, *(state if gradient is None and state is not None else (None, None, None)))
         ctx.set_materialize_grads(False)
         return loss
 
@@ -115,6 +119,8 @@ class _Loss(torch.autograd.Function):
             return None, None, None, None, None
         if not torch.is_grad_enabled():
             return _Loss._gradient(ctx, upstream), None, None, None, None
+        if ctx.call.options.inplace:
+            raise RuntimeError("inplace=True does not go with create_graph=True: the logits are overwritten")
         logits = ctx.saved_tensors[0]  # create_graph=True
         with torch.no_grad():
             gradient = _Loss._gradient(ctx, upstream)
@@ -125,6 +131,11 @@ class _Loss(torch.autograd.Function):
         gradient: Tensor | None = ctx.gradient
         if gradient is not None:  # handed over once; a second backward makes it again
             ctx.gradient = None
+            if gradient._version != ctx.version:
+                raise RuntimeError(
+                    "the gradient of this loss was overwritten before backward: its grad_out (or, with inplace=True, "
+                    "its logits) was written again in between. Give each loss memory of its own, or call backward first"
+                )
             return _scale(gradient, upstream)
         call: Call = ctx.call
         options = call.options
@@ -142,7 +153,7 @@ class _Loss(torch.autograd.Function):
         out, fresh = _gradient_memory(rows, call)
         flat = upstream.reshape(-1) if upstream.dim() else upstream
         ctx.backend.row_gradient(rows, options, state, flat, out, fresh=fresh)
-        _wrote_inplace(rows, options)
+        _wrote(rows, call, out)
         ctx.destroyed = options.inplace
         return out
 
@@ -150,7 +161,10 @@ class _Loss(torch.autograd.Function):
 def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
     """The saved gradient (..., V) times the upstream one, in its own memory."""
     if upstream.dim():
-        return gradient.mul_(upstream.reshape(*gradient.shape[:-1], 1))
+        scale = upstream.reshape(*gradient.shape[:-1], 1)
+        if upstream.is_cpu and not bool(upstream.isfinite().all()):  # 0 stays 0 where a row does not count
+            return torch.where(gradient == 0, 0, gradient * scale)
+        return gradient.mul_(scale)
     if upstream.is_cpu and upstream.item() == 1:
         return gradient
     return gradient.mul_(upstream)
@@ -198,6 +212,8 @@ def row_state_op(
     backend = backends.choose(parsed.backend, logits.device)
     loss, state = backend.row_state(rows, parsed, statistics=statistics, keep=True, gradient=None, fresh=False)
     assert state is not None
+    if parsed.check_finite:
+        _check_finite(rows, parsed, state)
     return loss, *state
 
 

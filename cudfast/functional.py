@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal, overload
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .autograd import Call, evaluate
-from .options import CUDOptions, DUSOptions
+from .options import NUMBERS, TEMPERATURES, CUDOptions, DUSOptions
 from .rows import DTYPES, Rows, row_layout, vector_dtype
 from .statistics import StudentStatistics, TeacherStatistics, student_statistics, teacher_statistics
 
@@ -80,7 +81,7 @@ def _vector(vector: Tensor, name: str, logits: Tensor, logits_name: str) -> Tens
     if vector.requires_grad:
         raise ValueError(f"{name} requires grad, and no gradient flows to it: pass {name}.detach()")
     _vector_shape(vector, name, logits, logits_name)
-    return vector.reshape(-1).to(vector_dtype(logits.device))
+    return vector.reshape(-1).to(vector_dtype(logits.device)).contiguous()
 
 
 def _weight(weight: object, logits: Tensor, name: str) -> Tensor | None:
@@ -95,10 +96,12 @@ def _num_items(num_items: object) -> float | Tensor | None:
     if num_items is None:
         return None
     if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items has shape {tuple(num_items.shape)}: expected one number")
-        return num_items.detach().reshape(())
-    if isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
+        if num_items.numel() != 1 or num_items.dtype == torch.bool:
+            raise ValueError(f"num_items is {num_items.dtype} {tuple(num_items.shape)}: expected one number")
+        if torch.compiler.is_compiling() or not num_items.is_cpu:
+            return num_items.detach().reshape(())
+        num_items = num_items.item()
+    if isinstance(num_items, bool) or not isinstance(num_items, NUMBERS):
         raise TypeError(f"num_items: expected a number or a tensor of one, got {type(num_items).__name__}")
     if not (math.isfinite(num_items) and num_items >= 0):
         raise ValueError(f"num_items={num_items}: expected a finite number >= 0")
@@ -140,8 +143,7 @@ def _check_gradient_memory(logits: Tensor, name: str, teacher: Tensor | None, ca
             raise ValueError(f"grad_out shares memory with {name}: use inplace=True to write the gradient over it")
     else:
         return
-    layout = row_layout(out)
-    if layout is None or (min(layout[1] or out.shape[-1], layout[2] or out.shape[-1]) < out.shape[-1]) or _repeats(out):
+    if row_layout(out) is None or _overlaps_itself(out):
         raise ValueError(
             f"{out_name} has shape {tuple(out.shape)} and strides {out.stride()}: expected rows that are dense and do "
             "not overlap, to write a gradient into; call .contiguous() first"
@@ -150,9 +152,14 @@ def _check_gradient_memory(logits: Tensor, name: str, teacher: Tensor | None, ca
         raise ValueError(f"{out_name} shares memory with teacher_logits, which would be overwritten: clone one of them")
 
 
-def _repeats(tensor: Tensor) -> bool:
-    """An axis of stride 0: expanded, several rows in one place."""
-    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride()))
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may lie in one place: some axis steps by less than the axes inside it span."""
+    span = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1):
+        if stride < span:
+            return True
+        span = stride * size
+    return False
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
@@ -242,7 +249,7 @@ def cud_loss(
         labels: (...) integer class indices, `ignore_index` or `unlabeled_index`; None: every row is unlabelled.
         options: what the loss is made of; see `CUDOptions`.
         weight: (...) one weight per row, finite and >= 0; a row of weight 0 counts for nothing.
-        temperature: overrides options.temperature: a number, or (...) one value per row.
+        temperature: overrides options.temperature: a number, or (...) one value per row, in [1e-4, 1e4].
         num_items: replaces both divisors of reduction="mean" (and divides the other reductions): a number or a tensor
             of one, as trainers with gradient accumulation pass it.
         return_stats: also return `StudentStatistics` of every row, from the same pass.
@@ -250,7 +257,8 @@ def cud_loss(
             the arithmetic.
 
     Returns:
-        The loss: () or, for reduction="none", (...); float32, or float64 when an input is. With return_stats, a pair.
+        The loss: () or, for reduction="none", (...); float32, or float64 when the logits that count are. With
+        return_stats, a pair.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; a label out of range names
@@ -295,20 +303,21 @@ def cud_loss(
     if isinstance(temperature, Tensor):
         per_row = _vector(temperature, "temperature", student, "student_logits")
     elif temperature is not None:
-        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        if isinstance(temperature, bool) or not isinstance(temperature, NUMBERS):
             raise TypeError(f"temperature: expected a number or a tensor (...), got {type(temperature).__name__}")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature={temperature}: expected a finite number > 0")
+        if not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
+            raise ValueError(
+                f"temperature={temperature}: expected a number in [{TEMPERATURES[0]:g}, {TEMPERATURES[1]:g}]"
+            )
         scalar = float(temperature)
 
     if options.kd_weight == 0 and not return_stats:  # plain cross-entropy needs one matrix and one exponential
         rows = Rows(student, None, flat_labels, flat_weight, None, 1.0, items, classes)
         call = _call(rows, "student_logits", _cross_entropy(options), False, grad_out)
-        loss, state = evaluate(rows, call)
     else:
         rows = Rows(student, teacher, flat_labels, flat_weight, per_row, scalar, items, classes)
         call = _call(rows, "student_logits", options, return_stats, grad_out)
-        loss, state = evaluate(rows, call)
+    loss, state = evaluate(rows, call)
     if options.reduction == "none":
         loss = loss.reshape(student.shape[:-1])
     if not return_stats:
@@ -317,6 +326,7 @@ def cud_loss(
     return loss, student_statistics(rows, options, state)
 
 
+@functools.lru_cache(maxsize=64)
 def _cross_entropy(options: CUDOptions) -> DUSOptions:
     """The teacher loss with cross-entropy alone is what is left of the student loss at kd_weight=0."""
     return DUSOptions(
@@ -443,6 +453,8 @@ def _alpha(alpha: object, labels: Tensor, classes: int) -> Tensor:
         raise TypeError(f"alpha: expected a torch.Tensor (V,) with one value per class, got {type(alpha).__name__}")
     if alpha.shape != (classes,) or not alpha.dtype.is_floating_point:
         raise ValueError(f"alpha is {alpha.dtype} {tuple(alpha.shape)}: expected floating point ({classes},)")
+    if alpha.requires_grad:
+        raise ValueError("alpha requires grad, and no gradient flows to it: pass alpha.detach()")
     if alpha.device != labels.device:
         raise ValueError(f"alpha is on {alpha.device} and labels on {labels.device}: move them to one device")
     inside = (labels >= 0) & (labels < classes)

@@ -31,7 +31,7 @@ def self_check(backend: str) -> str:
 def _native_lines() -> list[tuple[str, str]]:
     if isinstance(backends.load("native"), str):
         return []
-    from .backends.native import _native
+    import cudfast._native as _native
 
     asked = os.environ.get("CUDFAST_ISA")
     chosen = (

@@ -30,7 +30,7 @@ class CUDLoss(nn.Module):
     ``calibration=None`` is plain knowledge distillation with cross-entropy; ``kd_weight=0`` is cross-entropy.
 
     Args:
-        temperature: tau > 0. Default 2.0; 1, 2 and 4 are fastest.
+        temperature: tau in [1e-4, 1e4]. Default 2.0; 1, 2 and 4 are fastest.
         kd_weight, ce_weight: weights of the two terms, >= 0. Default 0.8 and 0.2 (paper).
         calibration: `WClip`, or None. Default ``WClip(budget=0.5, margin=0.7)`` (paper).
         ignore_index: label of rows that count for nothing. Default -100.
@@ -46,7 +46,7 @@ class CUDLoss(nn.Module):
     Shapes:
         student_logits (..., V), teacher_logits (..., V), labels (...), weight (...), temperature () or (...);
         returns () or (...) for reduction="none". Logits float32, float64, bfloat16 or float16, also mixed; the loss is
-        float32, or float64 when an input is; the gradient has the student's dtype.
+        float32, or float64 when the logits that count are; the gradient has the student's dtype.
 
     Raises:
         TypeError, ValueError, RuntimeError: see `cudfast.functional.cud_loss`.

@@ -13,24 +13,32 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 
 Reduction = Literal["none", "sum", "mean"]
 Save = Literal["auto", "state", "gradient"]
 BackendName = Literal["auto", "reference", "native"]
 
+NUMBERS = (int, float, np.integer, np.floating)
+
+# Temperatures outside say nothing that the ends do not, and e^(x / tau) or tau^2 would leave f32.
+TEMPERATURES = (1e-4, 1e4)
+
 
 def _number(owner: object, name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     """Checks that a field is a finite number in [low, high], or (low, high] with open_low."""
     value = getattr(owner, name)
     kind = type(owner).__name__
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"{kind}({name}=...): expected a number, got {type(value).__name__}")
     inside = math.isfinite(value) and value <= high and (value > low if open_low else value >= low)
     if not inside:
         left = "(" if open_low else "["
         right = f"{high:g}]" if math.isfinite(high) else "inf)"
         raise ValueError(f"{kind}({name}={value}): expected a finite number in {left}{low:g}, {right}")
+    if not isinstance(value, (int, float)):  # numpy's numbers, which JSON does not know
+        object.__setattr__(owner, name, float(value))
 
 
 def _choice(owner: object, name: str, allowed: tuple[str, ...]) -> None:
@@ -43,6 +51,8 @@ def _integer(owner: object, name: str) -> None:
     value = getattr(owner, name)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{type(owner).__name__}({name}=...): expected an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{type(owner).__name__}({name}={value}): expected an int of 64 bits, as labels are")
 
 
 def _flag(owner: object, name: str) -> None:
@@ -92,7 +102,8 @@ class LossOptions:
         num_classes: how many leading columns are real classes, for logits padded to unequal widths. None: all.
         save: what is kept between forward and backward. "state": the row state, at most 96 bytes a row, and the
             gradient is computed in backward. "gradient": the gradient itself, computed in forward while the row is in
-            cache. "auto": "gradient" for scalar reductions, "state" for reduction="none" and for float16 logits.
+            cache; the inputs are held, too, for a second backward. "auto": "gradient" for scalar reductions, "state" for
+            reduction="none" and for float16 logits.
         inplace: write the gradient over the logits, which hold it after backward; no (N, V) memory at all.
         backend: "auto", "native" (C++ on the CPU) or "reference" (PyTorch, any device).
         check_finite: raise ValueError naming the first row whose loss is NaN, at the cost of a read of the row states.
@@ -133,7 +144,8 @@ class CUDOptions(LossOptions):
     """Student loss, Eq. 9: ``kd_weight * tau^2 * KL(q^(tau) || p_S^(tau)) + ce_weight * CE``.
 
     Args:
-        temperature: tau > 0. Default 2.0. 1, 2 and 4 are the fastest: two exponentials an element instead of three.
+        temperature: tau in [1e-4, 1e4]. Default 2.0. 1, 2 and 4 are the fastest: two exponentials an
+            element instead of three.
         kd_weight: weight of the distillation term, >= 0. Default 0.8 (paper).
         ce_weight: weight of the cross-entropy term at temperature 1, >= 0. Default 0.2 (paper).
         calibration: `WClip`, or None for plain distillation. Default ``WClip(budget=0.5, margin=0.7)`` (paper).
@@ -156,7 +168,7 @@ class CUDOptions(LossOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _number(self, "temperature", 0, open_low=True)
+        _number(self, "temperature", *TEMPERATURES)
         _number(self, "kd_weight", 0)
         _number(self, "ce_weight", 0)
         if self.calibration is not None and not isinstance(self.calibration, WClip):

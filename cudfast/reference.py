@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .options import CUDOptions, DUSOptions
+from .options import TEMPERATURES, CUDOptions, DUSOptions
 from .rows import Rows, State, compute_dtype, refuse_label, refuse_value, vector_dtype
 
 NOTHING = -torch.inf
@@ -372,10 +372,12 @@ def _check(rows: Rows, options: CUDOptions | DUSOptions, index: Tensor) -> None:
 
     if rows.labels is not None and (row := first((index < 0) | (index >= rows.classes))) is not None:
         raise refuse_label(rows, options, row, int(rows.labels[row]))
-    for name, values, low in (("weight", rows.weight, 0.0), ("per_row", rows.per_row, None)):
+    low, high = TEMPERATURES if isinstance(options, CUDOptions) else (5e-324, torch.finfo(torch.float64).max)
+    limits = {"weight": (0.0, torch.finfo(torch.float64).max), "per_row": (low, high)}
+    for name, values in (("weight", rows.weight), ("per_row", rows.per_row)):
         if values is None:
             continue
-        good = values.isfinite() & (values >= 0 if low is not None else values > 0)
+        good = (values >= limits[name][0]) & (values <= limits[name][1])
         if (row := first(~good)) is not None:
             raise refuse_value(rows, options, name, row, float(values[row]))
 
@@ -444,7 +446,8 @@ def _student_rows(
     c = student_coefficients(state, loss, tau, kd * upstream, ce * upstream)
     g = student_element(StudentGradient(*map(_column, c)), dt, ds, _column(1 / tau))
     at_label = torch.where(_column(marks.labelled & (state.s_y > NOTHING)), -_column(c.label), 0)
-    return value, g.scatter_add(-1, marks.column, at_label)
+    g = g.scatter_add(-1, marks.column, at_label)
+    return value, torch.where(_column((kd * upstream == 0) & (ce * upstream == 0)), 0, g)
 
 
 def _teacher_rows(
@@ -460,7 +463,7 @@ def _teacher_rows(
     x = _flat(rows.logits, rows, dtype) - _column(state.m)
     g = teacher_element(TeacherGradient(*map(_column, c)), x, _column(1 / state.z), _column(loss.log_z))
     at_label = torch.where(_column(marks.labelled & (state.z_y > NOTHING)), _column(c.label), 0)
-    return value, g.scatter_add(-1, marks.column, at_label)
+    return value, torch.where(_column(scale * upstream == 0), 0, g.scatter_add(-1, marks.column, at_label))
 
 
 def _write(rows: Rows, marks: _Marks, values: Tensor, gradient: Tensor) -> None:

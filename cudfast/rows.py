@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .options import CUDOptions, DUSOptions
+from .options import TEMPERATURES, CUDOptions, DUSOptions
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -85,6 +85,20 @@ def vector_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def masks(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[Tensor, Tensor]:
+    """(N,) bool: the row counts; it has a label, too."""
+    counts = torch.ones(rows.n, dtype=torch.bool, device=rows.logits.device)
+    if rows.weight is not None:
+        counts = rows.weight != 0
+    if rows.labels is None:
+        return counts, torch.zeros_like(counts)
+    counts = counts & (rows.labels != options.ignore_index)
+    labelled = counts
+    if options.unlabeled_index is not None:
+        labelled = counts & (rows.labels != options.unlabeled_index)
+    return counts, labelled
+
+
 def row_layout(logits: Tensor) -> tuple[int, int, int] | None:
     """How rows of (..., V) lie in memory: (inner rows, outer stride, inner stride) in elements.
 
@@ -128,5 +142,6 @@ def refuse_value(rows: Rows, options: CUDOptions | DUSOptions, name: str, row: i
     if name == "weight":
         return ValueError(f"weight[{row_name(rows, row)}] = {value}: expected a finite number >= 0")
     if isinstance(options, CUDOptions):
-        return ValueError(f"temperature[{row_name(rows, row)}] = {value}: expected a finite number > 0")
+        low, high = TEMPERATURES
+        return ValueError(f"temperature[{row_name(rows, row)}] = {value}: expected a number in [{low:g}, {high:g}]")
     return ValueError(f"alpha of the label of row {row_name(rows, row)} is {value}: expected a finite number > 0")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .options import CUDOptions, DUSOptions
-from .rows import Rows, State
+from .rows import Rows, State, masks
 
 
 class StudentStatistics(NamedTuple):
@@ -37,24 +37,10 @@ class TeacherStatistics(NamedTuple):
     correct: Tensor  #: bool, the label's logit is the largest
 
 
-def _masks(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[Tensor, Tensor]:
-    """(N,) bool: the row counts; it has a label, too."""
-    counts = torch.ones(rows.n, dtype=torch.bool, device=rows.logits.device)
-    if rows.weight is not None:
-        counts = rows.weight != 0
-    if rows.labels is None:
-        return counts, torch.zeros_like(counts)
-    counts = counts & (rows.labels != options.ignore_index)
-    labelled = counts
-    if options.unlabeled_index is not None:
-        labelled = counts & (rows.labels != options.unlabeled_index)
-    return counts, labelled
-
-
 def student_statistics(rows: Rows, options: CUDOptions, packed: State) -> StudentStatistics:
     """From the states of the first sweep."""
     state = reference.StudentState._make((*packed.sums.detach().unbind(-1), packed.top1))
-    counts, labelled = _masks(rows, options)
+    counts, labelled = masks(rows, options)
     shape = rows.logits.shape[:-1]
 
     def where(mask: Tensor, value: Tensor) -> Tensor:
@@ -81,7 +67,7 @@ def student_statistics(rows: Rows, options: CUDOptions, packed: State) -> Studen
 def teacher_statistics(rows: Rows, options: DUSOptions, packed: State) -> TeacherStatistics:
     """From the states of the first sweep."""
     state = reference.TeacherState(*packed.sums.detach().unbind(-1))
-    _, labelled = _masks(rows, options)
+    _, labelled = masks(rows, options)
     shape = rows.logits.shape[:-1]
 
     def where(value: Tensor) -> Tensor:

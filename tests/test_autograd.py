@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import threading
+import weakref
 
 import pytest
 import torch
@@ -94,6 +96,66 @@ def test_given_gradient_memory(backend: str, batch: tuple[Tensor, ...]) -> None:
     out = torch.full((N, 2 * V), torch.nan)[:, :V]  # a row stride of its own
     dus_loss(student, labels.clamp(min=0), DUSOptions(backend=backend), grad_out=out)
     assert out.isfinite().all()
+
+
+def test_gradient_memory_serves_one_loss_at_a_time(backend: str, batch: tuple[Tensor, ...]) -> None:
+    student, teacher, labels = batch
+    a, b, out = student.clone().requires_grad_(), student.clone().requires_grad_(), torch.empty_like(student)
+    options = CUDOptions(backend=backend)
+    first, second = (
+        cud_loss(a, teacher, labels, options, grad_out=out),
+        cud_loss(b, teacher, labels, options, grad_out=out),
+    )
+    with pytest.raises(RuntimeError, match="was overwritten before backward"):
+        (first + second).backward()
+
+
+def test_inplace_keeps_nothing_and_checks_first(batch: tuple[Tensor, ...]) -> None:
+    student, teacher, labels = batch
+    alive = weakref.ref(teacher := teacher.clone())
+    logits = student.requires_grad_() * 1
+    loss = CUDLoss(inplace=True, save="gradient")(logits, teacher, labels)
+    del teacher
+    gc.collect()
+    assert alive() is None
+    loss.backward()
+    logits = student.detach() * 1
+    logits[1, 1] = torch.nan
+    before = (logits := logits.requires_grad_() * 1).detach().clone()
+    with pytest.raises(ValueError, match="row 1 holds NaN"):
+        CUDLoss(inplace=True, check_finite=True)(logits, batch[1], labels)
+    torch.testing.assert_close(logits.detach(), before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("save", ["state", "gradient"])
+def test_an_infinite_upstream_leaves_ignored_rows_alone(backend: str, save: str, batch: tuple[Tensor, ...]) -> None:
+    student, teacher, labels = batch
+    labels[0] = -100
+    leaf = student.requires_grad_()
+    loss = CUDLoss(reduction="none", save=save, backend=backend)(leaf, teacher, labels)
+    (g,) = torch.autograd.grad(loss, leaf, torch.tensor([torch.inf, *[1.0] * (N - 1)]))
+    assert g[0].eq(0).all()
+    assert g[1:].isfinite().all()
+
+
+def test_labels_changed_behind_autograds_back(batch: tuple[Tensor, ...]) -> None:
+    """numpy shares the memory and no version counter: still an error, never a write out of bounds."""
+    student, teacher, labels = batch
+    array = labels.numpy().copy()
+    leaf = student.requires_grad_()
+    loss = CUDLoss(save="state")(leaf, teacher, torch.from_numpy(array))
+    array[0] = 10**6
+    with pytest.raises(ValueError, match=r"labels\[0\] = 1000000: expected a class"):
+        loss.backward()
+
+
+def test_check_finite_under_compile() -> None:
+    torch._dynamo.reset()
+    logits = torch.randn(3, 9)
+    logits[2, 0] = torch.nan
+    compiled = torch.compile(CUDLoss(check_finite=True), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="row 2 holds NaN"):
+        compiled(logits, torch.randn(3, 9), torch.tensor([1, 2, 3]))
 
 
 def test_inplace_is_seen_by_autograd(batch: tuple[Tensor, ...]) -> None:

@@ -12,6 +12,7 @@ import torch
 from cudfast import CUDLoss, CUDOptions, DUSLoss, DUSOptions, WClip, backends
 from cudfast.functional import cud_loss, dus_loss
 
+G = torch.empty(21)
 S, T, Y = torch.randn(4, 7), torch.randn(4, 7), torch.tensor([0, 1, 2, 3])
 
 
@@ -122,17 +123,39 @@ CASES: list[tuple[type[Exception], str, Callable[[], object]]] = [
     ),
     (
         ValueError,
-        "temperature[2] = 0.0: expected a finite number > 0",
+        "temperature[2] = 0.0: expected a number in [0.0001, 10000]",
         lambda: cud_loss(S, T, Y, temperature=torch.tensor([1.0, 2, 0, 1])),
     ),
-    (ValueError, "temperature=-1: expected a finite number > 0", lambda: cud_loss(S, T, Y, temperature=-1)),
+    (ValueError, "temperature=-1: expected a number in [0.0001, 10000]", lambda: cud_loss(S, T, Y, temperature=-1)),
     (
         TypeError,
         "temperature: expected a number or a tensor (...), got str",
         lambda: cud_loss(S, T, Y, temperature="hot"),
     ),
     (ValueError, "num_items=-3: expected a finite number >= 0", lambda: cud_loss(S, T, Y, num_items=-3)),
-    (ValueError, "num_items has shape (2,): expected one number", lambda: cud_loss(S, T, Y, num_items=torch.ones(2))),
+    (
+        ValueError,
+        "num_items is torch.float32 (2,): expected one number",
+        lambda: cud_loss(S, T, Y, num_items=torch.ones(2)),
+    ),
+    (
+        ValueError,
+        "num_items=nan: expected a finite number >= 0",
+        lambda: cud_loss(S, T, Y, num_items=torch.tensor(torch.nan)),
+    ),
+    (
+        ValueError,
+        "grad_out has shape (2, 2, 7) and strides (7, 7, 1): expected rows that are dense and do not overlap, to write "
+        "a gradient into; call .contiguous() first",
+        lambda: cud_loss(
+            S.view(2, 2, 7), None, None, CUDOptions(kd_weight=0), grad_out=G.as_strided((2, 2, 7), (7, 7, 1))
+        ),
+    ),
+    (
+        ValueError,
+        "alpha requires grad, and no gradient flows to it: pass alpha.detach()",
+        lambda: dus_loss(S, Y, alpha=torch.ones(7, requires_grad=True)),
+    ),
     (
         TypeError,
         "num_items: expected a number or a tensor of one, got str",
@@ -196,8 +219,12 @@ CASES: list[tuple[type[Exception], str, Callable[[], object]]] = [
         "inplace=True and grad_out were both given: the gradient can go to one place only",
         lambda: cud_loss(S * 1, T, Y, CUDOptions(inplace=True), grad_out=torch.empty(4, 7)),
     ),
-    (ValueError, "CUDOptions(temperature=0): expected a finite number in (0, inf)", lambda: CUDLoss(0)),
-    (ValueError, "CUDOptions(temperature=nan): expected a finite number in (0, inf)", lambda: CUDLoss(float("nan"))),
+    (ValueError, "CUDOptions(temperature=0): expected a finite number in [0.0001, 10000]", lambda: CUDLoss(0)),
+    (
+        ValueError,
+        "CUDOptions(temperature=nan): expected a finite number in [0.0001, 10000]",
+        lambda: CUDLoss(float("nan")),
+    ),
     (TypeError, "CUDOptions(temperature=...): expected a number, got str", lambda: CUDLoss("2")),
     (ValueError, "CUDOptions(kd_weight=-0.1): expected a finite number in [0, inf)", lambda: CUDLoss(kd_weight=-0.1)),
     (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -131,6 +132,47 @@ def test_temperature_of_the_call(backend: str, batch: tuple[torch.Tensor, ...]) 
     for one in (3, 3.0, torch.tensor(3.0)):
         got = CUDLoss(backend=backend)(student, teacher, labels, temperature=one)
         torch.testing.assert_close(got, CUDLoss(3.0, backend=backend)(student, teacher, labels))
+
+
+def test_vectors_of_any_layout(backend: str, batch: tuple[torch.Tensor, ...]) -> None:
+    """float64 vectors need no conversion, so their strides must be seen to."""
+    student, teacher, labels = batch
+    options = CUDOptions(backend=backend)
+    weight, tau = torch.rand(2 * N, dtype=f64), torch.rand(2 * N, dtype=f64) + 1
+    got = cud_loss(student, teacher, labels, options, weight=weight[::2], temperature=tau[::2])
+    dense = cud_loss(student, teacher, labels, options, weight=weight[::2].clone(), temperature=tau[::2].clone())
+    assert torch.equal(got, dense)
+    three = torch.tensor([3.0], dtype=f64)
+    expected = CUDLoss(3.0, backend=backend)(student, teacher, labels)
+    for one in (three[0], three.expand(N)):
+        torch.testing.assert_close(cud_loss(student, teacher, labels, options, temperature=one), expected)
+    for one in (np.float32(3), np.int64(3)):
+        torch.testing.assert_close(cud_loss(student, teacher, labels, options, temperature=one), expected)
+        assert CUDLoss(one).options.temperature == 3
+
+
+def test_rows_without_weight_in_any_term_have_no_gradient(backend: str) -> None:
+    """Not even where they hold NaN: an unlabelled row under cross-entropy, or num_items=0."""
+    student = torch.randn(2, V)
+    student[1, 3] = torch.nan
+    student.requires_grad_()
+    loss = cud_loss(student, None, torch.tensor([1, -1]), CUDOptions(kd_weight=0, check_finite=True, backend=backend))
+    assert loss.isfinite()
+    assert gradient(loss, student).isfinite().all()
+    loss = cud_loss(student, torch.randn(2, V), None, CUDOptions(backend=backend), num_items=0)
+    assert loss == 0
+    assert gradient(loss, student).eq(0).all()
+
+
+def test_a_row_of_nothing_has_a_gradient_of_nan(backend: str) -> None:
+    for v in (1, 2, 40):
+        student = torch.full((1, v), -torch.inf, requires_grad=True)
+        label = torch.tensor([0])
+        for tau in (2.0, 3.0):
+            loss = cud_loss(student, torch.randn(1, v), label, CUDOptions(temperature=tau, backend=backend))
+            assert loss.isnan()
+            assert gradient(loss, student).isnan().all()
+        assert gradient(dus_loss(student, label, DUSOptions(backend=backend)), student).isnan().all()
 
 
 def test_leading_shapes(backend: str) -> None:

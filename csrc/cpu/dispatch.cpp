@@ -1,7 +1,6 @@
-// Picks the instruction set at run time, once.
-//
-// AVX2 is the default where the processor has it. AVX-512 is the default only where it reproduces the baseline on a
-// fixed block first; CUDFAST_ISA=baseline|avx2|avx512 asks for one by name.
+// Picks the instruction set at run time, once: the widest that the processor has, or the one that
+// CUDFAST_ISA=baseline|avx2|avx512 names. Whichever it is must reproduce the baseline on a fixed block before it is
+// used.
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -106,7 +105,8 @@ const char* const* runnable(int& count) {
     int n = 1;
 #if defined(CUDFAST_X86)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names[n++] = "avx2";
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+      names[n++] = "avx2";
     if (n == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
       names[n++] = "avx512";

@@ -17,15 +17,10 @@ namespace cudfast {
 
 namespace {
 std::atomic<bool> forked{false};
-}
+const int watched = pthread_atfork(nullptr, nullptr, [] { forked = true; });  // from the moment the library is loaded
+}  // namespace
 
-bool can_thread() {
-  static const bool watched = [] {
-    pthread_atfork(nullptr, nullptr, [] { forked = true; });
-    return true;
-  }();
-  return watched && !forked;
-}
+bool can_thread() { return watched == 0 && !forked; }
 
 namespace {
 
@@ -124,6 +119,7 @@ struct RowWork {
   }
 
   void gradient(const State& state, const typename Loss::Row& r, const Matrix& g) const {
+    if (!r.counts) return clear(g, row, 0, loss.rows.padded);
     const auto map = [&](int64_t i, int64_t column, int n) {
       loss.map(row, column, n, state, kept ? &own.parts[static_cast<size_t>(i)] : nullptr, r, g, kept_at(i));
     };
@@ -201,6 +197,8 @@ bool wide(const Rows& rows) {
 }  // namespace
 
 Check check(const Rows& rows) {
+  const double low = rows.target.data ? kLowestTemperature : std::numeric_limits<double>::denorm_min();
+  const double high = rows.target.data ? kHighestTemperature : std::numeric_limits<double>::max();
   for (int64_t row = 0; row < rows.rows; ++row) {
     if (rows.labels && rows.labelled(row) && (rows.labels[row] < 0 || rows.labels[row] >= rows.classes)) {
       return {Fault::label, row};
@@ -208,7 +206,7 @@ Check check(const Rows& rows) {
     if (rows.weight && !(rows.weight[row] >= 0 && rows.weight[row] <= std::numeric_limits<double>::max())) {
       return {Fault::weight, row};
     }
-    if (rows.per_row && !(rows.per_row[row] > 0 && rows.per_row[row] <= std::numeric_limits<double>::max())) {
+    if (rows.per_row && !(rows.per_row[row] >= low && rows.per_row[row] <= high)) {
       return {Fault::per_row, row};
     }
   }

@@ -116,6 +116,7 @@ struct StudentLossOfRows {
 
   // The row's own loss and gradient map, from its state.
   struct Row {
+    bool counts = false;  // whether the gradient is anything but 0
     double value = 0;
     StudentLoss<double> loss;
     StudentGradient<double> gradient;
@@ -128,6 +129,7 @@ struct StudentLossOfRows {
     const double kd = options.kd_weight * share(weights.kd, divisors.kd);
     const double ce = options.ce_weight * share(weights.ce, divisors.ce);
     Row out;
+    out.counts = kd * upstream != 0 || ce * upstream != 0;
     out.loss = finish(state, labelled, tau, options);
     out.value = (kd != 0 ? kd * out.loss.kd : 0.0) + (ce != 0 ? ce * out.loss.ce : 0.0);
     out.gradient = coefficients(state, out.loss, tau, kd * upstream, ce * upstream);
@@ -137,7 +139,7 @@ struct StudentLossOfRows {
   // Fetching the gradient early pays while a row, its exponentials and its gradient stay in a second-level cache.
   bool fetch_gradient() const { return gradient.data && rows.classes * (wide ? 2 : 1) <= kFetchColumns; }
 
-  // Exponentials can serve the second sweep when the temperature is a power and nothing must be masked.
+  // Exponentials can serve the second sweep when the temperature is a power.
   bool keeps(int64_t row) const { return is_power(rows.value_at(row)); }
 
   // part: the block's own state when its exponentials were kept, else null.
@@ -171,7 +173,7 @@ struct StudentLossOfRows {
     const auto at = [&](double s, double dt) { return element<0, 1, true>(r.gradient, dt, s - state.m_s, inv_tau); };
     const double dt_y = clipped ? r.loss.clip.t_y : state.t_y - state.m_t;
     const double g_y = at(state.s_y, dt_y);
-    store(g, row, rows.labels[row], state.s_y == kNothing<double> ? 0.0 : g_y - r.gradient.label);
+    store(g, row, rows.labels[row], state.s_y == kNothing<double> ? g_y : g_y - r.gradient.label);
     if (clipped) store(g, row, state.k, at(state.s_k, r.loss.clip.t_k));
   }
 };
@@ -218,6 +220,7 @@ struct TeacherLossOfRows {
   }
 
   struct Row {
+    bool counts = false;  // whether the gradient is anything but 0
     double value = 0;
     TeacherLoss<double> loss;
     TeacherGradient<double> gradient;
@@ -228,6 +231,7 @@ struct TeacherLossOfRows {
     const double scale = share(weights.ce, divisors.ce);
     Row out;
     if (scale == 0) return out;
+    out.counts = scale * upstream != 0;
     out.loss = finish(state, rows.value_at(row), options);
     out.value = scale * out.loss.value;
     out.gradient = coefficients(out.loss, scale * upstream);
@@ -246,7 +250,7 @@ struct TeacherLossOfRows {
   void fix(int64_t row, const State& state, const Row& r, const Matrix& g) const {
     if (!rows.labelled(row) || r.gradient.label == 0) return;
     const double p = element<true>(r.gradient, state.z_y - state.m, 1 / state.z, r.loss.log_z);
-    store(g, row, rows.labels[row], state.z_y == kNothing<double> ? 0.0 : p + r.gradient.label);
+    store(g, row, rows.labels[row], state.z_y == kNothing<double> ? p : p + r.gradient.label);
   }
 };
 

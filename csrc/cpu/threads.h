@@ -8,8 +8,8 @@ namespace cudfast {
 // False in a forked child, whose copy of the pool has no threads behind it.
 bool can_thread();
 
-// How many threads a call may use, and whether each keeps the same tasks from loop to loop (its part of a row stays in
-// its cache) or takes the next one when it is free.
+// Whether each thread keeps the same tasks from loop to loop (its part of a row stays in its cache) or takes the next
+// one when it is free.
 enum class Schedule { next, same };
 
 template <class F>

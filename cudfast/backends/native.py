@@ -172,7 +172,7 @@ def row_gradient(
     target, target_kept = (_ABSENT, None) if rows.target is None else _matrix(rows.target, "teacher_logits")
     out, out_kept = _matrix(gradient, "grad_out")
     kernel = _native.student_gradient if student else _native.teacher_gradient
-    kernel(
+    fault, row = kernel(
         *_common(rows, options, logits, target),
         upstream.data_ptr(),
         upstream.dim() > 0,
@@ -182,3 +182,5 @@ def row_gradient(
         fresh,
     )
     del logits_kept, target_kept, out_kept
+    if fault:  # memory shared with another library may have changed since the forward pass
+        raise _refusal(rows, options, fault, row)
