@@ -102,8 +102,8 @@ class LossOptions:
         num_classes: how many leading columns are real classes, for logits padded to unequal widths. None: all.
         save: what is kept between forward and backward. "state": the row state, at most 96 bytes a row, and the
             gradient is computed in backward. "gradient": the gradient itself, computed in forward while the row is in
-            cache; the inputs are held, too, for a second backward. "auto": "gradient" for scalar reductions, "state" for
-            reduction="none" and for float16 logits.
+            cache; the inputs are held, too, for a second backward. "auto": "gradient" for scalar reductions, "state"
+            for reduction="none" and for float16 logits.
         inplace: write the gradient over the logits, which hold it after backward; no (N, V) memory at all.
         backend: "auto", "native" (C++ on the CPU) or "reference" (PyTorch, any device).
         check_finite: raise ValueError naming the first row whose loss is NaN, at the cost of a read of the row states.
