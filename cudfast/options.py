@@ -181,7 +181,7 @@ class DUSOptions(LossOptions):
 
     The gate ``w = 1{p_y < gate_threshold} + gate_scale * (1 - p_y)^gate_power`` rewards entropy where the row is hard.
     The paper gives entropy_weight = 0.1, gamma = 10 and alpha = 1; it leaves the others to the user, so their defaults
-    here are ours: half weight on neither side of the gate, and a linear ramp.
+    here are ours: a step at one half and a linear ramp.
 
     Args:
         ce_weight: weight of cross-entropy, >= 0. Default 1.0 (ours).

@@ -13,7 +13,7 @@ import torch
 from ..rows import Backend
 
 NAMES = ("native", "reference")
-_MODULES = {"native": "cudfast.backends.native", "reference": "cudfast.reference"}
+_MODULES = {"native": "cudfast.backends.native", "reference": "cudfast.backends.reference"}
 
 
 @functools.cache

@@ -1,0 +1,221 @@
+"""The reference backend: any device that PyTorch has, and the yardstick of the others."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..options import TEMPERATURES, CUDOptions, DUSOptions
+from ..reference import (
+    NOTHING,
+    RowWeights,
+    StudentGradient,
+    StudentState,
+    TeacherGradient,
+    TeacherState,
+    row_weights,
+    student_coefficients,
+    student_element,
+    student_finish,
+    student_fold,
+    teacher_coefficients,
+    teacher_element,
+    teacher_finish,
+    teacher_fold,
+)
+from ..rows import Rows, State, compute_dtype, refuse_label, refuse_value, vector_dtype
+
+
+def _flat(logits: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """(N, V) in the compute dtype."""
+    return logits[..., : rows.classes].reshape(rows.n, rows.classes).to(dtype)
+
+
+def _column(values: Tensor) -> Tensor:
+    return values.unsqueeze(-1)
+
+
+class _Marks(NamedTuple):
+    ignored: Tensor  # (N,) bool
+    labelled: Tensor  # (N,) bool
+    column: Tensor  # (N, 1) int64, a valid column even where there is no label
+    weights: RowWeights
+
+
+def _mark(rows: Rows, options: CUDOptions | DUSOptions) -> _Marks:
+    device = rows.logits.device
+    weight = rows.weight
+    if weight is None:
+        weight = torch.ones(rows.n, dtype=vector_dtype(device), device=device)
+    ignored = weight == 0
+    labelled = torch.zeros_like(ignored)
+    index = torch.zeros(rows.n, dtype=torch.int64, device=device)
+    if rows.labels is not None:
+        ignored = ignored | (rows.labels == options.ignore_index)
+        labelled = rows.labels != options.ignore_index
+        if options.unlabeled_index is not None:
+            labelled = labelled & (rows.labels != options.unlabeled_index)
+        index = torch.where(labelled, rows.labels, 0)
+    _check(rows, options, index)
+    return _Marks(ignored, labelled, _column(index), row_weights(ignored, labelled, weight))
+
+
+def _check(rows: Rows, options: CUDOptions | DUSOptions, index: Tensor) -> None:
+    """The vectors of a call, before any sweep. Reads them on the host: this backend is not the fast one."""
+
+    def first(bad: Tensor) -> int | None:
+        return int(bad.nonzero()[0]) if bool(bad.any()) else None
+
+    if rows.labels is not None and (row := first((index < 0) | (index >= rows.classes))) is not None:
+        raise refuse_label(rows, options, row, int(rows.labels[row]))
+    low, high = TEMPERATURES if isinstance(options, CUDOptions) else (5e-324, torch.finfo(torch.float64).max)
+    limits = {"weight": (0.0, torch.finfo(torch.float64).max), "per_row": (low, high)}
+    for name, values in (("weight", rows.weight), ("per_row", rows.per_row)):
+        if values is None:
+            continue
+        good = (values >= limits[name][0]) & (values <= limits[name][1])
+        if (row := first(~good)) is not None:
+            raise refuse_value(rows, options, name, row, float(values[row]))
+
+
+def _divisors(rows: Rows, options: CUDOptions | DUSOptions, weights: RowWeights) -> Tensor:
+    if rows.num_items is not None:
+        items = torch.as_tensor(rows.num_items, dtype=weights.kd.dtype, device=weights.kd.device)
+        return torch.stack([items, items])
+    if options.reduction == "mean":
+        return torch.stack([weights.kd.sum(), weights.ce.sum()])
+    return torch.ones(2, dtype=weights.kd.dtype, device=weights.kd.device)
+
+
+def _share(weight: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.where(divisor > 0, weight / divisor, 0).to(dtype)
+
+
+def _values(rows: Rows, dtype: torch.dtype) -> Tensor:
+    """(N,) temperature or alpha."""
+    if rows.per_row is not None:
+        return rows.per_row.to(dtype)
+    return torch.full((rows.n,), rows.scalar, dtype=dtype, device=rows.logits.device)
+
+
+def _centre(logits: Tensor, m: Tensor) -> Tensor:
+    return logits - _column(torch.where(m == NOTHING, 0, m))
+
+
+def _student_state(rows: Rows, marks: _Marks, dtype: torch.dtype) -> StudentState:
+    assert rows.target is not None
+    s, t = _flat(rows.logits, rows, dtype), _flat(rows.target, rows, dtype)
+    m_t, m_s = t.amax(-1), s.amax(-1)
+    k = (t == _column(m_t)).to(torch.int8).argmax(-1)  # the first of equals, on every device
+    sums = student_fold(_centre(t, m_t), _centre(s, m_s), _column(1 / _values(rows, dtype)))
+    at_label = [torch.where(marks.labelled, x.gather(-1, marks.column).squeeze(-1), NOTHING) for x in (t, s)]
+    return StudentState._make(
+        (m_t, s.gather(-1, _column(k)).squeeze(-1), m_s, *sums[:5], *at_label, sums.impossible, k)
+    )
+
+
+def _teacher_state(rows: Rows, marks: _Marks, dtype: torch.dtype) -> TeacherState:
+    z = _flat(rows.logits, rows, dtype)
+    m = z.amax(-1)
+    z_y = torch.where(marks.labelled, z.gather(-1, marks.column).squeeze(-1), NOTHING)
+    return TeacherState(m, *teacher_fold(_centre(z, m)), z_y)
+
+
+def _student_rows(
+    rows: Rows, options: CUDOptions, marks: _Marks, state: StudentState, divisors: Tensor, upstream: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Loss (N,) of every row, and the gradient (N, V) for `upstream` (N,) or () when that is given."""
+    dtype = state.m_t.dtype
+    tau = _values(rows, dtype)
+    kd = options.kd_weight * _share(marks.weights.kd, divisors[0], dtype)
+    ce = options.ce_weight * _share(marks.weights.ce, divisors[1], dtype)
+    loss = student_finish(state, marks.labelled, tau, options)
+    value = torch.where(kd != 0, kd * loss.kd, 0) + torch.where(ce != 0, ce * loss.ce, 0)
+    if upstream is None:
+        return value, None
+    assert rows.target is not None
+    s, t = _flat(rows.logits, rows, dtype), _flat(rows.target, rows, dtype)
+    dt, ds = _centre(t, state.m_t), s - _column(state.m_s)
+    clipped = _column(marks.labelled & (loss.clip.r > 0))
+    for index, new in ((_column(state.k), loss.clip.t_k), (marks.column, loss.clip.t_y)):
+        dt = dt.scatter(-1, index, torch.where(clipped, _column(new), dt.gather(-1, index)))
+    c = student_coefficients(state, loss, tau, kd * upstream, ce * upstream)
+    g = student_element(StudentGradient(*map(_column, c)), dt, ds, _column(1 / tau))
+    at_label = torch.where(_column(marks.labelled & (state.s_y > NOTHING)), -_column(c.label), 0)
+    g = g.scatter_add(-1, marks.column, at_label)
+    return value, torch.where(_column((kd * upstream == 0) & (ce * upstream == 0)), 0, g)
+
+
+def _teacher_rows(
+    rows: Rows, options: DUSOptions, marks: _Marks, state: TeacherState, divisors: Tensor, upstream: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    dtype = state.m.dtype
+    scale = _share(marks.weights.ce, divisors[1], dtype)
+    loss = teacher_finish(state, _values(rows, dtype), options)
+    value = torch.where(scale != 0, scale * loss.value, 0)
+    if upstream is None:
+        return value, None
+    c = teacher_coefficients(loss, scale * upstream)
+    x = _flat(rows.logits, rows, dtype) - _column(state.m)
+    g = teacher_element(TeacherGradient(*map(_column, c)), x, _column(1 / state.z), _column(loss.log_z))
+    at_label = torch.where(_column(marks.labelled & (state.z_y > NOTHING)), _column(c.label), 0)
+    return value, torch.where(_column(scale * upstream == 0), 0, g.scatter_add(-1, marks.column, at_label))
+
+
+def _write(rows: Rows, marks: _Marks, values: Tensor, gradient: Tensor) -> None:
+    """values (N, V) into gradient (..., >= V): exactly 0 in rows that do not count and in padding."""
+    counted = torch.where(_column(marks.weights.kd == 0), 0, values)
+    gradient[..., : rows.classes].copy_(counted.reshape(*gradient.shape[:-1], rows.classes))
+    gradient[..., rows.classes :].zero_()
+
+
+def row_state(
+    rows: Rows,
+    options: CUDOptions | DUSOptions,
+    *,
+    statistics: bool,
+    keep: bool,
+    gradient: Tensor | None,
+    fresh: bool,
+) -> tuple[Tensor, State | None]:
+    """See `cudfast.rows.Backend`. Statistics cost nothing more here; `fresh` says nothing to PyTorch."""
+    dtype = compute_dtype(rows)
+    marks = _mark(rows, options)
+    divisors = _divisors(rows, options, marks.weights)
+    upstream = None if gradient is None else torch.ones((), dtype=dtype, device=rows.logits.device)
+    top1 = torch.empty(0, dtype=torch.int64, device=rows.logits.device)
+    if isinstance(options, CUDOptions):
+        student = _student_state(rows, marks, dtype)
+        value, g = _student_rows(rows, options, marks, student, divisors, upstream)
+        sums, top1 = torch.stack(student[:-1], -1), student.k
+    else:
+        teacher = _teacher_state(rows, marks, dtype)
+        value, g = _teacher_rows(rows, options, marks, teacher, divisors, upstream)
+        sums = torch.stack(teacher, -1)
+    if gradient is not None and g is not None:
+        _write(rows, marks, g, gradient)
+    loss = value if options.reduction == "none" else value.sum()
+    return loss, State(sums, top1, divisors) if keep else None
+
+
+def row_gradient(
+    rows: Rows,
+    options: CUDOptions | DUSOptions,
+    state: State,
+    upstream: Tensor,
+    gradient: Tensor,
+    *,
+    fresh: bool,
+) -> None:
+    """See `cudfast.rows.Backend`."""
+    marks = _mark(rows, options)
+    columns = state.sums.unbind(-1)
+    if isinstance(options, CUDOptions):
+        student = StudentState._make((*columns, state.top1))
+        _, g = _student_rows(rows, options, marks, student, state.divisors, upstream)
+    else:
+        _, g = _teacher_rows(rows, options, marks, TeacherState(*columns), state.divisors, upstream)
+    assert g is not None
+    _write(rows, marks, g, gradient)

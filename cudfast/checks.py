@@ -1,0 +1,188 @@
+"""Every check of a call's arguments and its error message, once: each function takes what the caller gave and returns
+what the sweeps read, or raises."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .autograd import Call
+from .options import NUMBERS
+from .rows import DTYPES, row_layout, vector_dtype
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def logits_of(value: object, name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor of logits (..., V), got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"{name} has dtype {value.dtype}: expected one of {known}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}: expected a dense (strided) tensor; call .to_dense() first")
+    if value.dim() == 0 or value.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected (..., V) with at least one class")
+    return value
+
+
+def classes_of(student: Tensor, teacher: Tensor | None, num_classes: int | None, names: tuple[str, str]) -> int:
+    """How many leading columns are classes."""
+    if num_classes is None and (teacher is None or teacher.shape[-1] == student.shape[-1]):
+        return student.shape[-1]
+    widths = {names[0]: student.shape[-1]}
+    if teacher is not None:
+        widths[names[1]] = teacher.shape[-1]
+    if num_classes is not None:
+        for name, width in widths.items():
+            if num_classes > width:
+                raise ValueError(f"num_classes={num_classes} is more than the {width} columns of {name}")
+        return num_classes
+    first, second = widths.values()
+    raise ValueError(
+        f"{names[0]} has {first} classes and {names[1]} has {second}: expected the same width. If one of them is "
+        f"padded, pass num_classes={min(first, second)} (the number of real classes)"
+    )
+
+
+def labels_of(labels: object, logits: Tensor, name: str) -> Tensor | None:
+    if labels is None:
+        return None
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a torch.Tensor of class indices (...), got {type(labels).__name__}")
+    if labels.dtype not in _INTEGERS:
+        raise TypeError(
+            f"labels has dtype {labels.dtype}: expected int64 class indices (class probabilities belong to the teacher)"
+        )
+    _vector_shape(labels, "labels", logits, name)
+    if labels.dtype != torch.int64:
+        labels = labels.to(torch.int64)
+    return labels if labels.dim() == 1 and labels.is_contiguous() else labels.reshape(-1).contiguous()
+
+
+def _vector_shape(vector: Tensor, name: str, logits: Tensor, logits_name: str) -> None:
+    if vector.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {tuple(vector.shape)}: expected {tuple(logits.shape[:-1])}, that of {logits_name} "
+            "without its last axis"
+        )
+    if vector.device != logits.device:
+        raise ValueError(f"{name} is on {vector.device} and {logits_name} on {logits.device}: move them to one device")
+
+
+def vector_of(vector: Tensor, name: str, logits: Tensor, logits_name: str) -> Tensor:
+    """(N,) f64 from a float tensor of the rows' shape."""
+    if not vector.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {vector.dtype}: expected floating point")
+    if vector.requires_grad:
+        raise ValueError(f"{name} requires grad, and no gradient flows to it: pass {name}.detach()")
+    _vector_shape(vector, name, logits, logits_name)
+    return vector.reshape(-1).to(vector_dtype(logits.device)).contiguous()
+
+
+def weight_of(weight: object, logits: Tensor, name: str) -> Tensor | None:
+    if weight is None:
+        return None
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a torch.Tensor with one weight per row, got {type(weight).__name__}")
+    return vector_of(weight, "weight", logits, name)
+
+
+def num_items_of(num_items: object) -> float | Tensor | None:
+    if num_items is None:
+        return None
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1 or num_items.dtype == torch.bool:
+            raise ValueError(f"num_items is {num_items.dtype} {tuple(num_items.shape)}: expected one number")
+        if torch.compiler.is_compiling() or not num_items.is_cpu:
+            return num_items.detach().reshape(())
+        num_items = num_items.item()
+    if isinstance(num_items, bool) or not isinstance(num_items, NUMBERS):
+        raise TypeError(f"num_items: expected a number or a tensor of one, got {type(num_items).__name__}")
+    if not (math.isfinite(num_items) and num_items >= 0):
+        raise ValueError(f"num_items={num_items}: expected a finite number >= 0")
+    return float(num_items)
+
+
+def check_transforms() -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "cudfast losses do not work inside torch.func transforms (vmap, grad, jvp, jacrev, ...): use "
+            "loss.backward() or torch.autograd.grad, and pass a batch as one tensor instead of mapping over it"
+        )
+
+
+def check_gradient_memory(logits: Tensor, name: str, teacher: Tensor | None, call: Call) -> None:
+    """in-place and grad_out: what autograd or the caller would notice too late."""
+    out = call.grad_out
+    if call.options.inplace:
+        if out is not None:
+            raise ValueError("inplace=True and grad_out were both given: the gradient can go to one place only")
+        if logits.requires_grad and logits.is_leaf and torch.is_grad_enabled():
+            raise ValueError(
+                f"inplace=True would overwrite {name}, a leaf that requires grad (a parameter or an input you keep): "
+                "use inplace=False, or pass the output of a layer"
+            )
+        out, out_name = logits, name
+    elif out is not None:
+        if not isinstance(out, Tensor):
+            raise TypeError(f"grad_out: expected a torch.Tensor, got {type(out).__name__}")
+        if out.shape != logits.shape or out.dtype != logits.dtype or out.device != logits.device:
+            raise ValueError(
+                f"grad_out is {out.dtype} {tuple(out.shape)} on {out.device}: expected {logits.dtype} "
+                f"{tuple(logits.shape)} on {logits.device}, as {name}"
+            )
+        if out.requires_grad:
+            raise ValueError("grad_out requires grad: expected plain memory, e.g. torch.empty_like(logits)")
+        out_name = "grad_out"
+        if _overlap(out, logits):
+            raise ValueError(f"grad_out shares memory with {name}: use inplace=True to write the gradient over it")
+    else:
+        return
+    if row_layout(out) is None or _overlaps_itself(out):
+        raise ValueError(
+            f"{out_name} has shape {tuple(out.shape)} and strides {out.stride()}: expected rows that are dense and do "
+            "not overlap, to write a gradient into; call .contiguous() first"
+        )
+    if teacher is not None and _overlap(out, teacher):
+        raise ValueError(f"{out_name} shares memory with teacher_logits, which would be overwritten: clone one of them")
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may lie in one place: some axis steps by less than the axes inside it span."""
+    span = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1):
+        if stride < span:
+            return True
+        span = stride * size
+    return False
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the address ranges of two tensors meet."""
+
+    def span(x: Tensor) -> tuple[int, int]:
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+        return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+    if a.device != b.device or a.numel() == 0 or b.numel() == 0:
+        return False
+    (a_begin, a_end), (b_begin, b_end) = span(a), span(b)
+    return a_begin < b_end and b_begin < a_end
+
+
+def alpha_of(alpha: object, labels: Tensor, classes: int) -> Tensor:
+    """(N,) focal scale of each row's label; 1 where there is none (a label out of range is refused later)."""
+    if not isinstance(alpha, Tensor):
+        raise TypeError(f"alpha: expected a torch.Tensor (V,) with one value per class, got {type(alpha).__name__}")
+    if alpha.shape != (classes,) or not alpha.dtype.is_floating_point:
+        raise ValueError(f"alpha is {alpha.dtype} {tuple(alpha.shape)}: expected floating point ({classes},)")
+    if alpha.requires_grad:
+        raise ValueError("alpha requires grad, and no gradient flows to it: pass alpha.detach()")
+    if alpha.device != labels.device:
+        raise ValueError(f"alpha is on {alpha.device} and labels on {labels.device}: move them to one device")
+    inside = (labels >= 0) & (labels < classes)
+    chosen = alpha.detach().to(vector_dtype(labels.device))[torch.where(inside, labels, 0)]
+    return torch.where(inside, chosen, 1)
