@@ -201,7 +201,7 @@ void define_row(py::module_ row) {
     return element<0, 1, true>(StudentGradient<double>{c.at(0), c.at(1), c.at(2), c.at(3)}, dt, ds, inv_tau);
   });
   row.def("teacher_element", [](const Numbers& c, double x, double inv_z, double log_z) {
-    return element<true>(TeacherGradient<double>{c.at(0), c.at(1), c.at(2)}, x, inv_z, log_z);
+    return element(TeacherGradient<double>{c.at(0), c.at(1), c.at(2)}, x, inv_z, log_z);
   });
 }
 

@@ -249,7 +249,7 @@ struct TeacherLossOfRows {
 
   void fix(int64_t row, const State& state, const Row& r, const Matrix& g) const {
     if (!rows.labelled(row) || r.gradient.label == 0) return;
-    const double p = element<true>(r.gradient, state.z_y - state.m, 1 / state.z, r.loss.log_z);
+    const double p = element(r.gradient, state.z_y - state.m, 1 / state.z, r.loss.log_z);
     store(g, row, rows.labels[row], state.z_y == kNothing<double> ? p : p + r.gradient.label);
   }
 };

@@ -316,8 +316,8 @@ void teacher_gradient(const TeacherBlock& b, const TeacherBlockMap& m) {
   const TeacherGradient<F> c{F(m.one), F(m.log), F(0)};
   const F centre(m.m), inv_z(m.inv_z), log_z(m.log_z);
   map<T>(
-      b.n, m.g, m.g_dtype, [&](int i) { return element<true>(c, z.at(i) - centre, inv_z, log_z); },
-      [&] { return element<true>(c, z.last() - centre, inv_z, log_z); });
+      b.n, m.g, m.g_dtype, [&](int i) { return element(c, z.at(i) - centre, inv_z, log_z); },
+      [&] { return element(c, z.last() - centre, inv_z, log_z); });
 }
 
 template <class T>

@@ -31,11 +31,10 @@ inline F element(const StudentGradient<F>& c, F dt, F ds, F inv_tau) {
 }
 
 // dL/dz_j without the label's share; x = z_j - m. 0 log 0 is 0.                                     [element-teacher]
-template <bool Holes, class F>
+template <class F>
 inline F element(const TeacherGradient<F>& c, F x, F inv_z, F log_z) {
   const F p = exp(x) * inv_z;
-  F log_p = x - log_z;
-  if constexpr (Holes) log_p = select(x > F(kNothing<float>), log_p, F(0));
+  const F log_p = select(x > F(kNothing<float>), x - log_z, F(0));
   return p * (c.one + c.log * log_p);
 }
 

@@ -150,9 +150,10 @@ def _refusal(rows: Rows, options: CUDOptions | DUSOptions, fault: int, row: int)
     if fault == 1:
         assert rows.labels is not None
         return refuse_label(rows, options, row, int(rows.labels[row]))
-    values = rows.weight if fault == 2 else rows.per_row
+    name = _FAULTS[fault]
+    values = rows.weight if name == "weight" else rows.per_row
     assert values is not None
-    return refuse_value(rows, options, _FAULTS[fault], row, float(values[row]))
+    return refuse_value(rows, options, name, row, float(values[row]))
 
 
 def row_gradient(
