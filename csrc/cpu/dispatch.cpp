@@ -47,7 +47,7 @@ bool agrees_with_baseline(const Sweeps& candidate) {
                      2,
                      2,
                      0.5,
-                     nullptr,
+                     {},
                      nullptr,
                      DType::f32};
   const Sweeps& baseline = sweeps_baseline();

@@ -94,8 +94,8 @@ struct RowWork {
   const Plan& plan;
   int64_t row;
   int threads;
-  Scratch<State>& own;  // of the thread that owns the row; the others write their own blocks of it
-  char* kept = nullptr;
+  Scratch<State>& own;   // of the thread that owns the row; the others write their own blocks of it
+  char* kept = nullptr;  // room for the exponentials of a row: the teacher's, then the student's
 
   template <class F>
   void each_block(F f) const {
@@ -105,12 +105,17 @@ struct RowWork {
     });
   }
 
-  void* kept_at(int64_t block) const { return kept ? kept + 2 * block * kBlock * (loss.wide ? 8 : 4) : nullptr; }
+  Kept kept_at(int64_t block, const Matrix& g) const {
+    if (!kept) return {};
+    const int64_t element = loss.wide ? 8 : 4;
+    return {kept + block * kBlock * element,
+            loss.keeps_in_gradient() ? g.at(row, block * kBlock) : kept + (plan.blocks + block) * kBlock * element};
+  }
 
-  State state() {
+  State state(const Matrix& g) {
     own.parts.resize(static_cast<size_t>(plan.blocks));
     each_block([&](int64_t i, int64_t column, int n) {
-      own.parts[static_cast<size_t>(i)] = loss.fold(row, column, n, kept_at(i));
+      own.parts[static_cast<size_t>(i)] = loss.fold(row, column, n, kept_at(i, g));
     });
     State whole = own.parts[0];
     for (size_t i = 1; i < own.parts.size(); ++i) whole = loss.merged(row, whole, own.parts[i]);
@@ -121,7 +126,7 @@ struct RowWork {
   void gradient(const State& state, const typename Loss::Row& r, const Matrix& g) const {
     if (!r.counts) return clear(g, row, 0, loss.rows.padded);
     const auto map = [&](int64_t i, int64_t column, int n) {
-      loss.map(row, column, n, state, kept ? &own.parts[static_cast<size_t>(i)] : nullptr, r, g, kept_at(i));
+      loss.map(row, column, n, state, kept ? &own.parts[static_cast<size_t>(i)] : nullptr, r, g, kept_at(i, g));
     };
     if (threads > 1) {
       each_block(map);
@@ -161,7 +166,7 @@ void run(const Loss& loss, const Outputs& out) {
     }
     RowWork<Loss> work{loss, p, row, threads, scratch<typename Loss::State>()};
     if (out.gradient.data && loss.keeps(row)) work.kept = room_for_exponentials(work.own, p, loss.wide ? 8 : 4);
-    const typename Loss::State state = work.state();
+    const typename Loss::State state = work.state(out.gradient);
     loss.pack(state, row, out);
     const typename Loss::Row r = loss.finish_row(row, state, 1.0);
     values[static_cast<size_t>(row)] = r.value;

@@ -40,6 +40,7 @@ inline bool is_power(double tau) { return tau == 1 || tau == 2 || tau == 4; }
 inline double share(double weight, double divisor) { return divisor > 0 ? weight / divisor : 0.0; }
 
 constexpr int64_t kFetchColumns = 1 << 16;  // f32: 1.25 MiB in all
+constexpr int64_t kFetchAhead = 256;
 
 struct StudentLossOfRows {
   using State = StudentState<double>;
@@ -52,7 +53,7 @@ struct StudentLossOfRows {
   bool statistics;
   Matrix gradient;  // data null when the first sweep is not followed by the second
 
-  StudentBlock block(int64_t row, int64_t column, int n, void* kept) const {
+  StudentBlock block(int64_t row, int64_t column, int n, Kept kept) const {
     const double tau = rows.value_at(row);
     const int power = is_power(tau) ? static_cast<int>(tau) : 0;
     const int ones = statistics ? 2 : options.ce_weight > 0 ? 1 : 0;
@@ -66,11 +67,11 @@ struct StudentLossOfRows {
             ones,
             1 / tau,
             kept,
-            kept && fetch_gradient() ? gradient.at(row, column) : nullptr,
+            kept.teacher ? soon(row, column) : nullptr,
             gradient.dtype};
   }
 
-  State fold(int64_t row, int64_t column, int n, void* kept) const {
+  State fold(int64_t row, int64_t column, int n, Kept kept) const {
     StudentBlockState part;
     sweeps().student_state(block(row, column, n, kept), part);
     State state;
@@ -136,15 +137,24 @@ struct StudentLossOfRows {
     return out;
   }
 
-  // Fetching the gradient early pays while a row, its exponentials and its gradient stay in a second-level cache.
-  bool fetch_gradient() const { return gradient.data && rows.classes * (wide ? 2 : 1) <= kFetchColumns; }
+  // Whether the gradient's own memory can hold the student's exponentials until they become the gradient.
+  bool keeps_in_gradient() const {
+    return gradient.dtype == (wide ? DType::f64 : DType::f32) && gradient.data != rows.logits.data;
+  }
+
+  // What to fetch for writing beside a column of the first sweep: where its exponential will be written in a moment, or
+  // where its gradient will, if a row, its exponentials and its gradient stay in a second-level cache until then.
+  const char* soon(int64_t row, int64_t column) const {
+    if (keeps_in_gradient()) return gradient.at(row, column + kFetchAhead);
+    return rows.classes * (wide ? 2 : 1) <= kFetchColumns ? gradient.at(row, column) : nullptr;
+  }
 
   // Exponentials can serve the second sweep when the temperature is a power.
   bool keeps(int64_t row) const { return is_power(rows.value_at(row)); }
 
   // part: the block's own state when its exponentials were kept, else null.
   void map(int64_t row, int64_t column, int n, const State& state, const State* part, const Row& r, const Matrix& g,
-           void* kept) const {
+           Kept kept) const {
     StudentBlockMap m{state.m_t,
                       state.m_s,
                       r.gradient.student_tau,
@@ -154,7 +164,7 @@ struct StudentLossOfRows {
                       g.at(row, column),
                       g.dtype};
     if (!part || r.loss.impossible) {
-      kept = nullptr;
+      kept = {};
     } else {
       const double inv_tau = 1 / rows.value_at(row);
       m.teacher_tau *= rescale(below(part->m_t, state.m_t) * inv_tau);
@@ -191,7 +201,7 @@ struct TeacherLossOfRows {
     return {rows.logits.at(row, column), rows.logits.dtype, wide, n};
   }
 
-  State fold(int64_t row, int64_t column, int n, void*) const {
+  State fold(int64_t row, int64_t column, int n, Kept) const {
     TeacherBlockState part;
     sweeps().teacher_state(block(row, column, n), part);
     State state;
@@ -239,9 +249,10 @@ struct TeacherLossOfRows {
   }
 
   bool keeps(int64_t) const { return false; }
+  bool keeps_in_gradient() const { return false; }
 
   void map(int64_t row, int64_t column, int n, const State& state, const State*, const Row& r, const Matrix& g,
-           void*) const {
+           Kept) const {
     const TeacherBlockMap m{state.m,        1 / state.z,       r.loss.log_z, r.gradient.one,
                             r.gradient.log, g.at(row, column), g.dtype};
     sweeps().teacher_gradient(block(row, column, n), m);

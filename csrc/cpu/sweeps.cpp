@@ -99,6 +99,20 @@ Lanes<T> only(Lanes<T> lanes, int valid) {
   return select(Lanes<T>(valid) > Lanes<T>::load(kIndex), lanes, Lanes<T>(kNothing<T>));
 }
 
+// The first `valid` lanes.
+template <class T>
+void store_some(Lanes<T> lanes, int valid, T* to) {
+  alignas(64) T stored[Lanes<T>::count];
+  lanes.store(stored);
+  std::memcpy(to, stored, static_cast<size_t>(valid) * sizeof(T));
+}
+template <class T>
+Lanes<T> load_some(const T* from, int valid) {
+  alignas(64) T stored[Lanes<T>::count] = {};
+  std::memcpy(stored, from, static_cast<size_t>(valid) * sizeof(T));
+  return Lanes<T>::load(stored);
+}
+
 template <class F>
 StudentSums<F> zero_student() {
   return {F(0), F(0), F(0), F(0), F(0), F(0)};
@@ -130,7 +144,7 @@ struct Ahead {
   int64_t size;  // bytes per element
 
   Ahead(const char* block, DType dtype) : at(block + kBlock * size_of(dtype)), size(size_of(dtype)) {}
-  void prefetch(int i) const { __builtin_prefetch(at + i * size); }
+  __attribute__((always_inline)) void prefetch(int i) const { __builtin_prefetch(at + i * size); }
 };
 
 // Sums over a block: body(sums, i) folds the vector at column i, tail(sums) the last, partial one; ahead(i) is called
@@ -164,20 +178,25 @@ __attribute__((noinline)) StudentSums<Lanes<T>> student_sums(const StudentBlock&
   using F = Lanes<T>;
   const Ahead next_s(b.s, b.s_dtype), next_t(b.t, b.t_dtype);
   const F ms(m_s), mt(m_t), inv(b.inv_tau);
-  T* kept = static_cast<T*>(b.kept);
-  const auto keep = [&](int i, Exponentials<F> e) {
-    if constexpr (Keep) {
-      e.teacher.store(kept + i);
-      e.student.store(kept + kBlock + i);
-    }
-  };
+  T* const kept_t = reinterpret_cast<T*>(b.kept.teacher);
+  T* const kept_s = reinterpret_cast<T*>(b.kept.student);
   return accumulate<T>(
       s.whole, s.rest, zero_student<F>(),
-      [&](auto& sums, int i) { keep(i, fold<P, Ones, Holes>(sums, t.at(i) - mt, s.at(i) - ms, inv)); },
-      [&](auto& sums) {
-        keep(s.whole, fold<P, Ones, true>(sums, only(t.last() - mt, s.rest), only(s.last() - ms, s.rest), inv));
+      [&](auto& sums, int i) {
+        const auto e = fold<P, Ones, Holes>(sums, t.at(i) - mt, s.at(i) - ms, inv);
+        if constexpr (Keep) {
+          e.teacher.store(kept_t + i);
+          e.student.store(kept_s + i);
+        }
       },
-      [&](int i) {
+      [&](auto& sums) {
+        const auto e = fold<P, Ones, true>(sums, only(t.last() - mt, s.rest), only(s.last() - ms, s.rest), inv);
+        if constexpr (Keep) {
+          store_some(e.teacher, s.rest, kept_t + s.whole);
+          store_some(e.student, s.rest, kept_s + s.whole);
+        }
+      },
+      [&](int i) __attribute__((always_inline)) {  // a call that only prefetches may be dropped as one without effect
         next_s.prefetch(i);
         next_t.prefetch(i);
         if (Keep && b.g) __builtin_prefetch(b.g + i * size_of(b.g_dtype), 1);
@@ -210,7 +229,7 @@ void student_state(const StudentBlock& b, StudentBlockState& out) {
     constexpr int P = decltype(p)::value, Ones = decltype(ones)::value;
     constexpr bool can_keep = P > 0;
     StudentSums<Lanes<T>> sums;
-    if (can_keep && b.kept) {
+    if (can_keep && b.kept.teacher) {
       sums = holes ? student_sums<T, P, Ones, true, can_keep>(b, s, t, m_s, m_t)
                    : student_sums<T, P, Ones, false, can_keep>(b, s, t, m_s, m_t);
     } else {
@@ -273,9 +292,13 @@ template <class T, int P>
 __attribute__((noinline)) void student_map_kept(const StudentBlock& b, const StudentBlockMap& m) {
   using F = Lanes<T>;
   const StudentGradient<F> c{F(m.student_tau), F(m.teacher_tau), F(m.student_one), F(0)};
-  const T* kept = static_cast<const T*>(b.kept);
-  const auto at = [&](int i) { return element<P>(c, Exponentials<F>{F::load(kept + i), F::load(kept + kBlock + i)}); };
-  map<T>(b.n, m.g, m.g_dtype, at, [&] { return at(b.n / F::count * F::count); });
+  const T* const kept_t = reinterpret_cast<const T*>(b.kept.teacher);
+  const T* const kept_s = reinterpret_cast<const T*>(b.kept.student);
+  const int whole = b.n / F::count * F::count, rest = b.n - whole;
+  map<T>(
+      b.n, m.g, m.g_dtype,
+      [&](int i) { return element<P>(c, Exponentials<F>{F::load(kept_t + i), F::load(kept_s + i)}); },
+      [&] { return element<P>(c, Exponentials<F>{load_some(kept_t + whole, rest), load_some(kept_s + whole, rest)}); });
 }
 
 template <class T>
@@ -283,7 +306,7 @@ void student_gradient(const StudentBlock& b, const StudentBlockMap& m) {
   with_temperature(b.power, b.ones, [&](auto p, auto ones) {
     constexpr int P = decltype(p)::value, Ones = decltype(ones)::value;
     if constexpr (P > 0) {
-      if (b.kept) return student_map_kept<T, P>(b, m);
+      if (b.kept.teacher) return student_map_kept<T, P>(b, m);
     }
     m.holes ? student_map<T, P, Ones, true>(b, m) : student_map<T, P, Ones, false>(b, m);
   });
@@ -296,7 +319,8 @@ __attribute__((noinline)) TeacherSums<Lanes<T>> teacher_sums(const TeacherBlock&
   const F centre(m);
   return accumulate<T>(
       z.whole, z.rest, zero_teacher<F>(), [&](auto& sums, int i) { fold<Holes>(sums, z.at(i) - centre); },
-      [&](auto& sums) { fold<true>(sums, only(z.last() - centre, z.rest)); }, [&](int i) { next.prefetch(i); });
+      [&](auto& sums) { fold<true>(sums, only(z.last() - centre, z.rest)); },
+      [&](int i) __attribute__((always_inline)) { next.prefetch(i); });
 }
 
 template <class T>

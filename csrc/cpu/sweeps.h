@@ -10,6 +10,12 @@ namespace cudfast {
 // (16 KiB) stay in any first-level cache between the look for the maximum and the sums.
 constexpr int kBlock = 2048;
 
+// Where the first sweep leaves a block's exponentials for the second: n values of the computing type each, or null.
+struct Kept {
+  char* teacher = nullptr;
+  char* student = nullptr;
+};
+
 struct StudentBlock {
   const char* s;  // (n,) student logits
   const char* t;  // (n,) teacher logits
@@ -20,8 +26,8 @@ struct StudentBlock {
   int power;  // the temperature when it is 1, 2 or 4, else 0
   int ones;   // temperature-1 sums wanted when power is 0: see row/state.h
   double inv_tau;
-  void* kept;     // null, or room for 2 kBlock exponentials that the first sweep leaves for the second
-  const char* g;  // null, or where the gradient will go soon: fetched for writing while there is arithmetic to do
+  Kept kept;
+  const char* g;  // null, or what will be written soon: fetched while there is arithmetic to do
   DType g_dtype;
 };
 
