@@ -1,5 +1,5 @@
-// pybind11: launch.h for tensors as addresses, and row/ on scalars in double for the tests. No torch headers: one
-// binary serves every torch.
+// pybind11: launch.h for tensors, and row/ on scalars in double for the tests. Tensors are read through their Python
+// methods and no torch header is seen, so one binary serves every torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -20,45 +20,104 @@ using namespace cudfast;
 
 namespace {
 
-// (address, inner rows, outer stride, inner stride, dtype); address 0 is absent.
-using MatrixArgument = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int>;
-// (labels, weight, per_row): addresses of (N,) vectors, 0 is absent.
-using VectorsArgument = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
-// (N, V, padded V).
-using ShapeArgument = std::tuple<int64_t, int64_t, int64_t>;
-// (loss, state, top1, divisors): addresses, 0 is not written.
-using ResultsArgument = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 // (fault, row).
 using Answer = std::pair<int, int64_t>;
 
 enum class Reduction : int { none = 0, sum = 1, mean = 2 };
 
+// ---- Tensors ----
+
+// A Python name, made once: for a small batch the lookups are a good part of a call.
+#define CUDFAST_NAME(name)                                               \
+  ([]() -> PyObject* {                                                   \
+    static PyObject* const interned = PyUnicode_InternFromString(#name); \
+    return interned;                                                     \
+  }())
+
+py::object checked(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+py::object called(py::handle tensor, PyObject* method) {
+  return checked(PyObject_CallMethodNoArgs(tensor.ptr(), method));
+}
+
+int64_t integer(const py::object& value) {
+  const long long number = PyLong_AsLongLong(value.ptr());
+  if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return number;
+}
+
+// Where a tensor's data begin; null for None.
 template <class T>
-T* address(uintptr_t value) {
-  return reinterpret_cast<T*>(value);
+T* address(py::handle tensor) {
+  if (tensor.is_none()) return nullptr;
+  void* const data = PyLong_AsVoidPtr(called(tensor, CUDFAST_NAME(data_ptr)).ptr());
+  if (!data && PyErr_Occurred()) throw py::error_already_set();
+  return static_cast<T*>(data);
 }
 
-Matrix matrix(const MatrixArgument& m) {
-  return {address<char>(std::get<0>(m)), std::get<1>(m), std::get<2>(m), std::get<3>(m),
-          static_cast<DType>(std::get<4>(m))};
+int64_t width(py::handle tensor) {
+  static PyObject* const last = PyLong_FromLong(-1);
+  return integer(checked(PyObject_CallMethodOneArg(tensor.ptr(), CUDFAST_NAME(size), last)));
 }
 
-Rows make_rows(const ShapeArgument& shape, const MatrixArgument& logits, const MatrixArgument& target,
-               const VectorsArgument& vectors, double scalar, int64_t ignore_index, int64_t unlabeled_index,
-               int threads) {
+// cudfast.rows.DTYPES, in the order of DType.
+DType dtype_of(py::handle tensor) {
+  static PyObject* const known = py::object(py::module_::import("cudfast.rows").attr("DTYPES")).release().ptr();
+  const py::object dtype = checked(PyObject_GetAttr(tensor.ptr(), CUDFAST_NAME(dtype)));
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(known); ++i) {
+    if (PyTuple_GET_ITEM(known, i) == dtype.ptr()) return static_cast<DType>(i);
+  }
+  throw py::type_error("a dtype that is not in cudfast.rows.DTYPES");
+}
+
+// (..., V) logits whose last axis is dense; None is absent.
+Matrix matrix(py::handle tensor) {
+  Matrix m;
+  if (tensor.is_none()) return m;
+  m.data = address<char>(tensor);
+  m.dtype = dtype_of(tensor);
+  if (called(tensor, CUDFAST_NAME(is_contiguous)).ptr() == Py_True) {
+    m.outer_stride = width(tensor);
+  } else {
+    const py::object layout = py::module_::import("cudfast.rows").attr("row_layout")(tensor);
+    std::tie(m.inner, m.outer_stride, m.inner_stride) = layout.cast<std::tuple<int64_t, int64_t, int64_t>>();
+  }
+  return m;
+}
+
+// cudfast.rows.Rows, field by field.
+Rows make_rows(const py::tuple& fields, int64_t ignore_index, int64_t unlabeled_index, int threads) {
+  const auto field = [&](int i) { return py::handle(PyTuple_GET_ITEM(fields.ptr(), i)); };
   Rows rows;
-  std::tie(rows.rows, rows.classes, rows.padded) = shape;
-  rows.logits = matrix(logits);
-  rows.target = matrix(target);
-  rows.labels = address<const int64_t>(std::get<0>(vectors));
-  rows.weight = address<const double>(std::get<1>(vectors));
-  rows.per_row = address<const double>(std::get<2>(vectors));
-  rows.scalar = scalar;
+  rows.logits = matrix(field(0));
+  rows.target = matrix(field(1));
+  rows.labels = address<const int64_t>(field(2));
+  rows.weight = address<const double>(field(3));
+  rows.per_row = address<const double>(field(4));
+  rows.scalar = field(5).cast<double>();
+  rows.classes = field(7).cast<int64_t>();
+  rows.padded = width(field(0));
+  rows.rows = integer(called(field(0), CUDFAST_NAME(numel))) / rows.padded;
   rows.ignore_index = ignore_index;
   rows.unlabeled_index = unlabeled_index;
   rows.threads = threads;
   return rows;
 }
+
+// cudfast.rows.State, or None.
+void set_state(Outputs& out, const py::object& state) {
+  if (state.is_none()) return;
+  out.state = address<void>(PyTuple_GET_ITEM(state.ptr(), 0));
+  out.top1 = address<int64_t>(PyTuple_GET_ITEM(state.ptr(), 1));
+}
+double* divisors_in(const py::object& state) {
+  return state.is_none() ? nullptr : address<double>(PyTuple_GET_ITEM(state.ptr(), 2));
+}
+
+// ---- The two sweeps ----
 
 Divisors divisors_of(const Rows& rows, Reduction reduction, double num_items) {
   if (!std::isnan(num_items)) return {num_items, num_items};
@@ -80,46 +139,46 @@ void gradient_of(const Rows& rows, const TeacherOptions& options, Divisors d, Up
 }
 
 template <class Options>
-Answer row_state(const ShapeArgument& shape, const MatrixArgument& logits, const MatrixArgument& target,
-                 const VectorsArgument& vectors, double scalar, int64_t ignore_index, int64_t unlabeled_index,
-                 int threads, const Options& options, int reduction, double num_items, bool statistics,
-                 const ResultsArgument& results, bool wide, const MatrixArgument& gradient, bool fresh) {
-  const Rows rows = make_rows(shape, logits, target, vectors, scalar, ignore_index, unlabeled_index, threads);
-  const Check fault = check(rows);
-  if (fault.fault != Fault::none) return {static_cast<int>(fault.fault), fault.row};
-  const Divisors divisors = divisors_of(rows, static_cast<Reduction>(reduction), num_items);
+Answer row_state(const py::tuple& fields, const Options& options, int64_t ignore_index, int64_t unlabeled_index,
+                 int threads, int reduction, double num_items, bool statistics, const py::object& loss,
+                 const py::object& state, const py::object& gradient, bool fresh) {
+  const Rows rows = make_rows(fields, ignore_index, unlabeled_index, threads);
   Outputs out;
-  out.loss = address<void>(std::get<0>(results));
-  out.state = address<void>(std::get<1>(results));
-  out.top1 = address<int64_t>(std::get<2>(results));
+  out.loss = address<void>(loss);
   out.per_row_loss = static_cast<Reduction>(reduction) == Reduction::none;
-  out.wide = wide;
+  set_state(out, state);
   out.gradient = matrix(gradient);
   out.fresh = fresh;
-  state_of(rows, options, statistics, divisors, out);
-  if (double* d = address<double>(std::get<3>(results))) {
-    d[0] = divisors.kd;
-    d[1] = divisors.ce;
+  double* const divisors = divisors_in(state);
+
+  const py::gil_scoped_release unlocked;
+  const Check fault = check(rows);
+  if (fault.fault != Fault::none) return {static_cast<int>(fault.fault), fault.row};
+  const Divisors d = divisors_of(rows, static_cast<Reduction>(reduction), num_items);
+  state_of(rows, options, statistics, d, out);
+  if (divisors) {
+    divisors[0] = d.kd;
+    divisors[1] = d.ce;
   }
   return {0, 0};
 }
 
 template <class Options>
-Answer row_gradient(const ShapeArgument& shape, const MatrixArgument& logits, const MatrixArgument& target,
-                    const VectorsArgument& vectors, double scalar, int64_t ignore_index, int64_t unlabeled_index,
-                    int threads, const Options& options, uintptr_t upstream, bool per_row_upstream,
-                    const ResultsArgument& results, bool wide, const MatrixArgument& gradient, bool fresh) {
-  const Rows rows = make_rows(shape, logits, target, vectors, scalar, ignore_index, unlabeled_index, threads);
-  const Check fault = check(rows);
-  if (fault.fault != Fault::none) return {static_cast<int>(fault.fault), fault.row};
+Answer row_gradient(const py::tuple& fields, const Options& options, int64_t ignore_index, int64_t unlabeled_index,
+                    int threads, const py::object& upstream, bool per_row_upstream, const py::object& state,
+                    const py::object& gradient, bool fresh) {
+  const Rows rows = make_rows(fields, ignore_index, unlabeled_index, threads);
   Outputs from;
-  from.state = address<void>(std::get<1>(results));
-  from.top1 = address<int64_t>(std::get<2>(results));
-  from.wide = wide;
+  set_state(from, state);
   from.gradient = matrix(gradient);
   from.fresh = fresh;
-  const double* d = address<const double>(std::get<3>(results));
-  gradient_of(rows, options, {d[0], d[1]}, {address<const void>(upstream), per_row_upstream}, from);
+  const double* const divisors = divisors_in(state);
+  const Upstream u{address<const void>(upstream), per_row_upstream};
+
+  const py::gil_scoped_release unlocked;
+  const Check fault = check(rows);
+  if (fault.fault != Fault::none) return {static_cast<int>(fault.fault), fault.row};
+  gradient_of(rows, options, {divisors[0], divisors[1]}, u, from);
   return {0, 0};
 }
 
@@ -216,11 +275,10 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<double, double, double, double, double, double, double, bool>(), py::arg("ce_weight"),
            py::arg("focal_weight"), py::arg("entropy_weight"), py::arg("gamma"), py::arg("gate_threshold"),
            py::arg("gate_scale"), py::arg("gate_power"), py::arg("differentiate_gate"));
-  using release = py::call_guard<py::gil_scoped_release>;
-  m.def("student_state", row_state<StudentOptions>, release());
-  m.def("teacher_state", row_state<TeacherOptions>, release());
-  m.def("student_gradient", row_gradient<StudentOptions>, release());
-  m.def("teacher_gradient", row_gradient<TeacherOptions>, release());
+  m.def("student_state", row_state<StudentOptions>);
+  m.def("teacher_state", row_state<TeacherOptions>);
+  m.def("student_gradient", row_gradient<StudentOptions>);
+  m.def("teacher_gradient", row_gradient<TeacherOptions>);
 
   m.attr("STUDENT_COLUMNS") = kStudentColumns;
   m.attr("TEACHER_COLUMNS") = kTeacherColumns;
@@ -239,8 +297,11 @@ PYBIND11_MODULE(_native, m) {
     const char* const* names = runnable(count);
     return std::vector<std::string>(names, names + count);
   });
-  m.def("exp32", [](uintptr_t x, uintptr_t y, int64_t n) { sweeps().exp32(address<float>(x), address<float>(y), n); });
-  m.def("exp64",
-        [](uintptr_t x, uintptr_t y, int64_t n) { sweeps().exp64(address<double>(x), address<double>(y), n); });
+  m.def("exp32", [](const py::object& x, const py::object& y, int64_t n) {
+    sweeps().exp32(address<const float>(x), address<float>(y), n);
+  });
+  m.def("exp64", [](const py::object& x, const py::object& y, int64_t n) {
+    sweeps().exp64(address<const double>(x), address<double>(y), n);
+  });
   define_row(m.def_submodule("row", "csrc/row on scalars, in double"));
 }

@@ -44,6 +44,8 @@ struct Rows {
   bool labelled(int64_t row) const { return labels && labels[row] != ignore_index && labels[row] != unlabeled_index; }
   double weight_at(int64_t row) const { return weight ? weight[row] : 1.0; }
   double value_at(int64_t row) const { return per_row ? per_row[row] : scalar; }
+  // Whether all is computed in f64: the loss, the state and the upstream gradient are of that dtype, too.
+  bool wide() const { return logits.dtype == DType::f64 || (target.data && target.dtype == DType::f64); }
 };
 
 // Divisors of the two terms under reduction="mean"; 1 for the other reductions.
@@ -58,11 +60,10 @@ constexpr int kTeacherColumns = 4;
 
 // Where results go. Null pointers are not written.
 struct Outputs {
-  void* loss = nullptr;  // (N,) when per_row_loss, else a scalar; f32 or f64 as the state
+  void* loss = nullptr;  // (N,) when per_row_loss, else a scalar; f32, or f64 when wide
   bool per_row_loss = false;
-  void* state = nullptr;    // (N, columns), f32 or f64
+  void* state = nullptr;    // (N, columns), f32 or f64 as the loss
   int64_t* top1 = nullptr;  // (N,)
-  bool wide = false;        // state, loss and upstream are f64
   Matrix gradient;          // (N, padded), data null when not wanted
   bool fresh = false;       // the gradient's pages have never been touched
 };

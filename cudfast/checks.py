@@ -23,22 +23,23 @@ def logits_of(value: object, name: str) -> Tensor:
         raise TypeError(f"{name} has dtype {value.dtype}: expected one of {known}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} has layout {value.layout}: expected a dense (strided) tensor; call .to_dense() first")
-    if value.dim() == 0 or value.shape[-1] == 0:
+    if value.dim() == 0 or value.size(-1) == 0:
         raise ValueError(f"{name} has shape {tuple(value.shape)}: expected (..., V) with at least one class")
     return value
 
 
 def classes_of(student: Tensor, teacher: Tensor | None, num_classes: int | None, names: tuple[str, str]) -> int:
     """How many leading columns are classes."""
-    if num_classes is None and (teacher is None or teacher.shape[-1] == student.shape[-1]):
-        return student.shape[-1]
-    widths = {names[0]: student.shape[-1]}
+    width = student.size(-1)
+    if num_classes is None and (teacher is None or teacher.size(-1) == width):
+        return width
+    widths = {names[0]: width}
     if teacher is not None:
-        widths[names[1]] = teacher.shape[-1]
+        widths[names[1]] = teacher.size(-1)
     if num_classes is not None:
-        for name, width in widths.items():
-            if num_classes > width:
-                raise ValueError(f"num_classes={num_classes} is more than the {width} columns of {name}")
+        for name, columns in widths.items():
+            if num_classes > columns:
+                raise ValueError(f"num_classes={num_classes} is more than the {columns} columns of {name}")
         return num_classes
     first, second = widths.values()
     raise ValueError(

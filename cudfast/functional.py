@@ -28,7 +28,7 @@ from .statistics import StudentStatistics, TeacherStatistics, student_statistics
 def _call(rows: Rows, name: str, options: CUDOptions | DUSOptions, statistics: bool, grad_out: Tensor | None) -> Call:
     check_transforms()
     call = Call(options, statistics, grad_out)
-    if options.inplace or grad_out is not None:
+    if grad_out is not None or options.inplace:
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "inplace=True and grad_out do not work under torch.compile, which owns the memory of a graph: "
@@ -132,7 +132,7 @@ def cud_loss(
                 "teacher_logits requires grad, and no gradient flows to the teacher: run the teacher under "
                 "torch.no_grad(), or pass teacher_logits.detach()"
             )
-        if teacher.shape[:-1] != student.shape[:-1]:
+        if teacher.shape != student.shape and teacher.shape[:-1] != student.shape[:-1]:
             raise ValueError(
                 f"student_logits has shape {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)}: expected "
                 "the same leading shape"
@@ -145,12 +145,12 @@ def cud_loss(
         raise TypeError("teacher_logits is None: expected logits (..., V), unless kd_weight=0 and return_stats=False")
     classes = classes_of(student, teacher, options.num_classes, ("student_logits", "teacher_logits"))
     flat_labels = labels_of(labels, student, "student_logits")
-    flat_weight = weight_of(weight, student, "student_logits")
-    items = num_items_of(num_items)
+    flat_weight = weight_of(weight, student, "student_logits") if weight is not None else None
+    items = num_items_of(num_items) if num_items is not None else None
     scalar, per_row = options.temperature, None
-    if isinstance(temperature, Tensor) and temperature.dim() == 0 and student.dim() != 1:
-        temperature = temperature.expand(student.shape[:-1])
     if isinstance(temperature, Tensor):
+        if temperature.dim() == 0 and student.dim() != 1:
+            temperature = temperature.expand(student.shape[:-1])
         per_row = vector_of(temperature, "temperature", student, "student_logits")
     elif temperature is not None:
         if isinstance(temperature, bool) or not isinstance(temperature, NUMBERS):

@@ -303,9 +303,9 @@ def test_check_finite_names_the_row(backend: str, value: float) -> None:
 @pytest.fixture
 def _fresh_choice() -> Iterator[None]:
     """The choice of a backend is remembered; a test that changes what there is must not be."""
-    backends._chosen.cache_clear()
+    backends.choose.cache_clear()
     yield
-    backends._chosen.cache_clear()
+    backends.choose.cache_clear()
 
 
 @pytest.mark.usefixtures("_fresh_choice")
@@ -321,10 +321,12 @@ def test_a_backend_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> 
         assert backends.choose("auto", torch.device("cpu")) is real("reference")
 
 
+@pytest.mark.usefixtures("_fresh_choice")
 def test_the_environment_sets_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDFAST_BACKEND", "reference")
     assert backends.choose("auto", torch.device("cpu")) is backends.load("reference")
     assert backends.choose("native", torch.device("cpu")) is backends.load("native")
+    backends.choose.cache_clear()
     monkeypatch.setenv("CUDFAST_BACKEND", "cublas")
     with pytest.raises(ValueError, match=r"^CUDFAST_BACKEND='cublas': expected one of auto, native, reference$"):
         backends.choose("auto", torch.device("cpu"))

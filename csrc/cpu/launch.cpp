@@ -175,10 +175,10 @@ void run(const Loss& loss, const Outputs& out) {
   double sum = 0;
   for (int64_t row = 0; row < rows.rows; ++row) {
     const double value = values[static_cast<size_t>(row)];
-    if (out.per_row_loss) put(out.loss, out.wide, row, value);
+    if (out.per_row_loss) put(out.loss, loss.wide, row, value);
     sum += value;
   }
-  if (!out.per_row_loss) put(out.loss, out.wide, 0, sum);
+  if (!out.per_row_loss) put(out.loss, loss.wide, 0, sum);
 }
 
 template <class Loss>
@@ -188,15 +188,11 @@ void run_gradient(const Loss& loss, Upstream upstream, const Outputs& from) {
   if (from.fresh && rows.rows > 0) ask_for_huge_pages(rows, from.gradient);
   each_row(rows, p, [&](int64_t row, int threads) {
     if (rows.ignored(row)) return clear(from.gradient, row, 0, rows.padded);
-    const double scale = upstream.data ? get(upstream.data, from.wide, upstream.per_row ? row : 0) : 1.0;
+    const double scale = upstream.data ? get(upstream.data, loss.wide, upstream.per_row ? row : 0) : 1.0;
     const typename Loss::State state = loss.unpack(row, from);
     const RowWork<Loss> work{loss, p, row, threads, scratch<typename Loss::State>()};
     work.gradient(state, loss.finish_row(row, state, scale), from.gradient);
   });
-}
-
-bool wide(const Rows& rows) {
-  return rows.logits.dtype == DType::f64 || (rows.target.data && rows.target.dtype == DType::f64);
 }
 
 }  // namespace
@@ -230,18 +226,18 @@ Divisors count(const Rows& rows) {
 
 void student_state(const Rows& rows, const StudentOptions& options, bool statistics, Divisors divisors,
                    const Outputs& out) {
-  run(StudentLossOfRows{rows, options, divisors, wide(rows), statistics, out.gradient}, out);
+  run(StudentLossOfRows{rows, options, divisors, rows.wide(), statistics, out.gradient}, out);
 }
 void teacher_state(const Rows& rows, const TeacherOptions& options, Divisors divisors, const Outputs& out) {
-  run(TeacherLossOfRows{rows, options, divisors, wide(rows)}, out);
+  run(TeacherLossOfRows{rows, options, divisors, rows.wide()}, out);
 }
 void student_gradient(const Rows& rows, const StudentOptions& options, Divisors divisors, Upstream upstream,
                       const Outputs& from) {
-  run_gradient(StudentLossOfRows{rows, options, divisors, wide(rows), false, Matrix{}}, upstream, from);
+  run_gradient(StudentLossOfRows{rows, options, divisors, rows.wide(), false, Matrix{}}, upstream, from);
 }
 void teacher_gradient(const Rows& rows, const TeacherOptions& options, Divisors divisors, Upstream upstream,
                       const Outputs& from) {
-  run_gradient(TeacherLossOfRows{rows, options, divisors, wide(rows)}, upstream, from);
+  run_gradient(TeacherLossOfRows{rows, options, divisors, rows.wide()}, upstream, from);
 }
 
 }  // namespace cudfast

@@ -105,13 +105,13 @@ struct StudentLossOfRows {
     if (!out.state) return;
     const double values[columns] = {s.m_t,   s.s_k,   s.m_s, s.z_tau, s.s_tau,     s.a,
                                     s.s_one, s.z_one, s.t_y, s.s_y,   s.impossible};
-    for (int i = 0; i < columns; ++i) put(out.state, out.wide, row * columns + i, values[i]);
+    for (int i = 0; i < columns; ++i) put(out.state, wide, row * columns + i, values[i]);
     if (out.top1) out.top1[row] = s.k;
   }
 
   State unpack(int64_t row, const Outputs& from) const {
     double v[columns];
-    for (int i = 0; i < columns; ++i) v[i] = get(from.state, from.wide, row * columns + i);
+    for (int i = 0; i < columns; ++i) v[i] = get(from.state, wide, row * columns + i);
     return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], from.top1[row]};
   }
 
@@ -220,12 +220,12 @@ struct TeacherLossOfRows {
   void pack(const State& s, int64_t row, const Outputs& out) const {
     if (!out.state) return;
     const double values[columns] = {s.m, s.z, s.e, s.z_y};
-    for (int i = 0; i < columns; ++i) put(out.state, out.wide, row * columns + i, values[i]);
+    for (int i = 0; i < columns; ++i) put(out.state, wide, row * columns + i, values[i]);
   }
 
   State unpack(int64_t row, const Outputs& from) const {
     double v[columns];
-    for (int i = 0; i < columns; ++i) v[i] = get(from.state, from.wide, row * columns + i);
+    for (int i = 0; i < columns; ++i) v[i] = get(from.state, wide, row * columns + i);
     return {v[0], v[1], v[2], v[3]};
   }
 

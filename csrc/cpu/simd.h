@@ -138,6 +138,98 @@ inline int first_equal(Lanes<float> a, Lanes<float> b) {
 }
 #endif
 
+// ---- Parts of a vector ----
+
+// The first `valid` lanes from memory, the others `fill`; and back, touching nothing past them.
+template <class T>
+inline Lanes<T> load_some(const T* from, int valid, T fill) {
+  T lanes[Lanes<T>::count];
+  Lanes<T>(fill).store(lanes);
+  std::memcpy(lanes, from, static_cast<size_t>(valid) * sizeof(T));
+  return Lanes<T>::load(lanes);
+}
+template <class T>
+inline void store_some(Lanes<T> from, int valid, T* to) {
+  T lanes[Lanes<T>::count];
+  from.store(lanes);
+  std::memcpy(to, lanes, static_cast<size_t>(valid) * sizeof(T));
+}
+
+// All lanes into one value of type R, as a tree.
+template <class R, class T, class Op>
+inline R reduce(Lanes<T> lanes, Op op) {
+  constexpr int count = Lanes<T>::count;
+  T stored[count];
+  lanes.store(stored);
+  R values[count];
+  for (int i = 0; i < count; ++i) values[i] = static_cast<R>(stored[i]);
+  for (int half = count / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) values[i] = op(values[i], values[i + half]);
+  }
+  return values[0];
+}
+template <class T>
+inline T highest(Lanes<T> lanes) {
+  return reduce<T>(lanes, [](T a, T b) { return a > b ? a : b; });
+}
+template <class T>
+inline T lowest(Lanes<T> lanes) {
+  return reduce<T>(lanes, [](T a, T b) { return a < b ? a : b; });
+}
+template <class T>
+inline double total(Lanes<T> lanes) {
+  return reduce<double>(lanes, [](double a, double b) { return a + b; });
+}
+
+// The same for f32 in registers: short rows are mostly ends. The tree is the same, so the bits are, too.
+#if CUDFAST_VECTOR_BYTES == 64
+inline Lanes<float> load_some(const float* from, int valid, float fill) {
+  const __mmask16 mask = static_cast<__mmask16>((1u << valid) - 1);
+  return (Vector<float>::type)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask, from);
+}
+inline void store_some(Lanes<float> from, int valid, float* to) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << valid) - 1), (__m512)from.v);
+}
+inline float highest(Lanes<float> lanes) { return _mm512_reduce_max_ps((__m512)lanes.v); }
+inline float lowest(Lanes<float> lanes) { return _mm512_reduce_min_ps((__m512)lanes.v); }
+inline double total(Lanes<float> lanes) {
+  const __m512 v = (__m512)lanes.v;
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+  return _mm512_reduce_add_pd(low + high);
+}
+#elif CUDFAST_VECTOR_BYTES == 32
+inline __m256i first_lanes(int valid) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(valid), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Lanes<float> load_some(const float* from, int valid, float fill) {
+  const __m256i mask = first_lanes(valid);
+  const __m256 some = _mm256_maskload_ps(from, mask);
+  return (Vector<float>::type)_mm256_blendv_ps(_mm256_set1_ps(fill), some, _mm256_castsi256_ps(mask));
+}
+inline void store_some(Lanes<float> from, int valid, float* to) {
+  _mm256_maskstore_ps(to, first_lanes(valid), (__m256)from.v);
+}
+inline float highest(Lanes<float> lanes) {
+  const __m256 v = (__m256)lanes.v;
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+inline float lowest(Lanes<float> lanes) {
+  const __m256 v = (__m256)lanes.v;
+  const __m128 four = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_min_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+inline double total(Lanes<float> lanes) {
+  const __m256 v = (__m256)lanes.v;
+  const __m256d four = _mm256_cvtps_pd(_mm256_castps256_ps128(v)) + _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+  const __m128d two = _mm256_castpd256_pd128(four) + _mm256_extractf128_pd(four, 1);
+  return _mm_cvtsd_f64(two) + _mm_cvtsd_f64(_mm_unpackhi_pd(two, two));
+}
+#endif
+
 // ---- exp ----
 //
 // x = n ln 2 + r with |r| <= ln(2) / 2, ln 2 in two pieces whose first product with n is exact, e^r by a polynomial,

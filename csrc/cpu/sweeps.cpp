@@ -24,7 +24,6 @@ struct Columns {
   const T* data;
   int whole;  // columns in whole vectors
   int rest;   // columns in the last one
-  alignas(64) T tail[width];
 
   Columns(const char* from, DType dtype, int n, T* buffer) : whole(n / width * width), rest(n - whole) {
     if (dtype == dtype_of<T>) {
@@ -33,12 +32,9 @@ struct Columns {
       widen(from, dtype, n, buffer);
       data = buffer;
     }
-    if (rest == 0) return;
-    Lanes<T>(data[whole]).store(tail);
-    std::memcpy(tail, data + whole, static_cast<size_t>(rest) * sizeof(T));
   }
   Lanes<T> at(int i) const { return Lanes<T>::load(data + i); }
-  Lanes<T> last() const { return Lanes<T>::load(tail); }
+  Lanes<T> last() const { return load_some(data + whole, rest, data[whole]); }
 };
 
 template <class T>
@@ -48,20 +44,6 @@ struct Range {
   bool holes() const { return !(low - high > -std::numeric_limits<T>::max()); }
   T centre() const { return high == kNothing<T> ? T(0) : high; }
 };
-
-// All lanes into one value of type R, as a tree.
-template <class R, class T, class Op>
-inline R reduce(Lanes<T> lanes, Op op) {
-  constexpr int count = Lanes<T>::count;
-  T stored[count];
-  lanes.store(stored);
-  R values[count];
-  for (int i = 0; i < count; ++i) values[i] = static_cast<R>(stored[i]);
-  for (int half = count / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) values[i] = op(values[i], values[i + half]);
-  }
-  return values[0];
-}
 
 template <class T>
 Range<T> range(const Columns<T>& columns) {
@@ -83,13 +65,7 @@ Range<T> range(const Columns<T>& columns) {
     high2 = max(columns.last(), high2);
     low2 = min(columns.last(), low2);
   }
-  return {reduce<T>(min(low, low2), [](T a, T b) { return a < b ? a : b; }),
-          reduce<T>(max(high, high2), [](T a, T b) { return a > b ? a : b; })};
-}
-
-template <class T>
-double total(Lanes<T> lanes) {
-  return reduce<double>(lanes, [](double a, double b) { return a + b; });
+  return {lowest(min(low, low2)), highest(max(high, high2))};
 }
 
 // Lanes of the last vector that hold columns keep their value, the others become -inf.
@@ -97,20 +73,6 @@ template <class T>
 Lanes<T> only(Lanes<T> lanes, int valid) {
   alignas(64) static constexpr T kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return select(Lanes<T>(valid) > Lanes<T>::load(kIndex), lanes, Lanes<T>(kNothing<T>));
-}
-
-// The first `valid` lanes.
-template <class T>
-void store_some(Lanes<T> lanes, int valid, T* to) {
-  alignas(64) T stored[Lanes<T>::count];
-  lanes.store(stored);
-  std::memcpy(to, stored, static_cast<size_t>(valid) * sizeof(T));
-}
-template <class T>
-Lanes<T> load_some(const T* from, int valid) {
-  alignas(64) T stored[Lanes<T>::count] = {};
-  std::memcpy(stored, from, static_cast<size_t>(valid) * sizeof(T));
-  return Lanes<T>::load(stored);
 }
 
 template <class F>
@@ -261,7 +223,10 @@ inline __attribute__((always_inline)) void map(int n, char* g, DType dtype, Body
       narrow(buffer, width, dtype, g + i * size_of(dtype));
     }
   }
-  if (whole < n) {
+  if (whole == n) return;
+  if (dtype == dtype_of<T>) {
+    store_some(tail(), n - whole, reinterpret_cast<T*>(g) + whole);
+  } else {
     tail().store(buffer);
     narrow(buffer, n - whole, dtype, g + whole * size_of(dtype));
   }
@@ -298,7 +263,10 @@ __attribute__((noinline)) void student_map_kept(const StudentBlock& b, const Stu
   map<T>(
       b.n, m.g, m.g_dtype,
       [&](int i) { return element<P>(c, Exponentials<F>{F::load(kept_t + i), F::load(kept_s + i)}); },
-      [&] { return element<P>(c, Exponentials<F>{load_some(kept_t + whole, rest), load_some(kept_s + whole, rest)}); });
+      [&] {
+        return element<P>(
+            c, Exponentials<F>{load_some(kept_t + whole, rest, T(0)), load_some(kept_s + whole, rest, T(0))});
+      });
 }
 
 template <class T>

@@ -49,21 +49,19 @@ def _default(device: torch.device) -> str:
     return "reference"
 
 
+@functools.lru_cache(maxsize=64)
 def choose(name: str, device: torch.device) -> Backend:
-    """The backend for logits on `device`. "auto" reads CUDFAST_BACKEND, then takes the fastest that fits.
+    """The backend for logits on `device`. "auto" is CUDFAST_BACKEND, or else the fastest that fits.
+
+    The answer holds for the life of the process: the variable is read when it is first needed.
 
     Raises:
         ValueError: an unknown name in CUDFAST_BACKEND, or a backend that does not work on this device.
         RuntimeError: the backend asked for is not there; the message says why and what to do.
     """
-    return _chosen(name, os.environ.get("CUDFAST_BACKEND", "") if name == "auto" else "", device)
-
-
-@functools.lru_cache(maxsize=64)
-def _chosen(name: str, default: str, device: torch.device) -> Backend:
     asked = name
     if name == "auto":
-        asked = default or "auto"
+        asked = os.environ.get("CUDFAST_BACKEND", "") or "auto"
         if asked not in ("auto", *NAMES):
             raise ValueError(f"CUDFAST_BACKEND={asked!r}: expected one of {', '.join(('auto', *NAMES))}")
         if asked == "auto":

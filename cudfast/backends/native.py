@@ -1,17 +1,19 @@
-"""The C++ kernels: tensors become addresses here."""
+"""The C++ kernels."""
 
 from __future__ import annotations
 
 import functools
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..options import CUDOptions, DUSOptions
-from ..rows import DTYPES, Rows, State, compute_dtype, refuse_label, refuse_value, row_layout
+from ..rows import Rows, State, compute_dtype, refuse_label, refuse_value, row_layout
 
 try:
     import cudfast._native as _native
@@ -28,12 +30,8 @@ except ImportError as error:
 if _native.isa_warning():
     warnings.warn(_native.isa_warning(), RuntimeWarning, stacklevel=2)
 
-_DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _REDUCTION_CODES = {"none": 0, "sum": 1, "mean": 2}
-_ABSENT = (0, 1, 0, 0, 0)
 _FAULTS = {2: "weight", 3: "per_row"}
-
-_Matrix = tuple[int, int, int, int, int]
 
 
 def isa() -> str:
@@ -41,24 +39,62 @@ def isa() -> str:
     return _native.isa()
 
 
-def _matrix(logits: Tensor, name: str) -> tuple[_Matrix, Tensor]:
-    """The address of (..., V) logits, and the tensor that must outlive the call."""
-    layout = row_layout(logits)
-    if layout is None:
-        size = logits.numel() * logits.element_size()
-        warnings.warn(
-            f"cudfast: {name} of shape {tuple(logits.shape)} and strides {logits.stride()} has no dense last axis or "
-            f"too many leading strides; it is copied once per call ({size:,} bytes). Pass a tensor whose last axis is "
-            "contiguous to avoid that.",
-            stacklevel=2,
-        )
-        logits = logits.contiguous()
-        layout = row_layout(logits)
-        assert layout is not None
-    return (logits.data_ptr(), *layout, _DTYPE_CODES[logits.dtype]), logits
+def _dense(logits: Tensor, name: str) -> Tensor:
+    """(..., V) logits whose rows the kernels can walk: as they are, or copied."""
+    if logits.is_contiguous() or row_layout(logits) is not None:
+        return logits
+    size = logits.numel() * logits.element_size()
+    warnings.warn(
+        f"cudfast: {name} of shape {tuple(logits.shape)} and strides {logits.stride()} has no dense last axis or "
+        f"too many leading strides; it is copied once per call ({size:,} bytes). Pass a tensor whose last axis is "
+        "contiguous to avoid that.",
+        stacklevel=2,
+    )
+    return logits.contiguous()
+
+
+def _walkable(rows: Rows, logits_name: str) -> Rows:
+    logits, target = rows.logits, rows.target
+    if logits.is_contiguous() and (target is None or target.is_contiguous()):
+        return rows
+    return rows._replace(
+        logits=_dense(logits, logits_name),
+        target=None if target is None else _dense(target, "teacher_logits"),
+    )
+
+
+class _Kernels(NamedTuple):
+    """Everything that follows from the options alone."""
+
+    state: Callable[..., tuple[int, int]]
+    gradient: Callable[..., tuple[int, int]]
+    options: _native.StudentOptions | _native.TeacherOptions
+    ignore_index: int
+    unlabeled_index: int
+    reduction: int
+    scalar: bool  # the loss is one number
+    columns: int
+    indices: bool  # the state has a top-1
+    logits: str  # what the caller calls the logits
 
 
 @functools.lru_cache(maxsize=256)
+def _kernels(options: CUDOptions | DUSOptions) -> _Kernels:
+    student = isinstance(options, CUDOptions)
+    return _Kernels(
+        state=_native.student_state if student else _native.teacher_state,
+        gradient=_native.student_gradient if student else _native.teacher_gradient,
+        options=_native_options(options),
+        ignore_index=options.ignore_index,
+        unlabeled_index=options.ignore_index if options.unlabeled_index is None else options.unlabeled_index,
+        reduction=_REDUCTION_CODES[options.reduction],
+        scalar=options.reduction != "none",
+        columns=_native.STUDENT_COLUMNS if student else _native.TEACHER_COLUMNS,
+        indices=student,
+        logits="student_logits" if student else "logits",
+    )
+
+
 def _native_options(options: CUDOptions | DUSOptions) -> _native.StudentOptions | _native.TeacherOptions:
     if isinstance(options, CUDOptions):
         clip = options.calibration
@@ -81,26 +117,6 @@ def _native_options(options: CUDOptions | DUSOptions) -> _native.StudentOptions 
     )
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _common(rows: Rows, options: CUDOptions | DUSOptions, logits: _Matrix, target: _Matrix) -> tuple[object, ...]:
-    """Leading arguments of every kernel."""
-    unlabeled = options.ignore_index if options.unlabeled_index is None else options.unlabeled_index
-    return (
-        (rows.n, rows.classes, rows.logits.shape[-1]),
-        logits,
-        target,
-        (_address(rows.labels), _address(rows.weight), _address(rows.per_row)),
-        rows.scalar,
-        options.ignore_index,
-        unlabeled,
-        torch.get_num_threads(),
-        _native_options(options),
-    )
-
-
 def row_state(
     rows: Rows,
     options: CUDOptions | DUSOptions,
@@ -111,35 +127,31 @@ def row_state(
     fresh: bool,
 ) -> tuple[Tensor, State | None]:
     """See `cudfast.rows.Backend`."""
-    student = isinstance(options, CUDOptions)
+    kernels = _kernels(options)
     dtype = compute_dtype(rows)
-    count = rows.n
-    loss = torch.empty(count if options.reduction == "none" else (), dtype=dtype)
+    loss = torch.empty(() if kernels.scalar else rows.n, dtype=dtype)
     state = None
-    results = (loss.data_ptr(), 0, 0, 0)
     if keep:
-        columns = _native.STUDENT_COLUMNS if student else _native.TEACHER_COLUMNS
+        count = rows.n
         state = State(
-            torch.empty(count, columns, dtype=dtype),
-            torch.empty(count if student else 0, dtype=torch.int64),
+            torch.empty(count, kernels.columns, dtype=dtype),
+            torch.empty(count if kernels.indices else 0, dtype=torch.int64),
             torch.empty(2, dtype=torch.float64),
         )
-        results = (loss.data_ptr(), state.sums.data_ptr(), state.top1.data_ptr(), state.divisors.data_ptr())
-    logits, logits_kept = _matrix(rows.logits, "student_logits" if student else "logits")
-    target, target_kept = (_ABSENT, None) if rows.target is None else _matrix(rows.target, "teacher_logits")
-    out, out_kept = (_ABSENT, None) if gradient is None else _matrix(gradient, "grad_out")
-    kernel = _native.student_state if student else _native.teacher_state
-    fault, row = kernel(
-        *_common(rows, options, logits, target),
-        _REDUCTION_CODES[options.reduction],
+    fault, row = kernels.state(
+        _walkable(rows, kernels.logits),
+        kernels.options,
+        kernels.ignore_index,
+        kernels.unlabeled_index,
+        torch.get_num_threads(),
+        kernels.reduction,
         math.nan if rows.num_items is None else float(rows.num_items),
         statistics,
-        results,
-        dtype == torch.float64,
-        out,
+        loss,
+        state,
+        gradient,
         fresh,
     )
-    del logits_kept, target_kept, out_kept
     if fault:
         raise _refusal(rows, options, fault, row)
     return loss, state
@@ -166,22 +178,18 @@ def row_gradient(
     fresh: bool,
 ) -> None:
     """See `cudfast.rows.Backend`."""
-    student = isinstance(options, CUDOptions)
-    dtype = state.sums.dtype
-    upstream = upstream.to(dtype).contiguous()
-    logits, logits_kept = _matrix(rows.logits, "student_logits" if student else "logits")
-    target, target_kept = (_ABSENT, None) if rows.target is None else _matrix(rows.target, "teacher_logits")
-    out, out_kept = _matrix(gradient, "grad_out")
-    kernel = _native.student_gradient if student else _native.teacher_gradient
-    fault, row = kernel(
-        *_common(rows, options, logits, target),
-        upstream.data_ptr(),
+    kernels = _kernels(options)
+    fault, row = kernels.gradient(
+        _walkable(rows, kernels.logits),
+        kernels.options,
+        kernels.ignore_index,
+        kernels.unlabeled_index,
+        torch.get_num_threads(),
+        upstream.to(state.sums.dtype).contiguous(),
         upstream.dim() > 0,
-        (0, state.sums.data_ptr(), state.top1.data_ptr(), state.divisors.data_ptr()),
-        dtype == torch.float64,
-        out,
+        state,
+        gradient,
         fresh,
     )
-    del logits_kept, target_kept, out_kept
     if fault:  # memory shared with another library may have changed since the forward pass
         raise _refusal(rows, options, fault, row)

@@ -167,7 +167,6 @@ void test_student(int64_t n_rows, int n, double tau, int threads) {
   out.per_row_loss = true;
   out.state = state.data();
   out.top1 = top1.data();
-  out.wide = dtype == DType::f64;
   out.gradient = dense(g, n_rows, n, dtype);
   student_state(rows, options, false, Divisors{}, out);
   const double loss_tolerance = sizeof(T) == 4 ? 2e-6 * (tau > 1 ? tau * tau : 1) : 1e-12;
@@ -210,7 +209,6 @@ void test_teacher(int n) {
   Outputs out;
   out.loss = &loss;
   out.state = state.data();
-  out.wide = dtype == DType::f64;
   out.gradient = dense(g, 1, n, dtype);
   teacher_state(rows, options, Divisors{}, out);
 
