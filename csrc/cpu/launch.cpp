@@ -125,16 +125,9 @@ struct RowWork {
 
   void gradient(const State& state, const typename Loss::Row& r, const Matrix& g) const {
     if (!r.counts) return clear(g, row, 0, loss.rows.padded);
-    const auto map = [&](int64_t i, int64_t column, int n) {
+    each_block([&](int64_t i, int64_t column, int n) {
       loss.map(row, column, n, state, kept ? &own.parts[static_cast<size_t>(i)] : nullptr, r, g, kept_at(i, g));
-    };
-    if (threads > 1) {
-      each_block(map);
-    } else {  // backwards: the end of a row that is longer than the cache is what is still in it
-      for (int64_t i = plan.blocks - 1; i >= 0; --i) {
-        map(i, i * kBlock, static_cast<int>(std::min<int64_t>(kBlock, loss.rows.classes - i * kBlock)));
-      }
-    }
+    });
     clear(g, row, loss.rows.classes, loss.rows.padded);
     loss.fix(row, state, r, g);
   }
