@@ -20,8 +20,10 @@ using namespace cudfast;
 
 namespace {
 
-// (fault, row).
+// (fault, row). A fault is one of launch.h's, or kStrides: some logits' rows are not where a Matrix can find them.
 using Answer = std::pair<int, int64_t>;
+constexpr int kStrides = 4;
+struct NoLayout {};
 
 enum class Reduction : int { none = 0, sum = 1, mean = 2 };
 
@@ -58,10 +60,12 @@ T* address(py::handle tensor) {
   return static_cast<T*>(data);
 }
 
-int64_t width(py::handle tensor) {
-  static PyObject* const last = PyLong_FromLong(-1);
-  return integer(checked(PyObject_CallMethodOneArg(tensor.ptr(), CUDFAST_NAME(size), last)));
+// torch.Size is a tuple of ints.
+py::object shape_of(py::handle tensor) { return checked(PyObject_GetAttr(tensor.ptr(), CUDFAST_NAME(shape))); }
+int64_t size_at(const py::object& shape, Py_ssize_t axis) {
+  return integer(py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(shape.ptr(), axis)));
 }
+int64_t width(const py::object& shape) { return size_at(shape, PyTuple_GET_SIZE(shape.ptr()) - 1); }
 
 // cudfast.rows.DTYPES, in the order of DType.
 DType dtype_of(py::handle tensor) {
@@ -80,9 +84,10 @@ Matrix matrix(py::handle tensor) {
   m.data = address<char>(tensor);
   m.dtype = dtype_of(tensor);
   if (called(tensor, CUDFAST_NAME(is_contiguous)).ptr() == Py_True) {
-    m.outer_stride = width(tensor);
+    m.outer_stride = width(shape_of(tensor));
   } else {
     const py::object layout = py::module_::import("cudfast.rows").attr("row_layout")(tensor);
+    if (layout.is_none()) throw NoLayout();
     std::tie(m.inner, m.outer_stride, m.inner_stride) = layout.cast<std::tuple<int64_t, int64_t, int64_t>>();
   }
   return m;
@@ -99,8 +104,10 @@ Rows make_rows(const py::tuple& fields, int64_t ignore_index, int64_t unlabeled_
   rows.per_row = address<const double>(field(4));
   rows.scalar = field(5).cast<double>();
   rows.classes = field(7).cast<int64_t>();
-  rows.padded = width(field(0));
-  rows.rows = integer(called(field(0), CUDFAST_NAME(numel))) / rows.padded;
+  const py::object shape = shape_of(field(0));
+  rows.padded = width(shape);
+  rows.rows = 1;
+  for (Py_ssize_t axis = 0; axis + 1 < PyTuple_GET_SIZE(shape.ptr()); ++axis) rows.rows *= size_at(shape, axis);
   rows.ignore_index = ignore_index;
   rows.unlabeled_index = unlabeled_index;
   rows.threads = threads;
@@ -141,7 +148,7 @@ void gradient_of(const Rows& rows, const TeacherOptions& options, Divisors d, Up
 template <class Options>
 Answer row_state(const py::tuple& fields, const Options& options, int64_t ignore_index, int64_t unlabeled_index,
                  int threads, int reduction, double num_items, bool statistics, const py::object& loss,
-                 const py::object& state, const py::object& gradient, bool fresh) {
+                 const py::object& state, const py::object& gradient, bool fresh) try {
   const Rows rows = make_rows(fields, ignore_index, unlabeled_index, threads);
   Outputs out;
   out.loss = address<void>(loss);
@@ -161,12 +168,14 @@ Answer row_state(const py::tuple& fields, const Options& options, int64_t ignore
     divisors[1] = d.ce;
   }
   return {0, 0};
+} catch (const NoLayout&) {
+  return {kStrides, 0};
 }
 
 template <class Options>
 Answer row_gradient(const py::tuple& fields, const Options& options, int64_t ignore_index, int64_t unlabeled_index,
                     int threads, const py::object& upstream, bool per_row_upstream, const py::object& state,
-                    const py::object& gradient, bool fresh) {
+                    const py::object& gradient, bool fresh) try {
   const Rows rows = make_rows(fields, ignore_index, unlabeled_index, threads);
   Outputs from;
   set_state(from, state);
@@ -180,6 +189,8 @@ Answer row_gradient(const py::tuple& fields, const Options& options, int64_t ign
   if (fault.fault != Fault::none) return {static_cast<int>(fault.fault), fault.row};
   gradient_of(rows, options, {divisors[0], divisors[1]}, u, from);
   return {0, 0};
+} catch (const NoLayout&) {
+  return {kStrides, 0};
 }
 
 // ---- row/ on scalars, so that a test can hold every function against its mirror ----
@@ -283,6 +294,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("STUDENT_COLUMNS") = kStudentColumns;
   m.attr("TEACHER_COLUMNS") = kTeacherColumns;
   m.attr("BLOCK") = kBlock;
+  m.attr("STRIDES") = kStrides;
 #if defined(_OPENMP)
   m.attr("OPENMP") = true;
 #else

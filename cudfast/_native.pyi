@@ -5,6 +5,7 @@ from torch import Tensor
 STUDENT_COLUMNS: int
 TEACHER_COLUMNS: int
 BLOCK: int
+STRIDES: int
 OPENMP: bool
 COMPILER: str
 

@@ -105,70 +105,80 @@ class _Loss(torch.autograd.Function):
             gradient=gradient,
             fresh=fresh,
         )
-        version = 0
-        if gradient is not None:
-            if not fresh:
-                _wrote(rows, call, gradient)
-            version = gradient._version
         if kept is not None and state is not None:
             kept.append(state)
-        ctx.gradient, ctx.version, ctx.call, ctx.backend = gradient, version, call, backend
-        ctx.plain = (rows.scalar, rows.num_items, rows.classes)
-        ctx.destroyed = options.inplace and gradient is not None
+        ctx.plain = (call, backend, rows.scalar, rows.num_items, rows.classes)
         # Unpacked only while the gradient is still to be made: logits changed after the loss are no error otherwise.
         if gradient is None:
             assert state is not None
+            ctx.made, ctx.spent = None, False
             ctx.save_for_backward(logits, rows.target, rows.labels, rows.weight, rows.per_row, *state)
-        elif not ctx.destroyed:
-            ctx.save_for_backward(logits, rows.target, rows.labels, rows.weight, rows.per_row)
+        else:
+            if not fresh:
+                _wrote(rows, call, gradient)
+            ctx.made, ctx.spent = (gradient, gradient._version), options.inplace
+            if not options.inplace:
+                ctx.save_for_backward(logits, rows.target, rows.labels, rows.weight, rows.per_row)
         ctx.set_materialize_grads(False)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor | None) -> Any:
-        upstream = upstreams[0]
+    def backward(ctx: Any, upstream: Tensor | None) -> Any:
         if upstream is None:
             return None, None
         if not torch.is_grad_enabled():
             return _Loss._gradient(ctx, upstream), None
-        if ctx.call.options.inplace:
+        if ctx.plain[0].options.inplace:
             raise RuntimeError("inplace=True does not go with create_graph=True: the logits are overwritten")
         logits = ctx.saved_tensors[0]  # create_graph=True
         with torch.no_grad():
             gradient = _Loss._gradient(ctx, upstream)
         return _Once.apply(logits, upstream, gradient), None  # type: ignore[no-untyped-call]
 
+    @classmethod
+    def node(cls, logits: Tensor, work: _Work) -> Tensor:
+        """`apply` without its look for functorch: `check_call` has had that, and small batches feel it."""
+        loss: Tensor = super(torch.autograd.Function, cls).apply(logits, work)  # type: ignore[misc]
+        return loss
+
     @staticmethod
     def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
-        gradient: Tensor | None = ctx.gradient
-        if gradient is not None:  # handed over once; a second backward makes it again
-            ctx.gradient = None
-            if gradient._version != ctx.version:
-                raise RuntimeError(
-                    "the gradient of this loss was overwritten before backward: its grad_out (or, with inplace=True, "
-                    "its logits) was written again in between. Give each loss memory of its own, or call backward first"
-                )
-            return _scale(gradient, upstream)
-        call: Call = ctx.call
-        options = call.options
-        if ctx.destroyed:
+        if ctx.made is None:
+            return _Loss._made_now(ctx, upstream)
+        gradient: Tensor
+        gradient, version = ctx.made
+        ctx.made = None  # handed over once; a second backward makes it again
+        if gradient._version != version:
+            raise RuntimeError(
+                "the gradient of this loss was overwritten before backward: its grad_out (or, with inplace=True, "
+                "its logits) was written again in between. Give each loss memory of its own, or call backward first"
+            )
+        if upstream.dim() == 0 and upstream.is_cpu and upstream.item() == 1:
+            return gradient
+        return _scale(gradient, upstream)
+
+    @staticmethod
+    def _made_now(ctx: Any, upstream: Tensor) -> Tensor:
+        if ctx.spent:
             raise RuntimeError(
                 "backward ran twice through a loss with inplace=True: the gradient has overwritten the logits. "
                 "Use inplace=False with retain_graph=True."
             )
-        logits, target, labels, weight, per_row, *saved = ctx.saved_tensors
-        scalar, num_items, classes = ctx.plain
+        call: Call
+        backend: Backend
+        call, backend, scalar, num_items, classes = ctx.plain
+        options = call.options
+        logits, target, labels, weight, per_row, *states = ctx.saved_tensors
         rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes)
-        state: State | None
-        if saved:
-            state = State(*saved)
-        else:
-            _, state = ctx.backend.row_state(rows, options, statistics=False, keep=True, gradient=None, fresh=False)
+        state: State | None = State(*states) if states else None
+        if state is None:
+            _, state = backend.row_state(rows, options, statistics=False, keep=True, gradient=None, fresh=False)
+            assert state is not None
         out, fresh = _gradient_memory(rows, call)
         flat = upstream.reshape(-1) if upstream.dim() else upstream
-        ctx.backend.row_gradient(rows, options, state, flat, out, fresh=fresh)
+        backend.row_gradient(rows, options, state, flat, out, fresh=fresh)
         _wrote(rows, call, out)
-        ctx.destroyed = options.inplace
+        ctx.spent = options.inplace
         return out
 
 
@@ -179,8 +189,6 @@ def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
         if upstream.is_cpu and not bool(upstream.isfinite().all()):  # 0 stays 0 where a row does not count
             return torch.where(gradient == 0, 0, gradient * scale)
         return gradient.mul_(scale)
-    if upstream.is_cpu and upstream.item() == 1:
-        return gradient
     return gradient.mul_(upstream)
 
 
@@ -193,7 +201,7 @@ def evaluate(rows: Rows, call: Call) -> tuple[Tensor, State | None]:
     reads_state = call.statistics or options.check_finite
     if torch.is_grad_enabled() and rows.logits.requires_grad:
         kept: list[State] | None = [] if reads_state else None
-        loss: Tensor = _Loss.apply(rows.logits, _Work(rows, call, backend, kept))  # type: ignore[no-untyped-call]
+        loss = _Loss.node(rows.logits, _Work(rows, call, backend, kept))
         state = kept[0] if kept else None
     else:
         loss, state = backend.row_state(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .autograd import Call
 from .options import NUMBERS
-from .rows import DTYPES, row_layout, vector_dtype
+from .rows import DTYPES, Rows, row_layout, vector_dtype
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -23,19 +23,20 @@ def logits_of(value: object, name: str) -> Tensor:
         raise TypeError(f"{name} has dtype {value.dtype}: expected one of {known}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} has layout {value.layout}: expected a dense (strided) tensor; call .to_dense() first")
-    if value.dim() == 0 or value.size(-1) == 0:
+    shape = value.shape
+    if not shape or shape[-1] == 0:
         raise ValueError(f"{name} has shape {tuple(value.shape)}: expected (..., V) with at least one class")
     return value
 
 
 def classes_of(student: Tensor, teacher: Tensor | None, num_classes: int | None, names: tuple[str, str]) -> int:
     """How many leading columns are classes."""
-    width = student.size(-1)
-    if num_classes is None and (teacher is None or teacher.size(-1) == width):
+    width = student.shape[-1]
+    if num_classes is None and (teacher is None or teacher.shape[-1] == width):
         return width
     widths = {names[0]: width}
     if teacher is not None:
-        widths[names[1]] = teacher.size(-1)
+        widths[names[1]] = teacher.shape[-1]
     if num_classes is not None:
         for name, columns in widths.items():
             if num_classes > columns:
@@ -57,20 +58,20 @@ def labels_of(labels: object, logits: Tensor, name: str) -> Tensor | None:
         raise TypeError(
             f"labels has dtype {labels.dtype}: expected int64 class indices (class probabilities belong to the teacher)"
         )
-    _vector_shape(labels, "labels", logits, name)
+    if labels.shape != logits.shape[:-1] or labels.device != logits.device:
+        raise _misplaced(labels, "labels", logits, name)
     if labels.dtype != torch.int64:
         labels = labels.to(torch.int64)
     return labels if labels.dim() == 1 and labels.is_contiguous() else labels.reshape(-1).contiguous()
 
 
-def _vector_shape(vector: Tensor, name: str, logits: Tensor, logits_name: str) -> None:
+def _misplaced(vector: Tensor, name: str, logits: Tensor, logits_name: str) -> ValueError:
     if vector.shape != logits.shape[:-1]:
-        raise ValueError(
+        return ValueError(
             f"{name} has shape {tuple(vector.shape)}: expected {tuple(logits.shape[:-1])}, that of {logits_name} "
             "without its last axis"
         )
-    if vector.device != logits.device:
-        raise ValueError(f"{name} is on {vector.device} and {logits_name} on {logits.device}: move them to one device")
+    return ValueError(f"{name} is on {vector.device} and {logits_name} on {logits.device}: move them to one device")
 
 
 def vector_of(vector: Tensor, name: str, logits: Tensor, logits_name: str) -> Tensor:
@@ -79,7 +80,8 @@ def vector_of(vector: Tensor, name: str, logits: Tensor, logits_name: str) -> Te
         raise TypeError(f"{name} has dtype {vector.dtype}: expected floating point")
     if vector.requires_grad:
         raise ValueError(f"{name} requires grad, and no gradient flows to it: pass {name}.detach()")
-    _vector_shape(vector, name, logits, logits_name)
+    if vector.shape != logits.shape[:-1] or vector.device != logits.device:
+        raise _misplaced(vector, name, logits, logits_name)
     return vector.reshape(-1).to(vector_dtype(logits.device)).contiguous()
 
 
@@ -107,15 +109,24 @@ def num_items_of(num_items: object) -> float | Tensor | None:
     return float(num_items)
 
 
-def check_transforms() -> None:
+def check_call(rows: Rows, name: str, call: Call) -> None:
+    """What no single argument shows: where the call runs, and where its gradient goes."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "cudfast losses do not work inside torch.func transforms (vmap, grad, jvp, jacrev, ...): use "
             "loss.backward() or torch.autograd.grad, and pass a batch as one tensor instead of mapping over it"
         )
+    if call.grad_out is None and not call.options.inplace:
+        return
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "inplace=True and grad_out do not work under torch.compile, which owns the memory of a graph: "
+            "leave them out there"
+        )
+    _check_gradient_memory(rows.logits, name, rows.target, call)
 
 
-def check_gradient_memory(logits: Tensor, name: str, teacher: Tensor | None, call: Call) -> None:
+def _check_gradient_memory(logits: Tensor, name: str, teacher: Tensor | None, call: Call) -> None:
     """in-place and grad_out: what autograd or the caller would notice too late."""
     out = call.grad_out
     if call.options.inplace:
@@ -140,8 +151,7 @@ def check_gradient_memory(logits: Tensor, name: str, teacher: Tensor | None, cal
         out_name = "grad_out"
         if _overlap(out, logits):
             raise ValueError(f"grad_out shares memory with {name}: use inplace=True to write the gradient over it")
-    else:
-        return
+    assert isinstance(out, Tensor)
     if row_layout(out) is None or _overlaps_itself(out):
         raise ValueError(
             f"{out_name} has shape {tuple(out.shape)} and strides {out.stride()}: expected rows that are dense and do "

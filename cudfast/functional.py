@@ -11,8 +11,7 @@ from torch import Tensor
 from .autograd import Call, evaluate
 from .checks import (
     alpha_of,
-    check_gradient_memory,
-    check_transforms,
+    check_call,
     classes_of,
     labels_of,
     logits_of,
@@ -23,19 +22,6 @@ from .checks import (
 from .options import NUMBERS, TEMPERATURES, CUDOptions, DUSOptions
 from .rows import Rows
 from .statistics import StudentStatistics, TeacherStatistics, student_statistics, teacher_statistics
-
-
-def _call(rows: Rows, name: str, options: CUDOptions | DUSOptions, statistics: bool, grad_out: Tensor | None) -> Call:
-    check_transforms()
-    call = Call(options, statistics, grad_out)
-    if grad_out is not None or options.inplace:
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "inplace=True and grad_out do not work under torch.compile, which owns the memory of a graph: "
-                "leave them out there"
-            )
-        check_gradient_memory(rows.logits, name, rows.target, call)
-    return call
 
 
 @overload
@@ -163,10 +149,11 @@ def cud_loss(
 
     if options.kd_weight == 0 and not return_stats:  # plain cross-entropy needs one matrix and one exponential
         rows = Rows(student, None, flat_labels, flat_weight, None, 1.0, items, classes)
-        call = _call(rows, "student_logits", _cross_entropy(options), False, grad_out)
+        call = Call(_cross_entropy(options), False, grad_out)
     else:
         rows = Rows(student, teacher, flat_labels, flat_weight, per_row, scalar, items, classes)
-        call = _call(rows, "student_logits", options, return_stats, grad_out)
+        call = Call(options, return_stats, grad_out)
+    check_call(rows, "student_logits", call)
     loss, state = evaluate(rows, call)
     if options.reduction == "none":
         loss = loss.reshape(student.shape[:-1])
@@ -288,7 +275,9 @@ def dus_loss(
         num_items_of(num_items),
         classes,
     )
-    loss, state = evaluate(rows, _call(rows, "logits", options, return_stats, grad_out))
+    call = Call(options, return_stats, grad_out)
+    check_call(rows, "logits", call)
+    loss, state = evaluate(rows, call)
     if options.reduction == "none":
         loss = loss.reshape(logits.shape[:-1])
     if not return_stats:

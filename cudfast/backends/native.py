@@ -31,6 +31,7 @@ if _native.isa_warning():
     warnings.warn(_native.isa_warning(), RuntimeWarning, stacklevel=2)
 
 _REDUCTION_CODES = {"none": 0, "sum": 1, "mean": 2}
+_SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
 _FAULTS = {2: "weight", 3: "per_row"}
 
 
@@ -41,7 +42,7 @@ def isa() -> str:
 
 def _dense(logits: Tensor, name: str) -> Tensor:
     """(..., V) logits whose rows the kernels can walk: as they are, or copied."""
-    if logits.is_contiguous() or row_layout(logits) is not None:
+    if row_layout(logits) is not None:
         return logits
     size = logits.numel() * logits.element_size()
     warnings.warn(
@@ -53,14 +54,10 @@ def _dense(logits: Tensor, name: str) -> Tensor:
     return logits.contiguous()
 
 
-def _walkable(rows: Rows, logits_name: str) -> Rows:
-    logits, target = rows.logits, rows.target
-    if logits.is_contiguous() and (target is None or target.is_contiguous()):
-        return rows
-    return rows._replace(
-        logits=_dense(logits, logits_name),
-        target=None if target is None else _dense(target, "teacher_logits"),
-    )
+def _copied(rows: Rows, logits_name: str) -> Rows:
+    """The same rows where the kernels can walk them."""
+    target = None if rows.target is None else _dense(rows.target, "teacher_logits")
+    return rows._replace(logits=_dense(rows.logits, logits_name), target=target)
 
 
 class _Kernels(NamedTuple):
@@ -129,7 +126,7 @@ def row_state(
     """See `cudfast.rows.Backend`."""
     kernels = _kernels(options)
     dtype = compute_dtype(rows)
-    loss = torch.empty(() if kernels.scalar else rows.n, dtype=dtype)
+    loss = torch.empty_like(_SCALARS[dtype]) if kernels.scalar else torch.empty(rows.n, dtype=dtype)
     state = None
     if keep:
         count = rows.n
@@ -139,7 +136,7 @@ def row_state(
             torch.empty(2, dtype=torch.float64),
         )
     fault, row = kernels.state(
-        _walkable(rows, kernels.logits),
+        rows,
         kernels.options,
         kernels.ignore_index,
         kernels.unlabeled_index,
@@ -152,6 +149,9 @@ def row_state(
         gradient,
         fresh,
     )
+    if fault == _native.STRIDES:
+        rows = _copied(rows, kernels.logits)
+        return row_state(rows, options, statistics=statistics, keep=keep, gradient=gradient, fresh=fresh)
     if fault:
         raise _refusal(rows, options, fault, row)
     return loss, state
@@ -180,7 +180,7 @@ def row_gradient(
     """See `cudfast.rows.Backend`."""
     kernels = _kernels(options)
     fault, row = kernels.gradient(
-        _walkable(rows, kernels.logits),
+        rows,
         kernels.options,
         kernels.ignore_index,
         kernels.unlabeled_index,
@@ -191,5 +191,7 @@ def row_gradient(
         gradient,
         fresh,
     )
-    if fault:  # memory shared with another library may have changed since the forward pass
+    if fault == _native.STRIDES:
+        row_gradient(_copied(rows, kernels.logits), options, state, upstream, gradient, fresh=fresh)
+    elif fault:  # memory shared with another library may have changed since the forward pass
         raise _refusal(rows, options, fault, row)
