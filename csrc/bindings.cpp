@@ -93,6 +93,24 @@ Matrix matrix(py::handle tensor) {
   return m;
 }
 
+// cudfast.sets.ClassSets, or None.
+ClassSets make_sets(py::handle sets) {
+  if (sets.is_none()) return {};
+  return {address<const int64_t>(sets.attr("offsets")), address<const int64_t>(sets.attr("indices"))};
+}
+
+// cudfast.rows.Constraints, field by field.
+Constraints make_constraints(py::handle fields) {
+  const auto field = [&](int i) { return py::handle(PyTuple_GET_ITEM(fields.ptr(), i)); };
+  Constraints c;
+  c.near = make_sets(field(0));
+  c.wrong = make_sets(field(1));
+  c.top1 = field(2).cast<bool>();
+  c.bounds = address<const double>(field(3));
+  c.relax = field(4).cast<bool>();
+  return c;
+}
+
 // cudfast.rows.Rows, field by field.
 Rows make_rows(const py::tuple& fields, int64_t ignore_index, int64_t unlabeled_index, int threads) {
   const auto field = [&](int i) { return py::handle(PyTuple_GET_ITEM(fields.ptr(), i)); };
@@ -104,6 +122,7 @@ Rows make_rows(const py::tuple& fields, int64_t ignore_index, int64_t unlabeled_
   rows.per_row = address<const double>(field(4));
   rows.scalar = field(5).cast<double>();
   rows.classes = field(7).cast<int64_t>();
+  if (!field(8).is_none()) rows.constraints = make_constraints(field(8));
   const py::object shape = shape_of(field(0));
   rows.padded = width(shape);
   rows.rows = 1;
@@ -132,11 +151,12 @@ Divisors divisors_of(const Rows& rows, Reduction reduction, double num_items) {
   return {};
 }
 
-void state_of(const Rows& rows, const StudentOptions& options, bool statistics, Divisors d, const Outputs& out) {
-  student_state(rows, options, statistics, d, out);
+Check state_of(const Rows& rows, const StudentOptions& options, bool statistics, Divisors d, const Outputs& out) {
+  return student_state(rows, options, statistics, d, out);
 }
-void state_of(const Rows& rows, const TeacherOptions& options, bool, Divisors d, const Outputs& out) {
+Check state_of(const Rows& rows, const TeacherOptions& options, bool, Divisors d, const Outputs& out) {
   teacher_state(rows, options, d, out);
+  return {};
 }
 void gradient_of(const Rows& rows, const StudentOptions& options, Divisors d, Upstream u, const Outputs& from) {
   student_gradient(rows, options, d, u, from);
@@ -162,12 +182,12 @@ Answer row_state(const py::tuple& fields, const Options& options, int64_t ignore
   const Check fault = check(rows);
   if (fault.fault != Fault::none) return {static_cast<int>(fault.fault), fault.row};
   const Divisors d = divisors_of(rows, static_cast<Reduction>(reduction), num_items);
-  state_of(rows, options, statistics, d, out);
+  const Check unmet = state_of(rows, options, statistics, d, out);
   if (divisors) {
     divisors[0] = d.kd;
     divisors[1] = d.ce;
   }
-  return {0, 0};
+  return {static_cast<int>(unmet.fault), unmet.row};
 } catch (const NoLayout&) {
   return {kStrides, 0};
 }
@@ -242,6 +262,30 @@ void define_row(py::module_ row) {
     const auto t = replace(student(state), Clip<double>{clip.at(0), clip.at(1), clip.at(2)}, inv_tau);
     return Numbers{t.z_tau, t.a, t.impossible};
   });
+  row.def("masses", [](double near, double wrong, double rest, double low, double high) {
+    const auto m = masses(near, wrong, rest, low, high);
+    const auto flag = [](bool b) { return b ? 1.0 : 0.0; };
+    return Numbers{m.near,          m.wrong,          m.rest, flag(m.near_binds), flag(m.wrong_binds),
+                   flag(m.no_near), flag(m.all_wrong)};
+  });
+  row.def("tempered_fold", [](const Numbers& x) {
+    TemperedSums<double> sums{0, 0, 0};
+    for (const double value : x) fold<true>(sums, value);
+    return Numbers{sums.z, sums.e, sums.v};
+  });
+  row.def("log_mass", [](const Numbers& s, double beta) {
+    return log_mass(TemperedState<double>{s.at(0), s.at(1), s.at(2), s.at(3)}, beta);
+  });
+  row.def("entropy", [](const std::vector<Numbers>& s, const Numbers& m, double beta) {
+    TemperedState<double> sets[3];
+    for (size_t i = 0; i < 3; ++i) sets[i] = {s.at(i).at(0), s.at(i).at(1), s.at(i).at(2), s.at(i).at(3)};
+    const auto found =
+        entropy(sets, Masses<double>{m.at(0), m.at(1), m.at(2), m.at(3) != 0, m.at(4) != 0, false, false}, beta);
+    return Numbers{found.value, found.slope};
+  });
+  row.def("temper", [](double at, double low, double high, const Numbers& found, double wanted) {
+    return temper(at, low, high, Entropy<double>{found.at(0), found.at(1)}, wanted);
+  });
   row.def("row_weights", [](bool ignored, bool labelled, double weight) {
     const auto w = row_weights(ignored, labelled, weight);
     return Numbers{w.kd, w.ce};
@@ -292,6 +336,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("teacher_gradient", row_gradient<TeacherOptions>);
 
   m.attr("STUDENT_COLUMNS") = kStudentColumns;
+  m.attr("PROJECTED_COLUMNS") = kProjectedColumns;
   m.attr("TEACHER_COLUMNS") = kTeacherColumns;
   m.attr("BLOCK") = kBlock;
   m.attr("STRIDES") = kStrides;

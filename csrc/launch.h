@@ -25,6 +25,21 @@ struct Matrix {
   }
 };
 
+// Sets of classes, one for every class y: indices[offsets[y]] to indices[offsets[y + 1]], ascending.
+struct ClassSets {
+  const int64_t* offsets = nullptr;  // null: absent
+  const int64_t* indices = nullptr;
+};
+
+// Bounds on the target, instead of W-Clip: (N, 4), NaN where there is none.
+struct Constraints {
+  const double* bounds = nullptr;  // null: no constraints; min_near_mass, max_wrong_mass, min_entropy, max_entropy
+  ClassSets near;                  // absent: the label alone
+  ClassSets wrong;
+  bool top1 = false;  // the wrong class is the teacher's top-1 where that is not near
+  bool relax = false;
+};
+
 // One call: N rows of V classes. Vectors are (N,), dense; a null pointer means absent.
 struct Rows {
   int64_t rows = 0;                 // N
@@ -39,6 +54,7 @@ struct Rows {
   int64_t ignore_index = -100;
   int64_t unlabeled_index = -1;
   int threads = 1;
+  Constraints constraints;
 
   bool ignored(int64_t row) const { return (labels && labels[row] == ignore_index) || (weight && weight[row] == 0); }
   bool labelled(int64_t row) const { return labels && labels[row] != ignore_index && labels[row] != unlabeled_index; }
@@ -57,6 +73,7 @@ struct Divisors {
 // Columns of a packed state (N, kStudentColumns) or (N, kTeacherColumns), in the order of the fields of row/state.h.
 constexpr int kStudentColumns = 11;
 constexpr int kTeacherColumns = 4;
+constexpr int kProjectedColumns = 10;  // after the student's, when there are constraints: see cpu/projected.h
 
 // Where results go. Null pointers are not written.
 struct Outputs {
@@ -78,8 +95,8 @@ struct Upstream {
 constexpr double kLowestTemperature = 1e-4;
 constexpr double kHighestTemperature = 1e4;
 
-// What is wrong with the vectors of a call, before any sweep runs.
-enum class Fault : int { none = 0, label = 1, weight = 2, per_row = 3 };
+// What is wrong with the vectors of a call, before any sweep runs; or with a row's bounds, which only a sweep can tell.
+enum class Fault : int { none = 0, label = 1, weight = 2, per_row = 3, bounds = 5 };
 struct Check {
   Fault fault = Fault::none;
   int64_t row = 0;
@@ -90,8 +107,9 @@ Check check(const Rows& rows);
 Divisors count(const Rows& rows);
 
 // First sweep: state and loss of every row; with out.gradient, the gradient too, while the row is in cache.
-void student_state(const Rows& rows, const StudentOptions& options, bool statistics, Divisors divisors,
-                   const Outputs& out);
+// The answer names the first row that cannot meet its bounds, if any.
+Check student_state(const Rows& rows, const StudentOptions& options, bool statistics, Divisors divisors,
+                    const Outputs& out);
 void teacher_state(const Rows& rows, const TeacherOptions& options, Divisors divisors, const Outputs& out);
 
 // Second sweep alone, from a packed state.

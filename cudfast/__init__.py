@@ -2,7 +2,21 @@
 
 from . import functional
 from ._version import __version__
+from .calibration import calibrate
 from .losses import CUDLoss, DUSLoss
 from .options import CUDOptions, DUSOptions, WClip
+from .projection import Projection
+from .sets import ClassSets
 
-__all__ = ["CUDLoss", "CUDOptions", "DUSLoss", "DUSOptions", "WClip", "__version__", "functional"]
+__all__ = [
+    "CUDLoss",
+    "CUDOptions",
+    "ClassSets",
+    "DUSLoss",
+    "DUSOptions",
+    "Projection",
+    "WClip",
+    "__version__",
+    "calibrate",
+    "functional",
+]

@@ -103,7 +103,7 @@ class _Loss(torch.autograd.Function):
         )
         if kept is not None and state is not None:
             kept.append(state)
-        ctx.plain = (call, backend, rows.scalar, rows.num_items, rows.classes)
+        ctx.plain = (call, backend, rows.scalar, rows.num_items, rows.classes, rows.constraints)
         # Unpacked only while the gradient is still to be made: logits changed after the loss are no error otherwise.
         if gradient is None:
             assert state is not None
@@ -162,10 +162,10 @@ class _Loss(torch.autograd.Function):
             )
         call: Call
         backend: Backend
-        call, backend, scalar, num_items, classes = ctx.plain
+        call, backend, *rest = ctx.plain
         options = call.options
         logits, target, labels, weight, per_row, *states = ctx.saved_tensors
-        rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes)
+        rows = Rows(logits, target, labels, weight, per_row, *rest)
         state: State | None = State(*states) if states else None
         if state is None:
             _, state = backend.row_state(rows, options, statistics=False, keep=True, gradient=None, fresh=False)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .autograd import Call
 from .options import NUMBERS
-from .rows import DTYPES, Rows, row_layout, vector_dtype
+from .projection import BOUNDS, Projection
+from .rows import DTYPES, Constraints, Rows, row_layout, vector_dtype
+from .sets import ClassSets
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -116,6 +118,11 @@ def check_call(rows: Rows, name: str, call: Call) -> None:
             "cudfast losses do not work inside torch.func transforms (vmap, grad, jvp, jacrev, ...): use "
             "loss.backward() or torch.autograd.grad, and pass a batch as one tensor instead of mapping over it"
         )
+    if rows.constraints is not None and torch.compiler.is_compiling():
+        raise RuntimeError(
+            "calibration=Projection(...) does not work under torch.compile yet: keep the loss outside the compiled "
+            "function, or wrap it in torch.compiler.disable"
+        )
     if call.grad_out is None and not call.options.inplace:
         return
     if torch.compiler.is_compiling():
@@ -197,3 +204,29 @@ def alpha_of(alpha: object, labels: Tensor, classes: int) -> Tensor:
     inside = (labels >= 0) & (labels < classes)
     chosen = alpha.detach().to(vector_dtype(labels.device))[torch.where(inside, labels, 0)]
     return torch.where(inside, chosen, 1)
+
+
+def constraints_of(projection: Projection, logits: Tensor, classes: int, name: str) -> Constraints:
+    """The projection for the rows of `logits`."""
+    count = logits.shape[:-1].numel()
+    bounds = torch.full((count, len(BOUNDS)), torch.nan, dtype=vector_dtype(logits.device), device=logits.device)
+    for column, bound in enumerate(BOUNDS):
+        value = getattr(projection, bound)
+        if isinstance(value, Tensor) and value.dim() > 0:
+            value = vector_of(value, f"Projection({bound}=...)", logits, name)
+        if value is not None:
+            bounds[:, column] = value
+    wrong = projection.wrong if isinstance(projection.wrong, ClassSets) else None
+    for what, sets in (("near", projection.near), ("wrong", wrong)):
+        if sets is None:
+            continue
+        if sets.num_classes != classes:
+            raise ValueError(
+                f"Projection({what}=...) has sets for {sets.num_classes} classes: expected {classes}, as {name}"
+            )
+        if sets.indices.device != logits.device:
+            raise ValueError(
+                f"Projection({what}=...) is on {sets.indices.device} and {name} on {logits.device}: "
+                f"use {what}.to({str(logits.device)!r})"
+            )
+    return Constraints(projection.near, wrong, projection.wrong == "top1", bounds, projection.on_infeasible == "relax")

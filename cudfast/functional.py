@@ -13,6 +13,7 @@ from .checks import (
     alpha_of,
     check_call,
     classes_of,
+    constraints_of,
     labels_of,
     logits_of,
     num_items_of,
@@ -20,6 +21,7 @@ from .checks import (
     weight_of,
 )
 from .options import NUMBERS, TEMPERATURES, CUDOptions, DUSOptions
+from .projection import Projection
 from .rows import Rows
 from .statistics import StudentStatistics, TeacherStatistics, student_statistics, teacher_statistics
 
@@ -151,7 +153,10 @@ def cud_loss(
         rows = Rows(student, None, flat_labels, flat_weight, None, 1.0, items, classes)
         call = Call(_cross_entropy(options), False, grad_out)
     else:
-        rows = Rows(student, teacher, flat_labels, flat_weight, per_row, scalar, items, classes)
+        constraints = None
+        if isinstance(options.calibration, Projection) and flat_labels is not None:
+            constraints = constraints_of(options.calibration, student, classes, "student_logits")
+        rows = Rows(student, teacher, flat_labels, flat_weight, per_row, scalar, items, classes, constraints)
         call = Call(options, return_stats, grad_out)
     check_call(rows, "student_logits", call)
     loss, state = evaluate(rows, call)

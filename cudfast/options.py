@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from .projection import Projection
+
 Reduction = Literal["none", "sum", "mean"]
 Save = Literal["auto", "state", "gradient"]
 BackendName = Literal["auto", "reference", "native"]
@@ -148,7 +150,8 @@ class CUDOptions(LossOptions):
             element instead of three.
         kd_weight: weight of the distillation term, >= 0. Default 0.8 (paper).
         ce_weight: weight of the cross-entropy term at temperature 1, >= 0. Default 0.2 (paper).
-        calibration: `WClip`, or None for plain distillation. Default ``WClip(budget=0.5, margin=0.7)`` (paper).
+        calibration: `WClip`, `Projection`, or None for plain distillation. Default ``WClip(budget=0.5, margin=0.7)``
+            (paper).
 
     Other fields: see `LossOptions`.
 
@@ -163,7 +166,7 @@ class CUDOptions(LossOptions):
     temperature: float = 2.0
     kd_weight: float = 0.8
     ce_weight: float = 0.2
-    calibration: WClip | None = WClip()
+    calibration: WClip | Projection | None = WClip()
     unlabeled_index: int | None = -1
 
     def __post_init__(self) -> None:
@@ -171,8 +174,10 @@ class CUDOptions(LossOptions):
         _number(self, "temperature", *TEMPERATURES)
         _number(self, "kd_weight", 0)
         _number(self, "ce_weight", 0)
-        if self.calibration is not None and not isinstance(self.calibration, WClip):
-            raise TypeError(f"calibration={self.calibration!r}: expected WClip(budget, margin) or None")
+        if not (self.calibration is None or isinstance(self.calibration, (WClip, Projection))):
+            raise TypeError(
+                f"calibration={self.calibration!r}: expected WClip(budget, margin), Projection(...) or None"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .options import CUDOptions, DUSOptions
+from .options import CUDOptions, DUSOptions, WClip
 
 NOTHING = -torch.inf
 
@@ -170,6 +170,106 @@ def replace(state: StudentState, clip: Clip, inv_tau: Tensor) -> TargetSums:
     )
 
 
+class Masses(NamedTuple):
+    """Of the target on N, on W and on the rest, as logarithms; which bounds bind, and which cannot be met. [masses]"""
+
+    near: Tensor  # (N,)
+    wrong: Tensor  # (N,)
+    rest: Tensor  # (N,)
+    near_binds: Tensor  # (N,) bool
+    wrong_binds: Tensor  # (N,) bool
+    no_near: Tensor  # (N,) bool, a mass is wanted on classes that have none
+    all_wrong: Tensor  # (N,) bool, all mass is on classes that may not have it
+
+
+def masses(near: Tensor, wrong: Tensor, rest: Tensor, low: Tensor, high: Tensor) -> Masses:
+    """The mass bounds q(N) >= low and q(W) <= high, from log masses on any common scale; complements are summed."""
+    total = torch.logaddexp(torch.logaddexp(near, wrong), rest)
+    n, w, r = near - total, wrong - total, rest - total
+    not_near, not_wrong = torch.logaddexp(w, r), torch.logaddexp(n, r)
+    no_near = (low > 0) & (n == NOTHING)
+    all_wrong = (high < 1) & (not_wrong == NOTHING)
+    low, high = torch.where(no_near, 0, low), torch.where(all_wrong, 1, high)  # the nearest that can be met
+    log_low, log_high, left, lost = low.log(), high.log(), torch.log1p(-low), torch.log1p(-high)
+    wrong_over, near_under = w > log_high, n < log_low
+    n_alone, w_alone = n + (lost - not_wrong), w + (left - not_near)  # when only the other bound binds
+    wrong_binds = torch.where(near_under, ~(w_alone <= log_high), wrong_over)
+    near_binds = torch.where(wrong_over, ~(n_alone >= log_low), near_under)
+    only_wrong, only_near = wrong_binds & ~near_binds, near_binds & ~wrong_binds
+    both = torch.log(torch.clamp(1 - low - high, min=0))
+    free_rest = torch.where(only_wrong, r + (lost - not_wrong), torch.where(only_near, r + (left - not_near), r))
+    return Masses(
+        torch.where(near_binds, log_low, torch.where(wrong_binds, n_alone, n)),
+        torch.where(wrong_binds, log_high, torch.where(near_binds, w_alone, w)),
+        torch.where(near_binds & wrong_binds, both, free_rest),
+        near_binds,
+        wrong_binds,
+        no_near,
+        all_wrong,
+    )
+
+
+class TemperedState(NamedTuple):
+    """Sums of one set of classes at inverse temperature beta, x = beta (t - m).                        [tempered]"""
+
+    m: Tensor  # (N,) maximum
+    z: Tensor  # (N,) sum exp(x)
+    e: Tensor  # (N,) sum exp(x) x
+    v: Tensor  # (N,) sum exp(x) x^2
+
+
+class TemperedSums(NamedTuple):
+    z: Tensor
+    e: Tensor
+    v: Tensor
+
+
+def tempered_fold(x: Tensor) -> TemperedSums:
+    """Sums over the last axis of x = beta (t - m) (N, V)."""
+    p, x = x.exp(), torch.where(x > NOTHING, x, 0)
+    return TemperedSums(p.sum(-1), (p * x).sum(-1), (p * x * x).sum(-1))
+
+
+def log_mass(state: TemperedState, beta: Tensor) -> Tensor:
+    """log sum exp(beta t); -inf for a set without classes that can happen."""
+    return torch.where(state.z > 0, beta * state.m + state.z.log(), NOTHING)
+
+
+class Entropy(NamedTuple):
+    value: Tensor  # (N,) nats
+    slope: Tensor  # (N,) with respect to log beta
+
+
+def entropy(sets: tuple[TemperedState, ...], target: Masses, beta: Tensor) -> Entropy:
+    """H = sum M (h - log M) over N, W and the rest, h the entropy within; its slope is minus a variance.     [entropy]
+
+    The variance of beta t, within a set whose mass is bound, and over the union of the sets that share the rest.
+    """
+    value, slope, shared, mean = (torch.zeros_like(beta) for _ in range(4))
+    parts = []
+    for state, log_m, binds in zip(sets, target[:3], (target.near_binds, target.wrong_binds, None)):
+        there = (state.z > 0) & (log_m > NOTHING)
+        m = torch.where(there, log_m.exp(), 0)
+        z = torch.where(state.z > 0, state.z, 1)
+        centre = state.e / z
+        value = value + torch.where(there, m * (z.log() - centre - log_m), 0)
+        slope = slope - m * (state.v / z - centre * centre)
+        free = m if binds is None else torch.where(binds, 0, m)
+        at = torch.where(there, beta * state.m + centre, 0)
+        shared, mean = shared + free, mean + free * at
+        parts.append((free, at))
+    mean = torch.where(shared > 0, mean / shared, 0)
+    for free, at in parts:
+        slope = slope - free * (at - mean) ** 2
+    return Entropy(value, slope)
+
+
+def temper(at: Tensor, low: Tensor, high: Tensor, found: Entropy, wanted: Tensor) -> Tensor:
+    """The next log beta: Newton's step from `at`, or the middle of [low, high] when that leaves it.         [temper]"""
+    step = at - (found.value - wanted) / found.slope
+    return torch.where((step > low) & (step < high), step, (low + high) / 2)
+
+
 # ---- csrc/row/terms.h ----
 
 
@@ -223,7 +323,7 @@ def student_finish(state: StudentState, labelled: Tensor, tau: Tensor, options: 
         ce = torch.where(labelled, ce_value(state.s_one, state.s_y, state.m_s), 0)
     if not options.kd_weight > 0:
         return StudentLoss(zero, ce, zero, clip, zero > 0)
-    if options.calibration is not None:
+    if isinstance(options.calibration, WClip):
         wrong = labelled & (state.t_y < state.m_t)
         found = wclip(state.t_y - state.m_t, options.calibration.budget, options.calibration.margin)
         clip = Clip(*(torch.where(wrong, value, 0) for value in found))

@@ -8,12 +8,25 @@ import torch
 from torch import Tensor
 
 from .options import TEMPERATURES, CUDOptions, DUSOptions
+from .sets import ClassSets
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Fields of a packed state, in the order of csrc/row/state.h; the teacher's top-1 travels beside them as an int64.
 STUDENT_COLUMNS = ("m_t", "s_k", "m_s", "z_tau", "s_tau", "a", "s_one", "z_one", "t_y", "s_y", "impossible")
+# What follows them when the target meets constraints; in the order of csrc/cpu/projected.h.
+PROJECTED_COLUMNS = ("beta", "centre", "near", "wrong", "rest", "confidence", "prob", "target", "moved", "relaxed")
 TEACHER_COLUMNS = ("m", "z", "e", "z_y")
+
+
+class Constraints(NamedTuple):
+    """A `Projection` for one call. The bounds are NaN in rows without them."""
+
+    near: ClassSets | None  # None: the label alone
+    wrong: ClassSets | None
+    top1: bool  # the wrong class is the teacher's top-1 where that is not near
+    bounds: Tensor  # (N, 4) f64: min_near_mass, max_wrong_mass, min_entropy, max_entropy
+    relax: bool
 
 
 class Rows(NamedTuple):
@@ -27,6 +40,7 @@ class Rows(NamedTuple):
     scalar: float  # stands for per_row where that is absent
     num_items: float | Tensor | None  # replaces both divisors of reduction="mean"
     classes: int  # V
+    constraints: Constraints | None = None  # of the student loss's target, instead of W-Clip
 
     @property
     def n(self) -> int:
@@ -72,6 +86,13 @@ class Backend(Protocol):
         fresh: bool,
     ) -> None:
         """Second sweep: writes `gradient` (..., >= V) for `upstream` () or (N,)."""
+
+
+def columns_of(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[str, ...]:
+    """Fields of a packed state."""
+    if not isinstance(options, CUDOptions):
+        return TEACHER_COLUMNS
+    return STUDENT_COLUMNS if rows.constraints is None else STUDENT_COLUMNS + PROJECTED_COLUMNS
 
 
 def compute_dtype(rows: Rows) -> torch.dtype:

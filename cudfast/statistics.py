@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .options import CUDOptions, DUSOptions
-from .rows import Rows, State, masks
+from .options import CUDOptions, DUSOptions, WClip
+from .rows import STUDENT_COLUMNS, Rows, State, columns_of, masks
 
 
 class StudentStatistics(NamedTuple):
@@ -20,12 +20,13 @@ class StudentStatistics(NamedTuple):
 
     teacher_top1: Tensor  #: int64 class
     teacher_confidence: Tensor  #: probability of that class
-    moved_mass: Tensor  #: delta, the mass that calibration moved from the top-1 to the label
+    moved_mass: Tensor  #: delta, the mass that calibration moved from the top-1 to the label, or between sets
     label_prob: Tensor  #: the teacher's probability of the label
     label_prob_calibrated: Tensor  #: the same after calibration
     student_nll: Tensor  #: -log p_y of the student, in nats
     student_confidence: Tensor  #: the student's largest probability
     student_correct: Tensor  #: bool, the label's logit is the student's largest
+    relaxed: Tensor  #: bool, the target could not meet its bounds (`Projection` with on_infeasible="relax")
 
 
 class TeacherStatistics(NamedTuple):
@@ -39,28 +40,35 @@ class TeacherStatistics(NamedTuple):
 
 def student_statistics(rows: Rows, options: CUDOptions, packed: State) -> StudentStatistics:
     """From the states of the first sweep."""
-    state = reference.StudentState._make((*packed.sums.detach().unbind(-1), packed.top1))
+    columns = dict(zip(columns_of(rows, options), packed.sums.detach().unbind(-1)))
+    state = reference.StudentState._make((*(columns[name] for name in STUDENT_COLUMNS), packed.top1))
     counts, labelled = masks(rows, options)
     shape = rows.logits.shape[:-1]
 
     def where(mask: Tensor, value: Tensor) -> Tensor:
         return torch.where(mask, value, torch.nan).reshape(shape)
 
-    u = state.t_y - state.m_t
-    moved = torch.zeros_like(u)
-    if options.calibration is not None:
-        clip = reference.wclip(u, options.calibration.budget, options.calibration.margin)
-        moved = torch.where(labelled & (u < 0), clip.r / state.z_one, 0)
-    prob = u.exp() / state.z_one
+    if rows.constraints is not None:
+        confidence, prob, moved = columns["confidence"], columns["prob"], columns["moved"]
+        target, relaxed = columns["target"], columns["relaxed"] > 0
+    else:
+        u = state.t_y - state.m_t
+        moved = torch.zeros_like(u)
+        if isinstance(options.calibration, WClip):
+            clip = reference.wclip(u, options.calibration.budget, options.calibration.margin)
+            moved = torch.where(labelled & (u < 0), clip.r / state.z_one, 0)
+        confidence, prob = 1 / state.z_one, u.exp() / state.z_one
+        target, relaxed = prob + moved, torch.zeros_like(labelled)
     return StudentStatistics(
         torch.where(counts, packed.top1, -1).reshape(shape),
-        where(counts, 1 / state.z_one),
+        where(counts, confidence),
         where(counts, moved),
         where(labelled, prob),
-        where(labelled, prob + moved),
+        where(labelled, target),
         where(labelled, reference.ce_value(state.s_one, state.s_y, state.m_s)),
         where(counts, 1 / state.s_one),
         (labelled & (state.s_y == state.m_s)).reshape(shape),
+        (counts & relaxed).reshape(shape),
     )
 
 

@@ -232,7 +232,11 @@ CASES: list[tuple[type[Exception], str, Callable[[], object]]] = [
         "CUDOptions(ce_weight=inf): expected a finite number in [0, inf)",
         lambda: CUDLoss(ce_weight=float("inf")),
     ),
-    (TypeError, "calibration='wclip': expected WClip(budget, margin) or None", lambda: CUDLoss(calibration="wclip")),
+    (
+        TypeError,
+        "calibration='wclip': expected WClip(budget, margin), Projection(...) or None",
+        lambda: CUDLoss(calibration="wclip"),
+    ),
     (
         ValueError,
         "WClip(budget=1): expected a finite number in [0, 1): the top-1 keeps some of its mass",

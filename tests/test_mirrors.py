@@ -157,6 +157,52 @@ def test_focal_and_gate(log_p: float, gamma: float) -> None:
     assert not weight.slope.isnan()
 
 
+BOUNDS = [0.0, 0.2, 0.5, 0.9, 1.0]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_masses(seed: int) -> None:
+    rng = random.Random(seed)
+    logs = [rng.choice([-INF, rng.gauss(0, 3), rng.gauss(0, 60)]) for _ in range(3)]
+    if max(logs) == -INF:
+        logs[2] = 0.0
+    for low, high in itertools.product(BOUNDS, repeat=2):
+        target = reference.masses(*tensors([*logs, low, high]))
+        same(row.masses(*logs, low, high), target)
+        total = sum(float(m.exp()) for m in target[:3])
+        assert total == pytest.approx(1, abs=1e-12)
+
+
+def tempered(rng: random.Random, beta: float) -> list[float]:
+    t = [draw(rng, True) for _ in range(rng.choice([0, 1, 4]))]
+    m = max(t, default=-INF)
+    m = 0.0 if m == -INF else m
+    x = [beta * (v - m) for v in t]
+    sums = reference.tempered_fold(torch.tensor([x], dtype=f64))
+    same(row.tempered_fold(x), sums)
+    return [m, *(float(v) for v in sums)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_entropy(seed: int) -> None:
+    rng = random.Random(seed)
+    beta = rng.choice([1.0, 1e-3, 0.4, 7.0])
+    sets = [tempered(rng, beta) for _ in range(3)]
+    states = tuple(reference.TemperedState(*tensors(s)) for s in sets)
+    b = torch.tensor([beta], dtype=f64)
+    logs = [reference.log_mass(s, b) for s in states]
+    same([row.log_mass(s, beta) for s in sets], tuple(logs))
+    if max(float(v) for v in logs) == -INF:
+        return
+    target = reference.masses(*logs, *tensors([rng.choice(BOUNDS), rng.choice(BOUNDS)]))
+    found = reference.entropy(states, target, b)
+    got = row.entropy(sets, [float(v) for v in target], beta)
+    same(got, found, 1e-10)
+    for wanted in (0.1, 1.0):
+        step = reference.temper(*tensors([-1.0, -3.0, 0.0]), found, torch.tensor([wanted], dtype=f64))
+        same([row.temper(-1.0, -3.0, 0.0, [float(v) for v in found], wanted)], (step,))
+
+
 @pytest.mark.parametrize(("ignored", "labelled"), [(False, False), (False, True), (True, False), (True, True)])
 def test_row_weights(ignored: bool, labelled: bool) -> None:
     weights = reference.row_weights(torch.tensor(ignored), torch.tensor(labelled), torch.tensor(2.5, dtype=f64))

@@ -8,9 +8,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "losses.h"
+#include "projected.h"
 #include "threads.h"
 
 namespace cudfast {
@@ -35,7 +37,7 @@ struct Plan {
 };
 
 Plan plan(const Rows& rows) {
-  Plan p{rows.threads, false, (rows.classes + kBlock - 1) / kBlock, 1};
+  Plan p{rows.threads, false, blocks_of(rows.classes), 1};
   if (rows.rows * rows.classes < kSmall) p.threads = 1;
   p.columns = p.threads > 1 && p.blocks >= 4 * p.threads && rows.rows < 4 * p.threads;
   p.batch = std::max<int64_t>(1, kSmall / 2 / std::max<int64_t>(1, rows.classes));
@@ -90,20 +92,12 @@ char* room_for_exponentials(Scratch<State>& own, const Plan& p, int64_t element)
 template <class Loss>
 struct RowWork {
   using State = typename Loss::State;
-  const Loss& loss;
+  Loss& loss;
   const Plan& plan;
   int64_t row;
   int threads;
   Scratch<State>& own;   // of the thread that owns the row; the others write their own blocks of it
   char* kept = nullptr;  // room for the exponentials of a row: the teacher's, then the student's
-
-  template <class F>
-  void each_block(F f) const {
-    parallel(threads, Schedule::same, plan.blocks, [&](int64_t i) {
-      const int64_t column = i * kBlock;
-      f(i, column, static_cast<int>(std::min<int64_t>(kBlock, loss.rows.classes - column)));
-    });
-  }
 
   Kept kept_at(int64_t block, const Matrix& g) const {
     if (!kept) return {};
@@ -114,9 +108,15 @@ struct RowWork {
 
   State state(const Matrix& g) {
     own.parts.resize(static_cast<size_t>(plan.blocks));
-    each_block([&](int64_t i, int64_t column, int n) {
+    each_block(threads, loss.rows.classes, [&](int64_t i, int64_t column, int n) {
       own.parts[static_cast<size_t>(i)] = loss.fold(row, column, n, kept_at(i, g));
     });
+    const int64_t again = loss.again(row, own.parts);
+    if (again >= 0) {
+      const int64_t column = again * kBlock;
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, loss.rows.classes - column));
+      own.parts[static_cast<size_t>(again)] = loss.fold(row, column, n, kept_at(again, g));
+    }
     State whole = own.parts[0];
     for (size_t i = 1; i < own.parts.size(); ++i) whole = loss.merged(row, whole, own.parts[i]);
     loss.complete(row, whole);
@@ -125,7 +125,7 @@ struct RowWork {
 
   void gradient(const State& state, const typename Loss::Row& r, const Matrix& g) const {
     if (!r.counts) return clear(g, row, 0, loss.rows.padded);
-    each_block([&](int64_t i, int64_t column, int n) {
+    each_block(threads, loss.rows.classes, [&](int64_t i, int64_t column, int n) {
       loss.map(row, column, n, state, kept ? &own.parts[static_cast<size_t>(i)] : nullptr, r, g, kept_at(i, g));
     });
     clear(g, row, loss.rows.classes, loss.rows.padded);
@@ -157,7 +157,8 @@ void run(const Loss& loss, const Outputs& out) {
       if (out.gradient.data) clear(out.gradient, row, 0, rows.padded);
       return;
     }
-    RowWork<Loss> work{loss, p, row, threads, scratch<typename Loss::State>()};
+    auto&& own = loss.prepared(row, threads, nullptr);
+    RowWork<std::remove_reference_t<decltype(own)>> work{own, p, row, threads, scratch<typename Loss::State>()};
     if (out.gradient.data && loss.keeps(row)) work.kept = room_for_exponentials(work.own, p, loss.wide ? 8 : 4);
     const typename Loss::State state = work.state(out.gradient);
     loss.pack(state, row, out);
@@ -183,7 +184,8 @@ void run_gradient(const Loss& loss, Upstream upstream, const Outputs& from) {
     if (rows.ignored(row)) return clear(from.gradient, row, 0, rows.padded);
     const double scale = upstream.data ? get(upstream.data, loss.wide, upstream.per_row ? row : 0) : 1.0;
     const typename Loss::State state = loss.unpack(row, from);
-    const RowWork<Loss> work{loss, p, row, threads, scratch<typename Loss::State>()};
+    auto&& own = loss.prepared(row, threads, &state);
+    const RowWork<std::remove_reference_t<decltype(own)>> work{own, p, row, threads, scratch<typename Loss::State>()};
     work.gradient(state, loss.finish_row(row, state, scale), from.gradient);
   });
 }
@@ -217,16 +219,26 @@ Divisors count(const Rows& rows) {
   return sums;
 }
 
-void student_state(const Rows& rows, const StudentOptions& options, bool statistics, Divisors divisors,
-                   const Outputs& out) {
-  run(StudentLossOfRows{rows, options, divisors, rows.wide(), statistics, out.gradient}, out);
+Check student_state(const Rows& rows, const StudentOptions& options, bool statistics, Divisors divisors,
+                    const Outputs& out) {
+  const StudentLossOfRows loss{rows, options, divisors, rows.wide(), statistics, out.gradient};
+  if (!rows.constraints.bounds) {
+    run(loss, out);
+    return {};
+  }
+  std::atomic<int64_t> unmet{rows.rows};
+  run(ProjectedLossOfRows(loss, &unmet), out);
+  return unmet == rows.rows ? Check{} : Check{Fault::bounds, unmet};
 }
 void teacher_state(const Rows& rows, const TeacherOptions& options, Divisors divisors, const Outputs& out) {
   run(TeacherLossOfRows{rows, options, divisors, rows.wide()}, out);
 }
 void student_gradient(const Rows& rows, const StudentOptions& options, Divisors divisors, Upstream upstream,
                       const Outputs& from) {
-  run_gradient(StudentLossOfRows{rows, options, divisors, rows.wide(), false, Matrix{}}, upstream, from);
+  const StudentLossOfRows loss{rows, options, divisors, rows.wide(), false, Matrix{}};
+  if (!rows.constraints.bounds) return run_gradient(loss, upstream, from);
+  std::atomic<int64_t> unmet{rows.rows};
+  run_gradient(ProjectedLossOfRows(loss, &unmet), upstream, from);
 }
 void teacher_gradient(const Rows& rows, const TeacherOptions& options, Divisors divisors, Upstream upstream,
                       const Outputs& from) {

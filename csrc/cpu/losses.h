@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "../row/element.h"
 #include "simd.h"
@@ -71,9 +72,13 @@ struct StudentLossOfRows {
             gradient.dtype};
   }
 
-  State fold(int64_t row, int64_t column, int n, Kept kept) const {
+  const StudentLossOfRows& prepared(int64_t, int, const State*) const { return *this; }
+  int64_t again(int64_t, const std::vector<State>&) const { return -1; }
+
+  State fold(int64_t row, int64_t column, int n, Kept kept) const { return fold(block(row, column, n, kept), column); }
+  State fold(const StudentBlock& b, int64_t column) const {
     StudentBlockState part;
-    sweeps().student_state(block(row, column, n, kept), part);
+    sweeps().student_state(b, part);
     State state;
     state.m_t = part.m_t;
     state.m_s = part.m_s;
@@ -101,17 +106,18 @@ struct StudentLossOfRows {
     }
   }
 
-  void pack(const State& s, int64_t row, const Outputs& out) const {
+  // `stride`: columns from row to row.
+  void pack(const State& s, int64_t row, const Outputs& out, int stride = columns) const {
     if (!out.state) return;
     const double values[columns] = {s.m_t,   s.s_k,   s.m_s, s.z_tau, s.s_tau,     s.a,
                                     s.s_one, s.z_one, s.t_y, s.s_y,   s.impossible};
-    for (int i = 0; i < columns; ++i) put(out.state, wide, row * columns + i, values[i]);
+    for (int i = 0; i < columns; ++i) put(out.state, wide, row * stride + i, values[i]);
     if (out.top1) out.top1[row] = s.k;
   }
 
-  State unpack(int64_t row, const Outputs& from) const {
+  State unpack(int64_t row, const Outputs& from, int stride = columns) const {
     double v[columns];
-    for (int i = 0; i < columns; ++i) v[i] = get(from.state, wide, row * columns + i);
+    for (int i = 0; i < columns; ++i) v[i] = get(from.state, wide, row * stride + i);
     return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], from.top1[row]};
   }
 
@@ -155,6 +161,10 @@ struct StudentLossOfRows {
   // part: the block's own state when its exponentials were kept, else null.
   void map(int64_t row, int64_t column, int n, const State& state, const State* part, const Row& r, const Matrix& g,
            Kept kept) const {
+    map(block(row, column, n, kept), row, column, state, part, r, g);
+  }
+  void map(StudentBlock b, int64_t row, int64_t column, const State& state, const State* part, const Row& r,
+           const Matrix& g) const {
     StudentBlockMap m{state.m_t,
                       state.m_s,
                       r.gradient.student_tau,
@@ -164,14 +174,14 @@ struct StudentLossOfRows {
                       g.at(row, column),
                       g.dtype};
     if (!part || r.loss.impossible) {
-      kept = {};
+      b.kept = {};
     } else {
       const double inv_tau = 1 / rows.value_at(row);
       m.teacher_tau *= rescale(below(part->m_t, state.m_t) * inv_tau);
       m.student_tau *= rescale(below(part->m_s, state.m_s) * inv_tau);
       m.student_one *= rescale(below(part->m_s, state.m_s));
     }
-    sweeps().student_gradient(block(row, column, n, kept), m);
+    sweeps().student_gradient(b, m);
   }
 
   // Coordinates that the sweep cannot know: the label, and the two that the clip changed. With g == logits the
@@ -200,6 +210,9 @@ struct TeacherLossOfRows {
   TeacherBlock block(int64_t row, int64_t column, int n) const {
     return {rows.logits.at(row, column), rows.logits.dtype, wide, n};
   }
+
+  const TeacherLossOfRows& prepared(int64_t, int, const State*) const { return *this; }
+  int64_t again(int64_t, const std::vector<State>&) const { return -1; }
 
   State fold(int64_t row, int64_t column, int n, Kept) const {
     TeacherBlockState part;

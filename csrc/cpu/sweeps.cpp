@@ -16,7 +16,11 @@ constexpr int kChunk = 32;
 template <class T>
 constexpr DType dtype_of = sizeof(T) == 4 ? DType::f32 : DType::f64;
 
-// A block of columns as T: in place when it is stored so, else widened into `buffer` (kBlock values). The last, partial
+// What stands in columns that are summed apart: finite, so that they are no holes, and too low for any exponential.
+template <class T>
+constexpr T kApart = T(-1e30);
+
+// A block of columns as T: in place when it is stored so, else made in `buffer` (kBlock values). The last, partial
 // vector is apart: its lanes past the end repeat its first value, neutral to maximum and minimum, masked out of sums.
 template <class T>
 struct Columns {
@@ -25,12 +29,20 @@ struct Columns {
   int whole;  // columns in whole vectors
   int rest;   // columns in the last one
 
-  Columns(const char* from, DType dtype, int n, T* buffer) : whole(n / width * width), rest(n - whole) {
-    if (dtype == dtype_of<T>) {
-      data = reinterpret_cast<const T*>(from);
-    } else {
-      widen(from, dtype, n, buffer);
-      data = buffer;
+  Columns(const char* from, DType dtype, int n, T* buffer, const View& view = {})
+      : data(reinterpret_cast<const T*>(from)), whole(n / width * width), rest(n - whole) {
+    if (dtype == dtype_of<T> && view.plain()) return;
+    widen(from, dtype, n, buffer);
+    data = buffer;
+    if (view.beta != 1) {
+      const T centre = static_cast<T>(view.centre), beta = static_cast<T>(view.beta);
+      for (int i = 0; i < n; ++i) buffer[i] = (buffer[i] - centre) * beta;
+    }
+    mask(buffer, view, kApart<T>);
+  }
+  static void mask(T* buffer, const View& view, T value) {
+    for (const auto& list : view.apart) {
+      for (const int64_t* at = list[0]; at != list[1]; ++at) buffer[*at - view.column] = value;
     }
   }
   Lanes<T> at(int i) const { return Lanes<T>::load(data + i); }
@@ -183,9 +195,12 @@ void with_temperature(int power, int ones, F f) {
 template <class T>
 void student_state(const StudentBlock& b, StudentBlockState& out) {
   alignas(64) T s_buffer[kBlock], t_buffer[kBlock];
-  const Columns<T> s(b.s, b.s_dtype, b.n, s_buffer), t(b.t, b.t_dtype, b.n, t_buffer);
-  const Range<T> rs = range(s), rt = range(t);
+  const Columns<T> s(b.s, b.s_dtype, b.n, s_buffer), t(b.t, b.t_dtype, b.n, t_buffer, b.view);
+  const Range<T> rs = range(s);
+  Range<T> rt = range(t);
   const bool holes = rs.holes() || rt.holes();
+  if (rt.high == kApart<T>) rt.high = kNothing<T>;
+  if (holes && !b.view.plain()) Columns<T>::mask(t_buffer, b.view, kNothing<T>);  // a class apart is not impossible
   const T m_s = rs.centre(), m_t = rt.centre();
   with_temperature(b.power, b.ones, [&](auto p, auto ones) {
     constexpr int P = decltype(p)::value, Ones = decltype(ones)::value;
@@ -236,7 +251,7 @@ template <class T, int P, int Ones, bool Holes>
 __attribute__((noinline)) void student_map(const StudentBlock& b, const StudentBlockMap& m) {
   using F = Lanes<T>;
   alignas(64) T s_buffer[kBlock], t_buffer[kBlock];
-  const Columns<T> s(b.s, b.s_dtype, b.n, s_buffer), t(b.t, b.t_dtype, b.n, t_buffer);
+  const Columns<T> s(b.s, b.s_dtype, b.n, s_buffer), t(b.t, b.t_dtype, b.n, t_buffer, b.view);
   const StudentGradient<F> c{F(m.student_tau), F(m.teacher_tau), F(m.student_one), F(0)};
   const F ms(m.m_s), mt(m.m_t), inv(b.inv_tau);
   // This sweep waits for memory when the row is longer than the cache: some lines ahead in all three streams.
@@ -313,6 +328,35 @@ void teacher_gradient(const TeacherBlock& b, const TeacherBlockMap& m) {
 }
 
 template <class T>
+double highest(const TeacherBlock& b, const View& view) {
+  alignas(64) T buffer[kBlock];
+  const T high = range(Columns<T>(b.z, b.dtype, b.n, buffer, view)).high;
+  return high == kApart<T> ? kNothing<T> : high;
+}
+
+template <class F>
+void add(TemperedSums<F>& to, const TemperedSums<F>& from) {
+  to.z = to.z + from.z;
+  to.e = to.e + from.e;
+  to.v = to.v + from.v;
+}
+
+// x = beta (t - centre) is made on the way; `view` only masks here.
+template <class T>
+void tempered(const TeacherBlock& b, View view, TemperedBlockSums& out) {
+  using F = Lanes<T>;
+  const F centre(view.centre), beta(view.beta);
+  view.beta = 1;
+  alignas(64) T buffer[kBlock];
+  const Columns<T> t(b.z, b.dtype, b.n, buffer, view);
+  const auto sums = accumulate<T>(
+      t.whole, t.rest, TemperedSums<F>{F(0), F(0), F(0)},
+      [&](auto& to, int i) { fold<true>(to, (t.at(i) - centre) * beta); },
+      [&](auto& to) { fold<true>(to, only((t.last() - centre) * beta, t.rest)); }, [](int) {});
+  out = {total(sums.z), total(sums.e), total(sums.v)};
+}
+
+template <class T>
 int find(const char* from, DType dtype, int n, double value) {
   using F = Lanes<T>;
   alignas(64) T buffer[kBlock];
@@ -351,6 +395,12 @@ void teacher_state_any(const TeacherBlock& b, TeacherBlockState& out) {
 void teacher_gradient_any(const TeacherBlock& b, const TeacherBlockMap& m) {
   b.wide ? teacher_gradient<double>(b, m) : teacher_gradient<float>(b, m);
 }
+double highest_any(const TeacherBlock& b, const View& view) {
+  return b.wide ? highest<double>(b, view) : highest<float>(b, view);
+}
+void tempered_any(const TeacherBlock& b, const View& view, TemperedBlockSums& out) {
+  b.wide ? tempered<double>(b, view, out) : tempered<float>(b, view, out);
+}
 int find_any(const char* from, DType dtype, bool wide, int n, double value) {
   return wide ? find<double>(from, dtype, n, value) : find<float>(from, dtype, n, value);
 }
@@ -363,9 +413,16 @@ int find_any(const char* from, DType dtype, bool wide, int n, double value) {
 #define CUDFAST_STRING(a) CUDFAST_STRING_(a)
 
 const Sweeps& CUDFAST_JOIN(sweeps_, CUDFAST_ISA)() {
-  static constexpr Sweeps table = {
-      CUDFAST_STRING(CUDFAST_ISA), student_state_any, student_gradient_any, teacher_state_any,
-      teacher_gradient_any,        find_any,          exp_all<float>,       exp_all<double>};
+  static constexpr Sweeps table = {CUDFAST_STRING(CUDFAST_ISA),
+                                   student_state_any,
+                                   student_gradient_any,
+                                   teacher_state_any,
+                                   teacher_gradient_any,
+                                   highest_any,
+                                   tempered_any,
+                                   find_any,
+                                   exp_all<float>,
+                                   exp_all<double>};
   return table;
 }
 

@@ -16,6 +16,16 @@ struct Kept {
   char* student = nullptr;
 };
 
+// The teacher's logits as a projection sees them: beta (t - centre), and -inf at columns that are summed apart.
+struct View {
+  const int64_t* apart[2][2] = {};  // two ascending lists of columns of the row, [begin, end) within the block
+  int64_t column = 0;               // the block's first
+  double centre = 0;
+  double beta = 1;
+
+  bool plain() const { return beta == 1 && apart[0][0] == apart[0][1] && apart[1][0] == apart[1][1]; }
+};
+
 struct StudentBlock {
   const char* s;  // (n,) student logits
   const char* t;  // (n,) teacher logits
@@ -29,6 +39,7 @@ struct StudentBlock {
   Kept kept;
   const char* g;  // null, or what will be written soon: fetched while there is arithmetic to do
   DType g_dtype;
+  View view = {};
 };
 
 // Sums of a block around its own maxima.
@@ -56,6 +67,10 @@ struct TeacherBlockState {
   double m, z, e;
 };
 
+struct TemperedBlockSums {
+  double z, e, v;
+};
+
 struct TeacherBlockMap {
   double m, inv_z, log_z, one, log;
   char* g;
@@ -68,6 +83,9 @@ struct Sweeps {
   void (*student_gradient)(const StudentBlock&, const StudentBlockMap&);
   void (*teacher_state)(const TeacherBlock&, TeacherBlockState&);
   void (*teacher_gradient)(const TeacherBlock&, const TeacherBlockMap&);
+  // The teacher's logits alone, for a projection: their maximum, and their sums around b.view.centre.
+  double (*highest)(const TeacherBlock& b, const View& view);
+  void (*tempered)(const TeacherBlock& b, const View& view, TemperedBlockSums& out);
   int (*find)(const char* from, DType dtype, bool wide, int n, double value);  // first index that holds it, else 0
   void (*exp32)(const float* x, float* y, int64_t n);                          // for tests
   void (*exp64)(const double* x, double* y, int64_t n);

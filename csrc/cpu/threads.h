@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "sweeps.h"
+
 namespace cudfast {
 
 // False in a forked child, whose copy of the pool has no threads behind it.
@@ -29,6 +31,17 @@ void parallel(int threads, Schedule schedule, int64_t tasks, F task) {
   (void)threads;
   (void)schedule;
   for (int64_t i = 0; i < tasks; ++i) task(i);
+}
+
+inline int64_t blocks_of(int64_t classes) { return (classes + kBlock - 1) / kBlock; }
+
+// f(block, first column, columns) for the blocks of a row.
+template <class F>
+void each_block(int threads, int64_t classes, F f) {
+  parallel(threads, Schedule::same, blocks_of(classes), [&](int64_t i) {
+    const int64_t column = i * kBlock;
+    f(i, column, static_cast<int>(classes - column < kBlock ? classes - column : kBlock));
+  });
 }
 
 }  // namespace cudfast

@@ -1,4 +1,4 @@
-// Calibration: which coordinates of the teacher change, and to what.                                      Eq. 4-8
+// Calibration: which coordinates of the teacher change, and to what.                                   Eq. 2, 4-8
 #pragma once
 
 #include "state.h"
@@ -58,6 +58,121 @@ inline TargetSums<R> replace(const StudentState<R>& state, const Clip<R>& clip, 
     sums.a -= mass_old * (old_y - w_y);
   }
   return sums;
+}
+
+// ---- The exact projection, Eq. 2: bounds on the mass of N and of W, and on the entropy ----
+
+template <class R>
+inline R log_add(R a, R b) {
+  const R high = a > b ? a : b, low = a > b ? b : a;
+  return high == kNothing<R> ? high : high + std::log1p(std::exp(low - high));
+}
+
+// Log masses of the target on N, on W and on the rest; which bounds bind, and which cannot be met.          [masses]
+template <class R>
+struct Masses {
+  R near, wrong, rest;
+  bool near_binds, wrong_binds;
+  bool no_near;    // a mass is wanted on classes that have none
+  bool all_wrong;  // all mass is on classes that may not have it
+};
+
+// q(N) >= low and q(W) <= high, from log masses on any common scale. Complements are summed, never subtracted.
+template <class R>
+inline Masses<R> masses(R near, R wrong, R rest, R low, R high) {
+  const R total = log_add(log_add(near, wrong), rest);
+  const R n = near - total, w = wrong - total, r = rest - total;
+  const R not_near = log_add(w, r), not_wrong = log_add(n, r);
+  Masses<R> target{n, w, r, false, false, low > 0 && n == kNothing<R>, high < 1 && not_wrong == kNothing<R>};
+  if (target.no_near) low = 0;  // the nearest that can be met
+  if (target.all_wrong) high = 1;
+  const R log_low = std::log(low), log_high = std::log(high), left = std::log1p(-low), lost = std::log1p(-high);
+  const bool wrong_over = w > log_high, near_under = n < log_low;
+  const R n_alone = n + (lost - not_wrong), w_alone = w + (left - not_near);  // when only the other bound binds
+  target.wrong_binds = near_under ? !(w_alone <= log_high) : wrong_over;
+  target.near_binds = wrong_over ? !(n_alone >= log_low) : near_under;
+  if (target.near_binds && target.wrong_binds) {
+    const R both = 1 - low - high;
+    target.rest = both > 0 ? std::log(both) : kNothing<R>;
+  } else if (target.wrong_binds) {
+    target.near = n_alone;
+    target.rest = r + (lost - not_wrong);
+  } else if (target.near_binds) {
+    target.wrong = w_alone;
+    target.rest = r + (left - not_near);
+  }
+  if (target.near_binds) target.near = log_low;
+  if (target.wrong_binds) target.wrong = log_high;
+  return target;
+}
+
+// Sums of one set of classes at inverse temperature beta, x = beta (t - m).                                [tempered]
+template <class R>
+struct TemperedState {
+  R m = 0;  // maximum
+  R z = 0;  // sum exp(x)
+  R e = 0;  // sum exp(x) x
+  R v = 0;  // sum exp(x) x^2
+};
+
+template <class F>
+struct TemperedSums {
+  F z, e, v;
+};
+
+template <bool Holes, class F>
+inline void fold(TemperedSums<F>& sums, F x) {
+  const F p = exp(x);
+  if constexpr (Holes) x = select(x > F(kNothing<float>), x, F(0));
+  const F px = p * x;
+  sums.z = sums.z + p;
+  sums.e = sums.e + px;
+  sums.v = sums.v + px * x;
+}
+
+// log sum exp(beta t); -inf for a set without classes that can happen.
+template <class R>
+inline R log_mass(const TemperedState<R>& state, R beta) {
+  return state.z == 0 ? kNothing<R> : beta * state.m + std::log(state.z);
+}
+
+// H = sum M (h - log M) over N, W and the rest, h the entropy within; its slope with respect to log beta is minus a
+// variance of beta t: within a set whose mass is bound, and over the union of the sets that share what is left.
+//                                                                                                           [entropy]
+template <class R>
+struct Entropy {
+  R value = 0;  // nats
+  R slope = 0;
+};
+
+template <class R>
+inline Entropy<R> entropy(const TemperedState<R> (&sets)[3], const Masses<R>& target, R beta) {
+  const R log_m[3] = {target.near, target.wrong, target.rest};
+  const bool binds[3] = {target.near_binds, target.wrong_binds, false};
+  Entropy<R> found;
+  R shared = 0, mean = 0, free[3], at[3];
+  for (int i = 0; i < 3; ++i) {
+    free[i] = at[i] = 0;
+    const TemperedState<R>& set = sets[i];
+    if (set.z == 0 || log_m[i] == kNothing<R>) continue;
+    const R m = std::exp(log_m[i]), centre = set.e / set.z;
+    found.value += m * (std::log(set.z) - centre - log_m[i]);
+    found.slope -= m * (set.v / set.z - centre * centre);
+    at[i] = beta * set.m + centre;
+    free[i] = binds[i] ? R(0) : m;
+    shared += free[i];
+    mean += free[i] * at[i];
+  }
+  if (shared > 0) mean /= shared;
+  for (int i = 0; i < 3; ++i) found.slope -= free[i] * (at[i] - mean) * (at[i] - mean);
+  return found;
+}
+
+// The next log beta: Newton's step from `at`, or the middle of [low, high] when that leaves it.              [temper]
+template <class R>
+inline R temper(R at, R low, R high, const Entropy<R>& found, R wanted) {
+  const R step = at - (found.value - wanted) / found.slope;
+  return step > low && step < high ? step : (low + high) / 2;
 }
 
 }  // namespace

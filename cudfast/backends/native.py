@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..options import CUDOptions, DUSOptions
-from ..rows import Rows, State, compute_dtype, refuse_label, refuse_value, row_layout
+from ..calibration import refuse_row
+from ..options import CUDOptions, DUSOptions, WClip
+from ..rows import Rows, State, columns_of, compute_dtype, refuse_label, refuse_value, row_layout
 
 try:
     import cudfast._native as _native
@@ -70,7 +71,6 @@ class _Kernels(NamedTuple):
     unlabeled_index: int
     reduction: int
     scalar: bool  # the loss is one number
-    columns: int
     indices: bool  # the state has a top-1
     logits: str  # what the caller calls the logits
 
@@ -86,7 +86,6 @@ def _kernels(options: CUDOptions | DUSOptions) -> _Kernels:
         unlabeled_index=options.ignore_index if options.unlabeled_index is None else options.unlabeled_index,
         reduction=_REDUCTION_CODES[options.reduction],
         scalar=options.reduction != "none",
-        columns=_native.STUDENT_COLUMNS if student else _native.TEACHER_COLUMNS,
         indices=student,
         logits="student_logits" if student else "logits",
     )
@@ -98,9 +97,9 @@ def _native_options(options: CUDOptions | DUSOptions) -> _native.StudentOptions 
         return _native.StudentOptions(
             options.kd_weight,
             options.ce_weight,
-            clip is not None,
-            clip.budget if clip is not None else 0.0,
-            clip.margin if clip is not None else 1.0,
+            isinstance(clip, WClip),
+            clip.budget if isinstance(clip, WClip) else 0.0,
+            clip.margin if isinstance(clip, WClip) else 1.0,
         )
     return _native.TeacherOptions(
         options.ce_weight,
@@ -131,7 +130,7 @@ def row_state(
     if keep:
         count = rows.n
         state = State(
-            torch.empty(count, kernels.columns, dtype=dtype),
+            torch.empty(count, len(columns_of(rows, options)), dtype=dtype),
             torch.empty(count if kernels.indices else 0, dtype=torch.int64),
             torch.empty(2, dtype=torch.float64),
         )
@@ -162,6 +161,8 @@ def _refusal(rows: Rows, options: CUDOptions | DUSOptions, fault: int, row: int)
     if fault == 1:
         assert rows.labels is not None
         return refuse_label(rows, options, row, int(rows.labels[row]))
+    if fault == 5:
+        return refuse_row(rows, options, row)
     name = _FAULTS[fault]
     values = rows.weight if name == "weight" else rows.per_row
     assert values is not None

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..calibration import Projected, project, refuse_relaxed
 from ..options import TEMPERATURES, CUDOptions, DUSOptions
 from ..reference import (
     NOTHING,
@@ -25,7 +26,7 @@ from ..reference import (
     teacher_finish,
     teacher_fold,
 )
-from ..rows import Rows, State, compute_dtype, refuse_label, refuse_value, vector_dtype
+from ..rows import STUDENT_COLUMNS, Rows, State, compute_dtype, refuse_label, refuse_value, vector_dtype
 
 
 def _flat(logits: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -104,9 +105,33 @@ def _centre(logits: Tensor, m: Tensor) -> Tensor:
     return logits - _column(torch.where(m == NOTHING, 0, m))
 
 
-def _student_state(rows: Rows, marks: _Marks, dtype: torch.dtype) -> StudentState:
+def _projected(rows: Rows, marks: _Marks, dtype: torch.dtype) -> Projected:
     assert rows.target is not None
-    s, t = _flat(rows.logits, rows, dtype), _flat(rows.target, rows, dtype)
+    assert rows.constraints is not None
+    found = project(_flat(rows.target, rows, dtype), marks.labelled, marks.column.squeeze(-1), rows.constraints)
+    refuse_relaxed(rows, found)
+    return found
+
+
+def _target(rows: Rows, marks: _Marks, dtype: torch.dtype) -> Tensor:
+    """(N, V) teacher logits, calibrated where that takes more than a clip."""
+    assert rows.target is not None
+    return _flat(rows.target, rows, dtype) if rows.constraints is None else _projected(rows, marks, dtype).logits
+
+
+def _extra(rows: Rows, marks: _Marks, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """The projected columns of a packed state, and the teacher's own top-1."""
+    assert rows.target is not None
+    found, t = _projected(rows, marks, dtype), _flat(rows.target, rows, dtype)
+    k = (t == _column(t.amax(-1))).to(torch.int8).argmax(-1)
+    p, q = t.softmax(-1), found.logits.softmax(-1)
+    zero = torch.zeros_like(found.beta)
+    at = [x.gather(-1, column).squeeze(-1) for x, column in ((p, _column(k)), (p, marks.column), (q, marks.column))]
+    return [found.beta, zero, zero, zero, zero, *at, found.moved, found.relaxed.any(-1).to(dtype)], k
+
+
+def _student_state(rows: Rows, marks: _Marks, dtype: torch.dtype) -> StudentState:
+    s, t = _flat(rows.logits, rows, dtype), _target(rows, marks, dtype)
     m_t, m_s = t.amax(-1), s.amax(-1)
     k = (t == _column(m_t)).to(torch.int8).argmax(-1)  # the first of equals, on every device
     sums = student_fold(_centre(t, m_t), _centre(s, m_s), _column(1 / _values(rows, dtype)))
@@ -135,8 +160,7 @@ def _student_rows(
     value = torch.where(kd != 0, kd * loss.kd, 0) + torch.where(ce != 0, ce * loss.ce, 0)
     if upstream is None:
         return value, None
-    assert rows.target is not None
-    s, t = _flat(rows.logits, rows, dtype), _flat(rows.target, rows, dtype)
+    s, t = _flat(rows.logits, rows, dtype), _target(rows, marks, dtype)
     dt, ds = _centre(t, state.m_t), s - _column(state.m_s)
     clipped = _column(marks.labelled & (loss.clip.r > 0))
     for index, new in ((_column(state.k), loss.clip.t_k), (marks.column, loss.clip.t_y)):
@@ -189,7 +213,11 @@ def row_state(
     if isinstance(options, CUDOptions):
         student = _student_state(rows, marks, dtype)
         value, g = _student_rows(rows, options, marks, student, divisors, upstream)
-        sums, top1 = torch.stack(student[:-1], -1), student.k
+        columns, top1 = list(student[:-1]), student.k
+        if rows.constraints is not None:
+            extra, top1 = _extra(rows, marks, dtype)
+            columns += extra
+        sums = torch.stack(columns, -1)
     else:
         teacher = _teacher_state(rows, marks, dtype)
         value, g = _teacher_rows(rows, options, marks, teacher, divisors, upstream)
@@ -213,7 +241,7 @@ def row_gradient(
     marks = _mark(rows, options)
     columns = state.sums.unbind(-1)
     if isinstance(options, CUDOptions):
-        student = StudentState._make((*columns, state.top1))
+        student = StudentState._make((*columns[: len(STUDENT_COLUMNS)], state.top1))
         _, g = _student_rows(rows, options, marks, student, state.divisors, upstream)
     else:
         _, g = _teacher_rows(rows, options, marks, TeacherState(*columns), state.divisors, upstream)

@@ -1,0 +1,217 @@
+"""Calibrated targets, materialised: `calibrate` for a look at them, and what the reference backend trains with."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import classes_of, constraints_of, labels_of, logits_of
+from .options import CUDOptions, DUSOptions, WClip
+from .projection import BOUNDS, Projection
+from .reference import (
+    NOTHING,
+    Masses,
+    TemperedState,
+    entropy,
+    log_mass,
+    masses,
+    temper,
+    tempered_fold,
+    wclip,
+)
+from .rows import Constraints, Rows, compute_dtype, masks, refuse_label, row_name
+
+SWEEPS = 12
+LOG_BETAS = math.log(1e6)  # beta = 1 / T is looked for in [1e-6, 1] and [1, 1e6]
+
+
+class Projected(NamedTuple):
+    """Targets of rows, and how they came about."""
+
+    logits: Tensor  # (N, V) log q up to a constant per row
+    beta: Tensor  # (N,) 1 / T
+    relaxed: Tensor  # (N, 4) bool, bounds that could not be met
+    reachable: Tensor  # (N, 4) what could have been
+    moved: Tensor  # (N,) mass that changed sets, at temperature T
+    sweeps: int  # over the rows, while the temperature was looked for
+
+
+def _groups(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints) -> Tensor:
+    """(N, V) int8: 1 near, 2 wrong, 0 neither."""
+    group = torch.zeros(t.shape, dtype=torch.int8, device=t.device)
+    rows = labelled.nonzero().squeeze(-1)
+    for number, sets in ((1, constraints.near), (2, constraints.wrong)):
+        if sets is not None:
+            row, column = sets.expand(index[rows])
+            group[rows[row], column] = number
+    if constraints.near is None:
+        group[rows, index[rows]] = 1
+    if constraints.top1:
+        top = (t == t.amax(-1, keepdim=True)).to(torch.int8).argmax(-1)
+        wrong = rows[group[rows, top[rows]] == 0]
+        group[wrong, top[wrong]] = 2
+    return group
+
+
+def project(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints) -> Projected:
+    """Targets for teacher logits t (N, V) in the compute dtype; labelled (N,), index (N,): the label or any class."""
+    group = _groups(t, labelled, index, constraints)
+    low, high, floor, ceiling = constraints.bounds.unbind(-1)  # f64: 1 - low - high may be all that is left
+    low, high = (torch.where(labelled & ~x.isnan(), x, d) for x, d in ((low, 0.0), (high, 1.0)))
+    inside = [group == number for number in (1, 2, 0)]
+    m = [torch.where(mask, t, NOTHING).amax(-1) for mask in inside]
+
+    def at(log_beta: Tensor) -> tuple[tuple[TemperedState, ...], Masses, Tensor]:
+        beta = log_beta.exp()
+        states = []
+        for mask, top in zip(inside, m):
+            centre = torch.where(top == NOTHING, 0, top)
+            x = (t - centre.unsqueeze(-1)) * beta.to(t.dtype).unsqueeze(-1)
+            x = torch.where(mask & (t > NOTHING), x, NOTHING)
+            states.append(TemperedState(*(v.to(low.dtype) for v in (centre, *tempered_fold(x)))))
+        near, wrong, rest = states
+        target = masses(log_mass(near, beta), log_mass(wrong, beta), log_mass(rest, beta), low, high)
+        return (near, wrong, rest), target, beta
+
+    log_beta = torch.zeros_like(low)
+    states, target, beta = at(log_beta)
+    found = entropy(states, target, beta)
+    short = labelled & (found.value < floor)  # false where there is no bound
+    long = labelled & (found.value > ceiling)
+    wanted = torch.where(short, floor, ceiling)
+    sweeps, reachable = 1, found.value
+    open_rows = short | long
+    if bool(open_rows.any()):
+        tolerance = 1e-12 if t.dtype == torch.float64 else 5e-6
+        end = torch.where(short, -LOG_BETAS, LOG_BETAS)
+        states_end, target_end, beta_end = at(torch.where(open_rows, end, 0))
+        limit = entropy(states_end, target_end, beta_end)
+        missed = (short & (limit.value < floor)) | (long & (limit.value > ceiling))
+        reachable = torch.where(missed, limit.value, reachable)
+        # From the uniform end, H = limit - beta^2 var / 2.
+        guess = end + 0.5 * torch.log(2 * (limit.value - wanted) / -limit.slope)
+        lowest, highest = torch.where(short, end, 0), torch.where(short, 0, end)
+        step = temper(log_beta, lowest, highest, found, wanted)
+        step = torch.where(short & (guess > lowest) & (guess < highest), guess, step)
+        log_beta = torch.where(missed, end, torch.where(open_rows, step, log_beta))
+        open_rows = open_rows & ~missed
+        sweeps = 2
+        while True:
+            states, target, beta = at(log_beta)
+            sweeps += 1
+            found = entropy(states, target, beta)
+            open_rows = open_rows & ((found.value - wanted).abs() > tolerance)
+            if sweeps >= SWEEPS or not bool(open_rows.any()):
+                break
+            lowest = torch.where(found.value > wanted, log_beta, lowest)
+            highest = torch.where(found.value > wanted, highest, log_beta)
+            log_beta = torch.where(open_rows, temper(log_beta, lowest, highest, found, wanted), log_beta)
+        short, long = short & missed, long & missed
+    logits = torch.where(t > NOTHING, t * beta.to(t.dtype).unsqueeze(-1), NOTHING)
+    moved = torch.zeros_like(beta)
+    shift = torch.zeros_like(t)
+    had = [log_mass(s, beta) for s in states]
+    total = torch.logaddexp(torch.logaddexp(had[0], had[1]), had[2])
+    for mask, new, old in zip(inside, target[:3], had):
+        scale = torch.where(old > NOTHING, new - (old - total), 0)
+        shift = torch.where(mask, scale.to(t.dtype).unsqueeze(-1), shift)
+        moved = moved + torch.clamp(new.exp() - (old - total).exp(), min=0)
+    relaxed = torch.stack([target.no_near, target.all_wrong, short, long], -1)
+    value = torch.stack([torch.zeros_like(beta), torch.ones_like(beta), reachable, reachable], -1)
+    moved = torch.where(labelled, moved, 0).to(t.dtype)
+    return Projected(logits + shift, beta.to(t.dtype), relaxed, value, moved, sweeps)
+
+
+def refuse_bound(rows: Rows, row: int, relaxed: Tensor, reachable: Tensor) -> ValueError:
+    """The error for a row with bounds that cannot be met; relaxed and reachable (4,)."""
+    assert rows.constraints is not None
+    bound = int(relaxed.nonzero()[0])
+    return ValueError(
+        f"row {row_name(rows, row)} cannot meet {BOUNDS[bound]}={float(rows.constraints.bounds[row, bound]):g}: the "
+        f"value within reach is {float(reachable[bound]):g}; change the bound, or use on_infeasible='relax'"
+    )
+
+
+def refuse_relaxed(rows: Rows, found: Projected) -> None:
+    """Raises for the first row with a bound that cannot be met."""
+    assert rows.constraints is not None
+    unmet = found.relaxed.any(-1)
+    if not rows.constraints.relax and bool(unmet.any()):
+        row = int(unmet.nonzero()[0])
+        raise refuse_bound(rows, row, found.relaxed[row], found.reachable[row])
+
+
+def refuse_row(rows: Rows, options: CUDOptions | DUSOptions, row: int) -> ValueError:
+    """The same for a row that a kernel has named."""
+    assert rows.target is not None
+    assert rows.labels is not None
+    assert rows.constraints is not None
+    t = rows.target[..., : rows.classes].reshape(rows.n, rows.classes)[row : row + 1].to(compute_dtype(rows))
+    constraints = rows.constraints._replace(bounds=rows.constraints.bounds[row : row + 1])
+    label = rows.labels[row : row + 1]
+    found = project(t, torch.ones_like(label, dtype=torch.bool), label, constraints)
+    return refuse_bound(rows, row, found.relaxed[0], found.reachable[0])
+
+
+def calibrate(
+    teacher_logits: Tensor,
+    labels: Tensor,
+    calibration: WClip | Projection | None = WClip(),  # noqa: B008 (frozen)
+    *,
+    ignore_index: int = -100,
+    unlabeled_index: int | None = -1,
+) -> Tensor:
+    """The calibrated targets themselves, at temperature 1: what `CUDLoss` tempers and distils from.
+
+    It holds a few (..., V) tensors at a time, so it is for a look at targets and for small V.
+
+    Args:
+        teacher_logits: (..., V) float32, float64, bfloat16 or float16.
+        labels: (...) integer class indices, `ignore_index` or `unlabeled_index`.
+        calibration: `WClip`, `Projection`, or None for softmax(teacher_logits). Default ``WClip()`` (paper).
+        ignore_index: label of rows that keep softmax(teacher_logits). Default -100.
+        unlabeled_index: likewise. Default -1; None: no such label.
+
+    Returns:
+        (..., V) probabilities in float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range; bounds that a row cannot meet.
+
+    Example:
+        >>> t = torch.tensor([[2.0, 1.0, 0.0]])
+        >>> calibrate(t, torch.tensor([1]), Projection(min_near_mass=0.5)).round(decimals=4)
+        tensor([[0.4404, 0.5000, 0.0596]])
+    """
+    logits = logits_of(teacher_logits, "teacher_logits")
+    classes = classes_of(logits, None, None, ("teacher_logits", ""))
+    flat_labels = labels_of(labels, logits, "teacher_logits")
+    options = CUDOptions(ignore_index=ignore_index, unlabeled_index=unlabeled_index, calibration=calibration)
+    rows = Rows(logits.detach(), None, flat_labels, None, None, 1.0, None, classes)
+    _, labelled = masks(rows, options)
+    assert flat_labels is not None
+    outside = labelled & ((flat_labels < 0) | (flat_labels >= classes))
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        raise refuse_label(rows, options, row, int(flat_labels[row]))
+    t = rows.logits.reshape(-1, classes).to(compute_dtype(rows))
+    index = torch.where(labelled, flat_labels, 0)
+    if isinstance(calibration, Projection):
+        rows = rows._replace(constraints=constraints_of(calibration, logits, classes, "teacher_logits"))
+        assert rows.constraints is not None
+        found = project(t, labelled, index, rows.constraints)
+        refuse_relaxed(rows, found)
+        q = found.logits.softmax(-1)
+    else:
+        q = t.softmax(-1)
+        if calibration is not None:
+            top, k = t.max(-1)
+            k = (t == top.unsqueeze(-1)).to(torch.int8).argmax(-1)
+            clip = wclip(t.gather(-1, index.unsqueeze(-1)).squeeze(-1) - top, calibration.budget, calibration.margin)
+            p_k = q.gather(-1, k.unsqueeze(-1)).squeeze(-1)
+            moved = torch.where(labelled & (clip.r > 0), clip.r * p_k, 0).unsqueeze(-1)
+            q = q.scatter_add(-1, k.unsqueeze(-1), -moved).scatter_add(-1, index.unsqueeze(-1), moved)
+    return q.reshape(logits.shape)

@@ -1,0 +1,166 @@
+"""CUDLoss with a Projection: against materialised targets, native against reference, every way to call it."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cudfast import ClassSets, CUDLoss, CUDOptions, Projection, calibrate
+from cudfast.functional import cud_loss
+
+f32, f64 = torch.float32, torch.float64
+INF = torch.inf
+
+
+def sets(classes: int) -> tuple[ClassSets, ClassSets]:
+    """Groups of three as near classes; two far ones as wrong classes."""
+    groups = torch.arange(classes) // 3
+    far = [
+        [j for j in {(i + classes // 2) % classes, (i + classes // 2 + 1) % classes} if j // 3 != i // 3]
+        for i in range(classes)
+    ]
+    return ClassSets.from_groups(groups), ClassSets.from_lists(far, include_label=False)
+
+
+def draw(seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, dict[str, Any]]:
+    """Student, teacher, labels, temperature and the fields of a projection."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    classes, count = rng.choice([3, 5, 17, 100, 2500, 4100]), rng.choice([1, 3, 9])
+    teacher = torch.randn(count, classes, dtype=dtype) * rng.choice([0.3, 2, 10, 60])
+    student = torch.randn(count, classes, dtype=dtype) * 2 + teacher * 0.3
+    labels = torch.randint(classes, (count,))
+    labels[torch.rand(count) < 0.15] = -1
+    labels[torch.rand(count) < 0.1] = -100
+    if rng.random() < 0.3:  # classes that cannot happen, for both
+        hole = torch.rand(count, classes) < 0.2
+        hole[torch.arange(count), labels.clamp(min=0)] = False
+        teacher, student = teacher.masked_fill(hole, -INF), student.masked_fill(hole, -INF)
+    near, wrong = sets(classes)
+    fields: dict[str, Any] = {"near": rng.choice([None, near]), "wrong": rng.choice(["top1", "top1", wrong])}
+    if rng.random() < 0.6:
+        fields["min_near_mass"] = rng.choice([0.05, 0.3, 0.6, 0.9])
+    if rng.random() < 0.6:
+        fields["max_wrong_mass"] = rng.choice([0.0, 0.01, 0.1, 0.5])
+    if rng.random() < 0.5:
+        fields["min_entropy"] = rng.choice([0.1, 0.5, 1.0, 2.0])
+    elif rng.random() < 0.2:
+        fields["max_entropy"] = rng.choice([0.3, 1.0, 2.0])
+    return student, teacher, labels, rng.choice([1.0, 2.0, 3.0]), fields
+
+
+def run(backend: str, save: str, data: tuple[Tensor, Tensor, Tensor], tau: float, projection: Projection) -> Any:
+    student = data[0].clone().requires_grad_()
+    loss = CUDLoss(tau, calibration=projection, backend=backend, save=save)
+    value, statistics = loss(student, *data[1:], return_stats=True)
+    value.backward()
+    return value.detach(), student.grad, statistics
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_native_equals_reference(seed: int, isa: str) -> None:
+    dtype = f64 if seed % 3 else f32
+    *data, tau, fields = draw(seed, dtype)
+    projection = Projection(on_infeasible="relax", **fields)
+    value, gradient, statistics = run("reference", "gradient", (data[0], data[1], data[2]), tau, projection)
+    tolerance = 1e-8 if dtype == f64 else 1e-4
+    for backend, save in (("reference", "state"), ("native", "gradient"), ("native", "state")):
+        got = run(backend, save, (data[0], data[1], data[2]), tau, projection)
+        torch.testing.assert_close(got[0], value, rtol=tolerance, atol=tolerance)
+        size = gradient.abs().max().clamp(min=1e-30)
+        torch.testing.assert_close(got[1] / size, gradient / size, rtol=0, atol=tolerance)
+        for name, a, b in zip(statistics._fields, got[2], statistics, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("seed", range(20))
+def test_loss_is_that_of_the_materialised_target(seed: int, backend: str) -> None:
+    student, teacher, labels, tau, fields = draw(seed, f64)
+    projection = Projection(on_infeasible="relax", **fields)
+    q = calibrate(teacher, labels, projection)
+    tempered = (q.log() / tau).softmax(-1)
+    kl = torch.where(tempered > 0, tempered * (tempered.log() - (student / tau).log_softmax(-1)), 0).sum(-1)
+    counts = labels != -100
+    wanted = tau**2 * kl[counts].sum() / counts.sum() if counts.any() else torch.zeros((), dtype=f64)
+    options = CUDOptions(temperature=tau, kd_weight=1.0, ce_weight=0.0, calibration=projection, backend=backend)
+    torch.testing.assert_close(cud_loss(student, teacher, labels, options), wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("tau", [1.0, 2.0, 3.0])
+def test_gradcheck(backend: str, tau: float) -> None:
+    torch.manual_seed(0)
+    near, wrong = sets(12)
+    projection = Projection(near=near, wrong=wrong, min_near_mass=0.6, max_wrong_mass=0.05, min_entropy=1.5)
+    teacher, labels = torch.randn(4, 12, dtype=f64) * 3, torch.tensor([1, 7, -1, 11])
+    loss = CUDLoss(tau, calibration=projection, backend=backend, reduction="none")
+    student = torch.randn(4, 12, dtype=f64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: loss(s, teacher, labels), (student,))
+
+
+def test_every_way_to_call(isa: str) -> None:
+    torch.manual_seed(0)
+    near, wrong = sets(5000)
+    projection = Projection(near=near, wrong=wrong, min_near_mass=0.4, max_wrong_mass=0.01, min_entropy=3.0)
+    teacher, student = torch.randn(6, 5000) * 3, torch.randn(6, 5000)
+    labels = torch.randint(5000, (6,))
+    options = CUDOptions(calibration=projection)
+    x = student.clone().requires_grad_()
+    value = cud_loss(x, teacher, labels, options)
+    (wanted,) = torch.autograd.grad(value, x)
+    given = torch.full_like(student, torch.nan)
+    cud_loss(x, teacher, labels, options, grad_out=given).backward()
+    assert torch.equal(given, wanted)
+    inplace = student.clone().requires_grad_() * 1
+    cud_loss(inplace, teacher, labels, CUDOptions(calibration=projection, inplace=True)).backward()
+    torch.testing.assert_close(inplace.detach(), wanted, rtol=1e-5, atol=1e-9)
+    wide = torch.randn(6, 2, 5003)
+    strided = wide[:, 1, :5000].copy_(student)
+    assert torch.equal(cud_loss(strided, teacher, labels, options), value.detach())
+    low = cud_loss(student.bfloat16(), teacher.bfloat16(), labels, options)
+    wanted_low = cud_loss(student.bfloat16().double(), teacher.bfloat16().double(), labels, options)
+    torch.testing.assert_close(low.double(), wanted_low, rtol=2e-6, atol=8e-6)
+
+
+def test_same_bits_for_any_threads() -> None:
+    torch.manual_seed(0)
+    near, _ = sets(40_000)
+    projection = Projection(near=near, min_near_mass=0.4, max_wrong_mass=0.01, min_entropy=3.0)
+    teacher, labels = torch.randn(2, 40_000) * 3, torch.randint(40_000, (2,))
+    student = torch.randn(2, 40_000)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        x = student.clone().requires_grad_()
+        value = CUDLoss(calibration=projection)(x, teacher, labels)
+        value.backward()
+        found.append((value.detach(), x.grad))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_bound_out_of_reach_names_the_row(backend: str) -> None:
+    teacher, labels = torch.zeros(2, 2, 4), torch.tensor([[0, -1], [2, 3]])
+    teacher[1, 0, 2] = -INF
+    loss = CUDLoss(calibration=Projection(min_near_mass=0.5), backend=backend)
+    with pytest.raises(ValueError, match=r"^row 1, 0 cannot meet min_near_mass=0.5: the value within reach is 0;"):
+        loss(torch.randn(2, 2, 4), teacher, labels)
+    loss = CUDLoss(calibration=Projection(min_entropy=5.0), backend=backend)
+    with pytest.raises(ValueError, match=r"^row 0, 0 cannot meet min_entropy=5: the value within reach is 1.38629;"):
+        loss(torch.randn(2, 2, 4), teacher, labels)
+    relaxed = CUDLoss(calibration=Projection(min_entropy=5.0, on_infeasible="relax"), backend=backend)
+    _, statistics = relaxed(torch.randn(2, 2, 4), teacher, labels, return_stats=True)
+    assert statistics.relaxed.tolist() == [[True, False], [True, True]]
+
+
+def test_not_under_compile() -> None:
+    loss = torch.compile(CUDLoss(calibration=Projection(min_near_mass=0.5)), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"does not work under torch\.compile"):
+        loss(torch.randn(2, 4, requires_grad=True), torch.randn(2, 4), torch.tensor([1, 2]))
