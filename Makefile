@@ -1,4 +1,4 @@
-# make demo   set up .venv, train a teacher and five students on real data, write demo_results/
+# make demo   set up .venv, train two teachers and six students on real data, write demo_results/
 # make test   set up .venv, run every test
 # make check  linters and types
 # make bench  benchmarks

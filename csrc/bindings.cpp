@@ -283,8 +283,9 @@ void define_row(py::module_ row) {
         entropy(sets, Masses<double>{m.at(0), m.at(1), m.at(2), m.at(3) != 0, m.at(4) != 0, false, false}, beta);
     return Numbers{found.value, found.slope};
   });
-  row.def("temper", [](double at, double low, double high, const Numbers& found, double wanted) {
-    return temper(at, low, high, Entropy<double>{found.at(0), found.at(1)}, wanted);
+  row.def("temper", [](const Numbers& low, const Numbers& high, double wanted) {
+    const auto end = [](const Numbers& v) { return End<double>{v.at(0), {v.at(1), v.at(2)}}; };
+    return temper(end(low), end(high), wanted);
   });
   row.def("row_weights", [](bool ignored, bool labelled, double weight) {
     const auto w = row_weights(ignored, labelled, weight);

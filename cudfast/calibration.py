@@ -13,6 +13,7 @@ from .options import CUDOptions, DUSOptions, WClip
 from .projection import BOUNDS, Projection
 from .reference import (
     NOTHING,
+    End,
     Masses,
     TemperedState,
     entropy,
@@ -25,6 +26,7 @@ from .reference import (
 from .rows import Constraints, Rows, compute_dtype, masks, refuse_label, row_name
 
 SWEEPS = 12
+NATS = 1e-5  # how far the entropy may stay from its bound
 LOG_BETAS = math.log(1e6)  # beta = 1 / T is looked for in [1e-6, 1] and [1, 1e6]
 
 
@@ -59,8 +61,8 @@ def _groups(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints
 def project(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints) -> Projected:
     """Targets for teacher logits t (N, V) in the compute dtype; labelled (N,), index (N,): the label or any class."""
     group = _groups(t, labelled, index, constraints)
-    low, high, floor, ceiling = constraints.bounds.unbind(-1)  # f64: 1 - low - high may be all that is left
-    low, high = (torch.where(labelled & ~x.isnan(), x, d) for x, d in ((low, 0.0), (high, 1.0)))
+    least, most, floor, ceiling = constraints.bounds.unbind(-1)  # f64: 1 - low - high may be all that is left
+    least, most = (torch.where(labelled & ~x.isnan(), x, d) for x, d in ((least, 0.0), (most, 1.0)))
     inside = [group == number for number in (1, 2, 0)]
     m = [torch.where(mask, t, NOTHING).amax(-1) for mask in inside]
 
@@ -71,33 +73,34 @@ def project(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints
             centre = torch.where(top == NOTHING, 0, top)
             x = (t - centre.unsqueeze(-1)) * beta.to(t.dtype).unsqueeze(-1)
             x = torch.where(mask & (t > NOTHING), x, NOTHING)
-            states.append(TemperedState(*(v.to(low.dtype) for v in (centre, *tempered_fold(x)))))
+            states.append(TemperedState(*(v.to(least.dtype) for v in (centre, *tempered_fold(x)))))
         near, wrong, rest = states
-        target = masses(log_mass(near, beta), log_mass(wrong, beta), log_mass(rest, beta), low, high)
+        target = masses(log_mass(near, beta), log_mass(wrong, beta), log_mass(rest, beta), least, most)
         return (near, wrong, rest), target, beta
 
-    log_beta = torch.zeros_like(low)
+    log_beta = torch.zeros_like(least)
     states, target, beta = at(log_beta)
     found = entropy(states, target, beta)
-    short = labelled & (found.value < floor)  # false where there is no bound
-    long = labelled & (found.value > ceiling)
+    tolerance = 1e-12 if t.dtype == torch.float64 else 5e-6
+    short = labelled & (found.value < floor - tolerance)  # false where there is no bound
+    long = labelled & (found.value > ceiling + tolerance)
     wanted = torch.where(short, floor, ceiling)
-    sweeps, reachable = 1, found.value
-    open_rows = short | long
+    sweeps, reachable, open_rows = 1, found.value, short | long
     if bool(open_rows.any()):
-        tolerance = 1e-12 if t.dtype == torch.float64 else 5e-6
-        end = torch.where(short, -LOG_BETAS, LOG_BETAS)
-        states_end, target_end, beta_end = at(torch.where(open_rows, end, 0))
-        limit = entropy(states_end, target_end, beta_end)
-        missed = (short & (limit.value < floor)) | (long & (limit.value > ceiling))
+        start, end = torch.zeros_like(log_beta), torch.where(short, -LOG_BETAS, LOG_BETAS)
+        limit = entropy(*at(end))
+        outside = torch.where(short, limit.value <= wanted, limit.value >= wanted) & open_rows
+        missed = outside & ((limit.value - wanted).abs() > NATS)
         reachable = torch.where(missed, limit.value, reachable)
+        low = End(*(torch.where(short, a, b) for a, b in zip((end, *limit), (start, *found))))
+        high = End(*(torch.where(short, b, a) for a, b in zip((end, *limit), (start, *found))))
         # From the uniform end, H = limit - beta^2 var / 2.
         guess = end + 0.5 * torch.log(2 * (limit.value - wanted) / -limit.slope)
-        lowest, highest = torch.where(short, end, 0), torch.where(short, 0, end)
-        step = temper(log_beta, lowest, highest, found, wanted)
-        step = torch.where(short & (guess > lowest) & (guess < highest), guess, step)
-        log_beta = torch.where(missed, end, torch.where(open_rows, step, log_beta))
-        open_rows = open_rows & ~missed
+        step = temper(low, high, wanted)
+        nearer = limit.value - wanted < wanted - found.value
+        step = torch.where(short & nearer & (guess > low.at) & (guess < high.at), guess, step)
+        log_beta = torch.where(outside, end, torch.where(open_rows, step, log_beta))
+        open_rows = open_rows & ~outside
         sweeps = 2
         while True:
             states, target, beta = at(log_beta)
@@ -106,9 +109,10 @@ def project(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints
             open_rows = open_rows & ((found.value - wanted).abs() > tolerance)
             if sweeps >= SWEEPS or not bool(open_rows.any()):
                 break
-            lowest = torch.where(found.value > wanted, log_beta, lowest)
-            highest = torch.where(found.value > wanted, highest, log_beta)
-            log_beta = torch.where(open_rows, temper(log_beta, lowest, highest, found, wanted), log_beta)
+            here, above = End(log_beta, *found), found.value > wanted
+            low = End(*(torch.where(above, a, b) for a, b in zip(here, low)))
+            high = End(*(torch.where(above, b, a) for a, b in zip(here, high)))
+            log_beta = torch.where(open_rows, temper(low, high, wanted), log_beta)
         short, long = short & missed, long & missed
     logits = torch.where(t > NOTHING, t * beta.to(t.dtype).unsqueeze(-1), NOTHING)
     moved = torch.zeros_like(beta)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .functional import cud_loss, dus_loss
 from .options import BackendName, CUDOptions, DUSOptions, LossOptions, Reduction, Save, WClip
+from .projection import Projection
 from .statistics import StudentStatistics, TeacherStatistics
 
 
@@ -32,7 +33,8 @@ class CUDLoss(nn.Module):
     Args:
         temperature: tau in [1e-4, 1e4]. Default 2.0; 1, 2 and 4 are fastest.
         kd_weight, ce_weight: weights of the two terms, >= 0. Default 0.8 and 0.2 (paper).
-        calibration: `WClip`, or None. Default ``WClip(budget=0.5, margin=0.7)`` (paper).
+        calibration: `WClip`, `Projection` (the exact target of Eq. 2, in place of q above), or None. Default
+            ``WClip(budget=0.5, margin=0.7)`` (paper).
         ignore_index: label of rows that count for nothing. Default -100.
         unlabeled_index: label of rows without one: the distillation term only, unclipped. Default -1.
         reduction: "mean", "sum" or "none". The mean divides the distillation term by the rows that count and
@@ -68,7 +70,7 @@ class CUDLoss(nn.Module):
         kd_weight: float = 0.8,
         ce_weight: float = 0.2,
         *,
-        calibration: WClip | None = WClip(),  # noqa: B008 (frozen)
+        calibration: WClip | Projection | None = WClip(),  # noqa: B008 (frozen)
         ignore_index: int = -100,
         unlabeled_index: int | None = -1,
         reduction: Reduction = "mean",

@@ -264,10 +264,25 @@ def entropy(sets: tuple[TemperedState, ...], target: Masses, beta: Tensor) -> En
     return Entropy(value, slope)
 
 
-def temper(at: Tensor, low: Tensor, high: Tensor, found: Entropy, wanted: Tensor) -> Tensor:
-    """The next log beta: Newton's step from `at`, or the middle of [low, high] when that leaves it.         [temper]"""
-    step = at - (found.value - wanted) / found.slope
-    return torch.where((step > low) & (step < high), step, (low + high) / 2)
+class End(NamedTuple):
+    """An end of a bracket around the temperature that is looked for."""
+
+    at: Tensor  # (N,) log beta
+    value: Tensor  # (N,) entropy
+    slope: Tensor  # (N,)
+
+
+def temper(low: End, high: End, wanted: Tensor) -> Tensor:
+    """The next log beta between two ends, the entropy above `wanted` at `low`, below it at `high`.          [temper]
+
+    Newton's step from the end whose entropy is nearer, or from the other, or the middle: the first that lies between.
+    """
+    from_low, from_high = (end.at - (end.value - wanted) / end.slope for end in (low, high))
+    low_first = (low.value - wanted).abs() < (high.value - wanted).abs()
+    step = (low.at + high.at) / 2
+    for candidate in (torch.where(low_first, from_high, from_low), torch.where(low_first, from_low, from_high)):
+        step = torch.where((candidate > low.at) & (candidate < high.at), candidate, step)
+    return step
 
 
 # ---- csrc/row/terms.h ----

@@ -198,9 +198,15 @@ def test_entropy(seed: int) -> None:
     found = reference.entropy(states, target, b)
     got = row.entropy(sets, [float(v) for v in target], beta)
     same(got, found, 1e-10)
-    for wanted in (0.1, 1.0):
-        step = reference.temper(*tensors([-1.0, -3.0, 0.0]), found, torch.tensor([wanted], dtype=f64))
-        same([row.temper(-1.0, -3.0, 0.0, [float(v) for v in found], wanted)], (step,))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_temper(seed: int) -> None:
+    rng = random.Random(seed)
+    low, high = [-3.0, rng.uniform(1, 3), -rng.expovariate(1)], [0.5, rng.uniform(0, 1), -rng.expovariate(1)]
+    step = reference.temper(reference.End(*tensors(low)), reference.End(*tensors(high)), *tensors([1.0]))
+    same([row.temper(low, high, 1.0)], (step,))
+    assert -3 < float(step) < 0.5
 
 
 @pytest.mark.parametrize(("ignored", "labelled"), [(False, False), (False, True), (True, False), (True, True)])

@@ -13,6 +13,7 @@ namespace cudfast {
 namespace {
 
 constexpr int kSweeps = 12;                       // over the teacher's row, while its temperature is looked for
+constexpr double kNats = 1e-5;                    // how far the entropy may stay from its bound
 constexpr double kLogBetas = 13.815510557964274;  // log 1e6: beta = 1 / T lies in [1e-6, 1] or in [1, 1e6]
 
 struct ProjectedState : StudentState<double> {
@@ -129,6 +130,10 @@ struct ProjectedLossOfRows {
     set.end = to;
     set.t.resize(static_cast<size_t>(to - from));
     set.s.resize(set.t.size());
+    for (const int64_t* column = from; column != to; ++column) {  // scattered over a row that no cache has yet
+      __builtin_prefetch(rows.target.at(row, *column));
+      __builtin_prefetch(rows.logits.at(row, *column));
+    }
     for (int64_t j = 0; j < set.size(); ++j) {
       put(set.t.data(), wide, j, load(rows.target, row, from[j]));
       put(set.s.data(), wide, j, load(rows.logits, row, from[j]));
@@ -242,26 +247,29 @@ struct ProjectedLossOfRows {
   void find_temperature(int64_t row, int threads, double top) {
     view.centre = top == kNothing<double> ? 0 : top;
     tempered = true;
-    Entropy<double> found = entropy_at(row, threads, 0, &log_total);
-    const bool too_low = found.value<bound(row, 2), too_high = found.value> bound(row, 3);
+    const double tolerance = wide ? 1e-12 : 5e-6;
+    const End<double> start{0, entropy_at(row, threads, 0, &log_total)};
+    const bool too_low = start.found.value < bound(row, 2) - tolerance;
+    const bool too_high = start.found.value > bound(row, 3) + tolerance;
     if (!too_low && !too_high) return leave_temperature(0);
     const double wanted = too_low ? bound(row, 2) : bound(row, 3);
-    const double limit = too_low ? -kLogBetas : kLogBetas;
-    const Entropy<double> last = entropy_at(row, threads, limit, nullptr);
-    if (too_low ? last.value < wanted : last.value > wanted) {
-      out_of_reach = true;
-      return leave_temperature(limit);
+    const double end = too_low ? -kLogBetas : kLogBetas;
+    const End<double> limit{end, entropy_at(row, threads, end, nullptr)};
+    if (too_low ? limit.found.value <= wanted : limit.found.value >= wanted) {
+      out_of_reach = std::fabs(limit.found.value - wanted) > kNats;
+      return leave_temperature(end);
     }
-    double lowest = too_low ? limit : 0, highest_beta = too_low ? 0 : limit;
-    double log_beta = temper(0.0, lowest, highest_beta, found, wanted);
-    const double guess = limit + 0.5 * std::log(2 * (last.value - wanted) / -last.slope);  // H = limit - beta^2 var / 2
-    if (too_low && guess > lowest && guess < highest_beta) log_beta = guess;
-    const double tolerance = wide ? 1e-12 : 5e-6;
+    End<double> low = too_low ? limit : start, high = too_low ? start : limit;
+    double log_beta = temper(low, high, wanted);
+    // From the uniform end, H = limit - beta^2 var / 2.
+    const double guess = end + 0.5 * std::log(2 * (limit.found.value - wanted) / -limit.found.slope);
+    const bool nearer = limit.found.value - wanted < wanted - start.found.value;
+    if (too_low && nearer && guess > low.at && guess < high.at) log_beta = guess;
     for (int sweep = 2;;) {
-      found = entropy_at(row, threads, log_beta, nullptr);
-      if (++sweep >= kSweeps || !(std::fabs(found.value - wanted) > tolerance)) break;
-      (found.value > wanted ? lowest : highest_beta) = log_beta;
-      log_beta = temper(log_beta, lowest, highest_beta, found, wanted);
+      const End<double> here{log_beta, entropy_at(row, threads, log_beta, nullptr)};
+      if (++sweep >= kSweeps || !(std::fabs(here.found.value - wanted) > tolerance)) break;
+      (here.found.value > wanted ? low : high) = here;
+      log_beta = temper(low, high, wanted);
     }
     leave_temperature(log_beta);
   }
@@ -384,7 +392,9 @@ struct ProjectedLossOfRows {
            Kept kept) const {
     Row rest = r;
     rest.gradient.teacher_tau *= std::exp(state.rest / rows.value_at(row));
-    base.map(block(row, column, n, kept), row, column, state, part, rest, g);
+    const bool seen_again = !part || r.loss.impossible;  // else the exponentials know the view
+    base.map(seen_again ? block(row, column, n, kept) : base.block(row, column, n, kept), row, column, state, part,
+             rest, g);
   }
 
   void fix(int64_t row, const State& state, const Row& r, const Matrix& g) const {

@@ -168,11 +168,24 @@ inline Entropy<R> entropy(const TemperedState<R> (&sets)[3], const Masses<R>& ta
   return found;
 }
 
-// The next log beta: Newton's step from `at`, or the middle of [low, high] when that leaves it.              [temper]
+// An end of a bracket around the temperature that is looked for.
 template <class R>
-inline R temper(R at, R low, R high, const Entropy<R>& found, R wanted) {
-  const R step = at - (found.value - wanted) / found.slope;
-  return step > low && step < high ? step : (low + high) / 2;
+struct End {
+  R at;  // log beta
+  Entropy<R> found;
+};
+
+// The next log beta between two ends, the entropy above `wanted` at `low`, below it at `high`: Newton's step from the
+// end whose entropy is nearer, or from the other, or the middle, the first that lies between.                [temper]
+template <class R>
+inline R temper(const End<R>& low, const End<R>& high, R wanted) {
+  const R from_low = low.at - (low.found.value - wanted) / low.found.slope;
+  const R from_high = high.at - (high.found.value - wanted) / high.found.slope;
+  const bool low_first = std::fabs(low.found.value - wanted) < std::fabs(high.found.value - wanted);
+  for (const R step : {low_first ? from_low : from_high, low_first ? from_high : from_low}) {
+    if (step > low.at && step < high.at) return step;
+  }
+  return (low.at + high.at) / 2;
 }
 
 }  // namespace

@@ -1,1 +1,1 @@
-"""String -> language on CLDR display names: two teachers, five students, one report."""
+"""String -> language on CLDR display names: two teachers, six students, one report."""

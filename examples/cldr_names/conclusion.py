@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .data import PARTS
-from .methods import CE_STUDENT, CE_TEACHER, CUD, DUS_TEACHER, KD, KD_CLIP, KD_DUS
+from .methods import CE_STUDENT, CE_TEACHER, CUD, DUS_TEACHER, EXACT, KD, KD_CLIP, KD_DUS
 from .metrics import MEASURES, Scores
 
 PAIRS = (
@@ -15,6 +15,7 @@ PAIRS = (
     (KD_DUS.name, KD.name),
     (KD_CLIP.name, KD.name),
     (CUD.name, CE_STUDENT.name),
+    (EXACT.name, CUD.name),
     (DUS_TEACHER.name, CE_TEACHER.name),
 )
 AllScores = dict[str, dict[str, list[Scores]]]

@@ -40,7 +40,7 @@ class Config:
 
     max_strings: int | None = None
     seeds: int = 3
-    trials: int = 9
+    trials: int = 8
     teacher_epochs: int = 4
     student_epochs: int = 4
     batch: int = 1024

@@ -1,4 +1,4 @@
-"""The seven methods compared: what each trains on, which knobs it has and where they may lie."""
+"""The eight methods compared: what each trains on, which knobs it has and where they may lie."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional
 
-from cudfast import CUDLoss, DUSLoss, WClip
+from cudfast import CUDLoss, DUSLoss, Projection, WClip
 
 from .data import Split
 from .model import STUDENT, TEACHER, Size
@@ -49,6 +49,8 @@ KNOBS = {
     "kd_weight": Knob(0.3, 1.0, 0.8),
     "budget": Knob(0.1, 0.9, 0.5),
     "margin": Knob(0.3, 1.0, 0.7),
+    "near_mass": Knob(0.05, 0.6, 0.3),
+    "wrong_mass": Knob(0.05, 0.6, 0.3),
 }
 
 
@@ -73,6 +75,7 @@ class Method:
 
 _KD = ("student_rate", "temperature", "kd_weight")
 _CLIP = ("budget", "margin")
+_BOUNDS = ("near_mass", "wrong_mass")
 CE_TEACHER = Method("Teacher CE", "large network, cross-entropy", TEACHER, ("teacher_rate",))
 DUS_TEACHER = Method(
     "Teacher DUS", "large network, DUSLoss", TEACHER, ("teacher_rate", "focal_weight", "entropy_weight")
@@ -84,8 +87,9 @@ KD_CLIP = Method(
     "KD + W-Clip", "small network, W-Clip distillation from Teacher CE", STUDENT, _KD + _CLIP, CE_TEACHER.name
 )
 CUD = Method("CUD", "small network, W-Clip distillation from Teacher DUS", STUDENT, _KD + _CLIP, DUS_TEACHER.name)
+EXACT = Method("CUD exact", "small network, exact projection of Teacher DUS", STUDENT, _KD + _BOUNDS, DUS_TEACHER.name)
 TEACHERS = (CE_TEACHER, DUS_TEACHER)
-STUDENTS = (CE_STUDENT, KD, KD_DUS, KD_CLIP, CUD)
+STUDENTS = (CE_STUDENT, KD, KD_DUS, KD_CLIP, CUD, EXACT)
 
 
 def rate_settings(method: Method) -> list[dict[str, float]]:
@@ -123,7 +127,11 @@ def batch_loss(method: Method, setting: Setting, rows: Split, teacher: Tensor | 
 
 
 def distillation(setting: Setting, backend: Literal["auto", "native"] = "auto") -> CUDLoss:
-    """Return the distillation loss of a setting; without ``budget`` and ``margin`` it is plain logit KD."""
-    clip = WClip(setting["budget"], setting["margin"]) if "budget" in setting else None
+    """Return the distillation loss of a setting; without knobs of a calibration it is plain logit KD."""
+    calibration: WClip | Projection | None = None
+    if "budget" in setting:
+        calibration = WClip(setting["budget"], setting["margin"])
+    elif "near_mass" in setting:
+        calibration = Projection(min_near_mass=setting["near_mass"], max_wrong_mass=setting["wrong_mass"])
     weight = setting["kd_weight"]
-    return CUDLoss(setting["temperature"], weight, 1 - weight, calibration=clip, backend=backend)
+    return CUDLoss(setting["temperature"], weight, 1 - weight, calibration=calibration, backend=backend)
