@@ -275,14 +275,15 @@ class End(NamedTuple):
 def temper(low: End, high: End, wanted: Tensor) -> Tensor:
     """The next log beta between two ends, the entropy above `wanted` at `low`, below it at `high`.          [temper]
 
-    Newton's step from the end whose entropy is nearer, or from the other, or the middle: the first that lies between.
+    Newton's step from the end whose entropy is nearer, if it stays in that end's half of the bracket; else the same
+    from the other end; else the middle.
     """
     from_low, from_high = (end.at - (end.value - wanted) / end.slope for end in (low, high))
+    middle = (low.at + high.at) / 2
+    low_good, high_good = (from_low > low.at) & (from_low <= middle), (from_high < high.at) & (from_high >= middle)
     low_first = (low.value - wanted).abs() < (high.value - wanted).abs()
-    step = (low.at + high.at) / 2
-    for candidate in (torch.where(low_first, from_high, from_low), torch.where(low_first, from_low, from_high)):
-        step = torch.where((candidate > low.at) & (candidate < high.at), candidate, step)
-    return step
+    use_low = low_good & (low_first | ~high_good)
+    return torch.where(use_low, from_low, torch.where(high_good, from_high, middle))
 
 
 # ---- csrc/row/terms.h ----

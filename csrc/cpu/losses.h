@@ -11,15 +11,22 @@
 namespace cudfast {
 namespace {
 
-inline double load(const Matrix& m, int64_t row, int64_t column) {
-  double value;
-  widen(m.at(row, column), m.dtype, 1, &value);
-  return value;
-}
+// Single elements of one row; finding the row divides, so it is done once.
+struct Element {
+  char* row;
+  DType dtype;
 
-inline void store(const Matrix& m, int64_t row, int64_t column, double value) {
-  narrow(&value, 1, m.dtype, m.at(row, column));
-}
+  Element(const Matrix& m, int64_t index) : row(m.at(index, 0)), dtype(m.dtype) {}
+  double load(int64_t column) const {
+    double value;
+    widen(row + column * size_of(dtype), dtype, 1, &value);
+    return value;
+  }
+  void store(int64_t column, double value) const { narrow(&value, 1, dtype, row + column * size_of(dtype)); }
+};
+
+inline double load(const Matrix& m, int64_t row, int64_t column) { return Element(m, row).load(column); }
+inline void store(const Matrix& m, int64_t row, int64_t column, double value) { Element(m, row).store(column, value); }
 
 // Packed vectors are f32 or f64.
 inline double get(const void* data, bool wide, int64_t i) {

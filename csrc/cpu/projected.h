@@ -69,7 +69,9 @@ struct ProjectedLossOfRows {
     part.column = column;
     for (int i = 0; i < 2; ++i) {
       part.apart[i][0] = std::lower_bound(begin(i), end(i), column);
-      part.apart[i][1] = std::lower_bound(part.apart[i][0], end(i), column + n);
+      const int64_t* stop = part.apart[i][0];
+      while (stop != end(i) && *stop < column + n) ++stop;
+      part.apart[i][1] = stop;
     }
     return part;
   }
@@ -130,13 +132,10 @@ struct ProjectedLossOfRows {
     set.end = to;
     set.t.resize(static_cast<size_t>(to - from));
     set.s.resize(set.t.size());
-    for (const int64_t* column = from; column != to; ++column) {  // scattered over a row that no cache has yet
-      __builtin_prefetch(rows.target.at(row, *column));
-      __builtin_prefetch(rows.logits.at(row, *column));
-    }
+    const Element teacher_row(rows.target, row), student_row(rows.logits, row);
     for (int64_t j = 0; j < set.size(); ++j) {
-      put(set.t.data(), wide, j, load(rows.target, row, from[j]));
-      put(set.s.data(), wide, j, load(rows.logits, row, from[j]));
+      put(set.t.data(), wide, j, teacher_row.load(from[j]));
+      put(set.s.data(), wide, j, student_row.load(from[j]));
     }
   }
 
@@ -401,6 +400,7 @@ struct ProjectedLossOfRows {
     if (!rows.labelled(row)) return;
     const double inv_tau = 1 / rows.value_at(row);
     const double offset[2] = {state.near, state.wrong};
+    const Element gradient(g, row);
     alignas(64) double values[kBlock];
     for (int i = 0; i < 2; ++i) {
       StudentBlockMap m{sets[i].m == kNothing<double> ? 0 : sets[i].m,
@@ -413,7 +413,7 @@ struct ProjectedLossOfRows {
                         type()};
       each_part(sets[i], [&](int64_t j, int n) {
         sweeps().student_gradient(block(row, sets[i], j, n), m);
-        for (int l = 0; l < n; ++l) store(g, row, begin(i)[j + l], get(values, wide, l));
+        for (int l = 0; l < n; ++l) gradient.store(begin(i)[j + l], get(values, wide, l));
       });
     }
     // The label in double: what is left of p_y - 1 on a confident row.
@@ -421,7 +421,7 @@ struct ProjectedLossOfRows {
     const double reference = apart ? sets[0].m - state.near : state.m_t - state.rest;
     const double dt = state.t_y == kNothing<double> ? state.t_y : seen(state.t_y) - reference;
     const double g_y = element<0, 1, true>(r.gradient, dt, state.s_y - state.m_s, inv_tau);
-    store(g, row, rows.labels[row], state.s_y == kNothing<double> ? g_y : g_y - r.gradient.label);
+    gradient.store(rows.labels[row], state.s_y == kNothing<double> ? g_y : g_y - r.gradient.label);
   }
 };
 

@@ -176,16 +176,17 @@ struct End {
 };
 
 // The next log beta between two ends, the entropy above `wanted` at `low`, below it at `high`: Newton's step from the
-// end whose entropy is nearer, or from the other, or the middle, the first that lies between.                [temper]
+// end whose entropy is nearer, if it stays in that end's half of the bracket; else the same from the other end; else
+// the middle. [temper]
 template <class R>
 inline R temper(const End<R>& low, const End<R>& high, R wanted) {
   const R from_low = low.at - (low.found.value - wanted) / low.found.slope;
   const R from_high = high.at - (high.found.value - wanted) / high.found.slope;
+  const R middle = (low.at + high.at) / 2;
+  const bool low_good = from_low > low.at && from_low <= middle, high_good = from_high < high.at && from_high >= middle;
   const bool low_first = std::fabs(low.found.value - wanted) < std::fabs(high.found.value - wanted);
-  for (const R step : {low_first ? from_low : from_high, low_first ? from_high : from_low}) {
-    if (step > low.at && step < high.at) return step;
-  }
-  return (low.at + high.at) / 2;
+  if (low_good && (low_first || !high_good)) return from_low;
+  return high_good ? from_high : middle;
 }
 
 }  // namespace
