@@ -81,7 +81,7 @@ def project(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints
     log_beta = torch.zeros_like(least)
     states, target, beta = at(log_beta)
     found = entropy(states, target, beta)
-    tolerance = 1e-12 if t.dtype == torch.float64 else 5e-6
+    tolerance = 1e-12 if t.dtype == torch.float64 else 1e-6
     short = labelled & (found.value < floor - tolerance)  # false where there is no bound
     long = labelled & (found.value > ceiling + tolerance)
     wanted = torch.where(short, floor, ceiling)
@@ -114,19 +114,21 @@ def project(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints
             high = End(*(torch.where(above, b, a) for a, b in zip(here, high)))
             log_beta = torch.where(open_rows, temper(low, high, wanted), log_beta)
         short, long = short & missed, long & missed
-    logits = torch.where(t > NOTHING, t * beta.to(t.dtype).unsqueeze(-1), NOTHING)
-    moved = torch.zeros_like(beta)
-    shift = torch.zeros_like(t)
-    had = [log_mass(s, beta) for s in states]
-    total = torch.logaddexp(torch.logaddexp(had[0], had[1]), had[2])
-    for mask, new, old in zip(inside, target[:3], had):
-        scale = torch.where(old > NOTHING, new - (old - total), 0)
-        shift = torch.where(mask, scale.to(t.dtype).unsqueeze(-1), shift)
-        moved = moved + torch.clamp(new.exp() - (old - total).exp(), min=0)
+    logits, moved = torch.full_like(t, NOTHING), torch.zeros_like(beta)
+    total = torch.logaddexp(torch.logaddexp(*(log_mass(s, beta) for s in states[:2])), log_mass(states[2], beta))
+    for mask, state, new in zip(inside, states, target[:3]):
+        # log q = beta (t - m) - log z + log M: centred, so that a large beta costs no digits.
+        scale = torch.where(state.z > 0, new - state.z.log(), NOTHING)
+        q = (t - state.m.to(t.dtype).unsqueeze(-1)) * beta.to(t.dtype).unsqueeze(-1) + scale.to(t.dtype).unsqueeze(-1)
+        logits = torch.where(mask & (t > NOTHING), q, logits)
+        moved = moved + torch.clamp(new.exp() - (log_mass(state, beta) - total).exp(), min=0)
+    bad = t.isnan().any(-1) | (t == torch.inf).any(-1)  # NaN, and no bound to blame
+    logits = torch.where(bad.unsqueeze(-1), torch.nan, logits)
+    short, long = short & ~bad, long & ~bad
     relaxed = torch.stack([target.no_near, target.all_wrong, short, long], -1)
     value = torch.stack([torch.zeros_like(beta), torch.ones_like(beta), reachable, reachable], -1)
     moved = torch.where(labelled, moved, 0).to(t.dtype)
-    return Projected(logits + shift, beta.to(t.dtype), relaxed, value, moved, sweeps)
+    return Projected(logits, beta.to(t.dtype), relaxed, value, moved, sweeps)
 
 
 def refuse_bound(rows: Rows, row: int, relaxed: Tensor, reachable: Tensor) -> ValueError:

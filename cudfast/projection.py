@@ -22,9 +22,10 @@ class Projection:
 
         q(N) >= min_near_mass,   q(W) <= max_wrong_mass,   H(q) >= min_entropy
 
-    where N holds the classes near the label and W those known to be wrong. `max_entropy` is not a convex constraint
-    and no projection: p is sharpened to p^(1/T), T <= 1, until the entropy is low enough. docs/projection.md has the
-    derivation. Rows without a label keep their p. Two projections are equal only when they are the same object.
+    where N holds the classes near the label and W those known to be wrong. `max_entropy` is not a convex constraint: p
+    is sharpened to p^(1/T), T <= 1, until the entropy is low enough; docs/projection.md says when nothing is nearer.
+    The entropy is met to 1e-5 nats. Rows without a label keep their p. Two projections are equal only when they are
+    the same object.
 
     Args:
         near: N(y) for every class y, which must hold y itself; None: N(y) = {y}.

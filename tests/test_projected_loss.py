@@ -160,6 +160,22 @@ def test_a_bound_out_of_reach_names_the_row(backend: str) -> None:
     assert statistics.relaxed.tolist() == [[True, False], [True, True]]
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("bad", [torch.nan, INF])
+@pytest.mark.parametrize("bounds", [{"min_near_mass": 0.3, "max_wrong_mass": 0.2}, {"min_entropy": 0.5}])
+def test_nan_stays_in_its_row(backend: str, bad: float, bounds: dict[str, float]) -> None:
+    """Wherever it sits: in the label's class, in another one, or in every one (-inf)."""
+    torch.manual_seed(0)
+    teacher, labels = torch.randn(5, 7), torch.arange(5)
+    teacher[1, 1], teacher[2, 5], teacher[3] = bad, bad, -INF
+    student = torch.randn(5, 7, requires_grad=True)
+    loss = CUDLoss(calibration=Projection(**bounds, on_infeasible="relax"), backend=backend, reduction="none")
+    value = loss(student, teacher, labels)
+    assert value.isnan().tolist() == [False, True, True, True, False]
+    (gradient,) = torch.autograd.grad(value, student, torch.ones(5))
+    assert gradient.isnan().any(-1).tolist() == [False, True, True, True, False]
+
+
 def test_not_under_compile() -> None:
     loss = torch.compile(CUDLoss(calibration=Projection(min_near_mass=0.5)), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"does not work under torch\.compile"):

@@ -419,13 +419,20 @@ def test_single_precision(bounds: dict[str, Any]) -> None:
     t = torch.randn(270, 9) * torch.tensor([0.5, 2.0, 6.0])[torch.arange(270) % 3, None]
     q = calibrate(t, labels, projection)
     assert q.dtype == torch.float32
-    tempered = any(name.endswith("entropy") for name in bounds)  # then the entropy is met to 1e-5 nats
-    truth = calibrate(t.double(), labels, projection)
-    torch.testing.assert_close(q.double(), truth, rtol=0, atol=1e-5 if tempered else 2e-6)
+    torch.testing.assert_close(q.double(), calibrate(t.double(), labels, projection), rtol=0, atol=2e-6)
     half = t.bfloat16()
     torch.testing.assert_close(
         calibrate(half, labels, projection), calibrate(half.float(), labels, projection), rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, f64])
+def test_sharpening_keeps_the_masses(dtype: torch.dtype) -> None:
+    """At a temperature near 0 logits / T are so large that their float32 rounding would be a factor per class."""
+    t = torch.tensor([6.3, 1.7, 1.2, -4.0], dtype=dtype)
+    projection = Projection(min_near_mass=0.3, max_wrong_mass=0.3, max_entropy=0, on_infeasible="relax")
+    expected = torch.tensor([0.3, 0.4, 0.3, 0.0], dtype=dtype)
+    torch.testing.assert_close(calibrate(t, torch.tensor(2), projection), expected, rtol=0, atol=2e-6)
 
 
 def test_sets_that_contradict_each_other() -> None:

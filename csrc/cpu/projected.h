@@ -139,13 +139,15 @@ struct ProjectedLossOfRows {
     }
   }
 
-  // t becomes t'.
+  // t becomes t' relative to the set's own maximum, so that a large beta costs no digits.
   void see(Set& set) const {
+    double top = kNothing<double>;
+    for (int64_t j = 0; j < set.size(); ++j) top = max(top, get(set.t.data(), wide, j));
+    if (top == kNothing<double>) top = 0;
     for (int64_t j = 0; j < set.size(); ++j) {
-      const double t = seen(get(set.t.data(), wide, j));
-      put(set.t.data(), wide, j, t);
-      set.m = max(set.m, t);
+      put(set.t.data(), wide, j, view.beta * (get(set.t.data(), wide, j) - top));
     }
+    set.m = seen(top);
   }
 
   // f(first member, members) for the blocks of a set.
@@ -182,12 +184,13 @@ struct ProjectedLossOfRows {
   int64_t find_top1(int64_t row, const std::vector<double>& high) {
     const int64_t best = std::max_element(high.begin(), high.end()) - high.begin();
     double top = high[static_cast<size_t>(best)];
+    const Element teacher_row(rows.target, row);
     const int n = static_cast<int>(std::min<int64_t>(kBlock, rows.classes - best * kBlock));
     int64_t found = best * kBlock + sweeps().find(rows.target.at(row, best * kBlock), rows.target.dtype, wide, n, top);
     for (int i = 0; i < 2; ++i) {
       for (int64_t j = 0; j < sets[i].size(); ++j) {
-        const double t = get(sets[i].t.data(), wide, j);
         const int64_t column = begin(i)[j];
+        const double t = teacher_row.load(column);
         if (t > top || (t == top && column < found)) {
           top = t;
           found = column;
@@ -317,9 +320,13 @@ struct ProjectedLossOfRows {
       parts[i] = move(parts[i], parts[i].m_t, state.m_s, inv_tau);  // around the row's own student maximum
     }
     parts[2] = state;
-    for (int i = 0; i < 3; ++i) at[i] = parts[i].m_t;
+    for (int i = 0; i < 3; ++i) at[i] = parts[i].m_t + (i < 2 ? sets[i].m : 0);
     for (int i = 0; i < 3; ++i) mass[i] = parts[i].z_one == 0 ? kNothing<double> : at[i] + std::log(parts[i].z_one);
     const double total = log_add(log_add(mass[0], mass[1]), mass[2]);
+    if (!(total < std::numeric_limits<double>::infinity())) {  // NaN or +inf among the logits
+      state.z_tau = state.a = std::numeric_limits<double>::quiet_NaN();
+      return;
+    }
     const Masses<double> target = masses(mass[0], mass[1], mass[2], low(row), high(row));
     const double log_m[3] = {target.near, target.wrong, target.rest};
     double offset[3], reference = kNothing<double>;
@@ -327,7 +334,7 @@ struct ProjectedLossOfRows {
       offset[i] = mass[i] == kNothing<double> ? kNothing<double> : at[i] + (log_m[i] - (mass[i] - total));
       if (offset[i] > reference) reference = offset[i];
     }
-    if (reference == kNothing<double>) return;  // no class can happen, or NaN: m_t or the sums say so
+    if (reference == kNothing<double>) return;  // no class can happen: m_t says so
     state.z_tau = state.a = state.impossible = 0;
     for (int i = 0; i < 3; ++i) {
       const double down = offset[i] - reference, factor = std::exp(down * inv_tau);
@@ -403,7 +410,7 @@ struct ProjectedLossOfRows {
     const Element gradient(g, row);
     alignas(64) double values[kBlock];
     for (int i = 0; i < 2; ++i) {
-      StudentBlockMap m{sets[i].m == kNothing<double> ? 0 : sets[i].m,
+      StudentBlockMap m{0,
                         state.m_s,
                         r.gradient.student_tau,
                         r.gradient.teacher_tau * std::exp(offset[i] * inv_tau),
