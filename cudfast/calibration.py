@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import classes_of, constraints_of, labels_of, logits_of
-from .options import CUDOptions, DUSOptions, WClip
+from .options import CUDOptions, WClip
 from .projection import BOUNDS, Projection
 from .reference import (
     NOTHING,
@@ -17,6 +17,7 @@ from .reference import (
     Masses,
     TemperedState,
     entropy,
+    first_top1,
     log_mass,
     masses,
     temper,
@@ -52,7 +53,7 @@ def _groups(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints
     if constraints.near is None:
         group[rows, index[rows]] = 1
     if constraints.top1:
-        top = (t == t.amax(-1, keepdim=True)).to(torch.int8).argmax(-1)
+        top = first_top1(t)
         wrong = rows[group[rows, top[rows]] == 0]
         group[wrong, top[wrong]] = 2
     return group
@@ -150,7 +151,7 @@ def refuse_relaxed(rows: Rows, found: Projected) -> None:
         raise refuse_bound(rows, row, found.relaxed[row], found.reachable[row])
 
 
-def refuse_row(rows: Rows, options: CUDOptions | DUSOptions, row: int) -> ValueError:
+def refuse_row(rows: Rows, row: int) -> ValueError:
     """The same for a row that a kernel has named."""
     assert rows.target is not None
     assert rows.labels is not None
@@ -214,9 +215,9 @@ def calibrate(
     else:
         q = t.softmax(-1)
         if calibration is not None:
-            top, k = t.max(-1)
-            k = (t == top.unsqueeze(-1)).to(torch.int8).argmax(-1)
-            clip = wclip(t.gather(-1, index.unsqueeze(-1)).squeeze(-1) - top, calibration.budget, calibration.margin)
+            k = first_top1(t)
+            u = t.gather(-1, index.unsqueeze(-1)).squeeze(-1) - t.amax(-1)
+            clip = wclip(u, calibration.budget, calibration.margin)
             p_k = q.gather(-1, k.unsqueeze(-1)).squeeze(-1)
             moved = torch.where(labelled & (clip.r > 0), clip.r * p_k, 0).unsqueeze(-1)
             q = q.scatter_add(-1, k.unsqueeze(-1), -moved).scatter_add(-1, index.unsqueeze(-1), moved)

@@ -16,6 +16,12 @@ from .options import CUDOptions, DUSOptions, WClip
 
 NOTHING = -torch.inf
 
+
+def first_top1(logits: Tensor) -> Tensor:
+    """(N,) int64: the largest of every row (N, V), the first of equals on every device."""
+    return (logits == logits.amax(-1, keepdim=True)).to(torch.int8).argmax(-1)
+
+
 # ---- csrc/row/state.h ----
 
 

@@ -39,9 +39,9 @@ struct ProjectedLossOfRows {
   struct Set {
     const int64_t* begin = nullptr;
     const int64_t* end = nullptr;
-    std::vector<double> t,
-        s;  // memory for the logits, in the computing type: the teacher's, t' once seen; the student's
-    double m = kNothing<double>;
+    // Memory for the logits, in the computing type: the teacher's, t' - m once seen; and the student's.
+    std::vector<double> t, s;
+    double m = 0;  // the largest t'
 
     int64_t size() const { return static_cast<int64_t>(t.size()); }
   };
@@ -139,11 +139,16 @@ struct ProjectedLossOfRows {
     }
   }
 
-  // t becomes t' relative to the set's own maximum, so that a large beta costs no digits.
-  void see(Set& set) const {
+  // The largest of the teacher's logits, or 0 where there is none.
+  double centre_of(const Set& set) const {
     double top = kNothing<double>;
     for (int64_t j = 0; j < set.size(); ++j) top = max(top, get(set.t.data(), wide, j));
-    if (top == kNothing<double>) top = 0;
+    return top == kNothing<double> ? 0 : top;
+  }
+
+  // t becomes t' relative to the set's own maximum, so that a large beta costs no digits.
+  void see(Set& set) const {
+    const double top = centre_of(set);
     for (int64_t j = 0; j < set.size(); ++j) {
       put(set.t.data(), wide, j, view.beta * (get(set.t.data(), wide, j) - top));
     }
@@ -218,10 +223,8 @@ struct ProjectedLossOfRows {
     const double beta = std::exp(log_beta);
     TemperedState<double> states[3];
     for (int i = 0; i < 2; ++i) {
-      double top = kNothing<double>;
-      for (int64_t j = 0; j < sets[i].size(); ++j) top = max(top, get(sets[i].t.data(), wide, j));
       View around;
-      around.centre = states[i].m = top == kNothing<double> ? 0 : top;
+      around.centre = states[i].m = centre_of(sets[i]);
       around.beta = beta;
       each_part(sets[i], [&](int64_t j, int n) {
         TemperedBlockSums part;
@@ -338,7 +341,6 @@ struct ProjectedLossOfRows {
     state.z_tau = state.a = state.impossible = 0;
     for (int i = 0; i < 3; ++i) {
       const double down = offset[i] - reference, factor = std::exp(down * inv_tau);
-      if (factor == 0 && mass[i] == kNothing<double>) continue;
       if (offset[i] == kNothing<double>) continue;
       state.z_tau += factor * parts[i].z_tau;
       state.a += factor * (parts[i].a + parts[i].z_tau * (down * inv_tau));

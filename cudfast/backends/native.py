@@ -162,7 +162,7 @@ def _refusal(rows: Rows, options: CUDOptions | DUSOptions, fault: int, row: int)
         assert rows.labels is not None
         return refuse_label(rows, options, row, int(rows.labels[row]))
     if fault == 5:
-        return refuse_row(rows, options, row)
+        return refuse_row(rows, row)
     name = _FAULTS[fault]
     values = rows.weight if name == "weight" else rows.per_row
     assert values is not None

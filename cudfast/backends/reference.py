@@ -16,6 +16,7 @@ from ..reference import (
     StudentState,
     TeacherGradient,
     TeacherState,
+    first_top1,
     row_weights,
     student_coefficients,
     student_element,
@@ -123,7 +124,7 @@ def _extra(rows: Rows, marks: _Marks, dtype: torch.dtype) -> tuple[list[Tensor],
     """The projected columns of a packed state, and the teacher's own top-1."""
     assert rows.target is not None
     found, t = _projected(rows, marks, dtype), _flat(rows.target, rows, dtype)
-    k = (t == _column(t.amax(-1))).to(torch.int8).argmax(-1)
+    k = first_top1(t)
     p, q = t.softmax(-1), found.logits.softmax(-1)
     zero = torch.zeros_like(found.beta)
     at = [x.gather(-1, column).squeeze(-1) for x, column in ((p, _column(k)), (p, marks.column), (q, marks.column))]
@@ -133,7 +134,7 @@ def _extra(rows: Rows, marks: _Marks, dtype: torch.dtype) -> tuple[list[Tensor],
 def _student_state(rows: Rows, marks: _Marks, dtype: torch.dtype) -> StudentState:
     s, t = _flat(rows.logits, rows, dtype), _target(rows, marks, dtype)
     m_t, m_s = t.amax(-1), s.amax(-1)
-    k = (t == _column(m_t)).to(torch.int8).argmax(-1)  # the first of equals, on every device
+    k = first_top1(t)
     sums = student_fold(_centre(t, m_t), _centre(s, m_s), _column(1 / _values(rows, dtype)))
     at_label = [torch.where(marks.labelled, x.gather(-1, marks.column).squeeze(-1), NOTHING) for x in (t, s)]
     return StudentState._make(
