@@ -234,7 +234,7 @@ Sums folded(Sums sums, const Numbers& a, const Numbers& b, double inv_tau) {
     if constexpr (sizeof(Sums) == sizeof(TeacherSums<double>)) {
       fold<true>(sums, a.at(i));
     } else {
-      fold<0, 2, true>(sums, a.at(i), b.at(i), inv_tau);
+      fold<0, 3, true>(sums, a.at(i), b.at(i), inv_tau);
     }
   }
   return sums;
@@ -243,7 +243,7 @@ Sums folded(Sums sums, const Numbers& a, const Numbers& b, double inv_tau) {
 void define_row(py::module_ row) {
   row.def("student_fold", [](const Numbers& dt, const Numbers& ds, double inv_tau) {
     const auto s = folded(StudentSums<double>{}, dt, ds, inv_tau);
-    return Numbers{s.z_tau, s.s_tau, s.a, s.s_one, s.z_one, s.impossible};
+    return Numbers{s.z_tau, s.s_tau, s.a, s.s_one, s.z_one, s.impossible, s.e_one};
   });
   row.def("student_merge", [](const Numbers& left, const Numbers& right, double inv_tau) {
     return numbers(merge(student(left), student(right), inv_tau));
@@ -268,9 +268,9 @@ void define_row(py::module_ row) {
     return Numbers{m.near,          m.wrong,          m.rest, flag(m.near_binds), flag(m.wrong_binds),
                    flag(m.no_near), flag(m.all_wrong)};
   });
-  row.def("tempered_fold", [](const Numbers& x) {
+  row.def("tempered_fold", [](const Numbers& x, double beta) {
     TemperedSums<double> sums{0, 0, 0};
-    for (const double value : x) fold<true>(sums, value);
+    for (const double value : x) beta == 0 ? fold<true>(sums, value, beta) : fold<false>(sums, value, beta);
     return Numbers{sums.z, sums.e, sums.v};
   });
   row.def("log_mass", [](const Numbers& s, double beta) {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from .rows import Constraints, Rows, compute_dtype, masks, refuse_label, row_nam
 
 SWEEPS = 12
 NATS = 1e-5  # how far the entropy may stay from its bound
-LOG_BETAS = math.log(1e6)  # beta = 1 / T is looked for in [1e-6, 1] and [1, 1e6]
+HOTTEST = 1e6  # T is looked for up to here, down to its inverse
 
 
 class Projected(NamedTuple):
@@ -67,20 +66,19 @@ def project(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints
     inside = [group == number for number in (1, 2, 0)]
     m = [torch.where(mask, t, NOTHING).amax(-1) for mask in inside]
 
-    def at(log_beta: Tensor) -> tuple[tuple[TemperedState, ...], Masses, Tensor]:
-        beta = log_beta.exp()
+    def at(beta: Tensor) -> tuple[tuple[TemperedState, ...], Masses, Tensor]:
         states = []
         for mask, top in zip(inside, m):
             centre = torch.where(top == NOTHING, 0, top)
-            x = (t - centre.unsqueeze(-1)) * beta.to(t.dtype).unsqueeze(-1)
-            x = torch.where(mask & (t > NOTHING), x, NOTHING)
-            states.append(TemperedState(*(v.to(least.dtype) for v in (centre, *tempered_fold(x)))))
+            x = torch.where(mask & (t > NOTHING), t - centre.unsqueeze(-1), NOTHING)
+            sums = tempered_fold(x, beta.to(t.dtype).unsqueeze(-1))
+            states.append(TemperedState(*(v.to(least.dtype) for v in (centre, *sums))))
         near, wrong, rest = states
         target = masses(log_mass(near, beta), log_mass(wrong, beta), log_mass(rest, beta), least, most)
         return (near, wrong, rest), target, beta
 
-    log_beta = torch.zeros_like(least)
-    states, target, beta = at(log_beta)
+    beta = torch.ones_like(least)
+    states, target, _ = at(beta)
     found = entropy(states, target, beta)
     tolerance = 1e-12 if t.dtype == torch.float64 else 1e-6
     short = labelled & (found.value < floor - tolerance)  # false where there is no bound
@@ -88,32 +86,30 @@ def project(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints
     wanted = torch.where(short, floor, ceiling)
     sweeps, reachable, open_rows = 1, found.value, short | long
     if bool(open_rows.any()):
-        start, end = torch.zeros_like(log_beta), torch.where(short, -LOG_BETAS, LOG_BETAS)
+        last = torch.where(short, 1 / HOTTEST, torch.where(long, HOTTEST, 1.0))
+        end = torch.where(short, 0, last)
         limit = entropy(*at(end))
         outside = torch.where(short, limit.value <= wanted, limit.value >= wanted) & open_rows
         missed = outside & ((limit.value - wanted).abs() > NATS)
         reachable = torch.where(missed, limit.value, reachable)
-        low = End(*(torch.where(short, a, b) for a, b in zip((end, *limit), (start, *found))))
-        high = End(*(torch.where(short, b, a) for a, b in zip((end, *limit), (start, *found))))
-        # From the uniform end, H = limit - beta^2 var / 2.
-        guess = end + 0.5 * torch.log(2 * (limit.value - wanted) / -limit.slope)
-        step = temper(low, high, wanted)
-        nearer = limit.value - wanted < wanted - found.value
-        step = torch.where(short & nearer & (guess > low.at) & (guess < high.at), guess, step)
-        log_beta = torch.where(outside, end, torch.where(open_rows, step, log_beta))
+        # Natively a floor's search starts without the slope here, which would cost a second sum.
+        start = End(beta, found.value, torch.where(short, torch.nan, found.slope))
+        low = End(*(torch.where(short, a, b) for a, b in zip((end, *limit), start)))
+        high = End(*(torch.where(short, b, a) for a, b in zip((end, *limit), start)))
+        beta = torch.where(outside, last, beta)
         open_rows = open_rows & ~outside
-        sweeps = 2
-        while True:
-            states, target, beta = at(log_beta)
+        sweeps = 3 if bool((open_rows & long).any()) else 2
+        while bool(open_rows.any()) and sweeps < SWEEPS:
+            beta = torch.where(open_rows, temper(low, high, wanted).clamp(min=1 / HOTTEST), beta)
+            found = entropy(*at(beta))
             sweeps += 1
-            found = entropy(states, target, beta)
             open_rows = open_rows & ((found.value - wanted).abs() > tolerance)
-            if sweeps >= SWEEPS or not bool(open_rows.any()):
-                break
-            here, above = End(log_beta, *found), found.value > wanted
-            low = End(*(torch.where(above, a, b) for a, b in zip(here, low)))
-            high = End(*(torch.where(above, b, a) for a, b in zip(here, high)))
-            log_beta = torch.where(open_rows, temper(low, high, wanted), log_beta)
+            here, above = End(beta, *found), found.value > wanted
+            low = End(*(torch.where(open_rows & above, a, b) for a, b in zip(here, low)))
+            high = End(*(torch.where(open_rows & ~above, a, b) for a, b in zip(here, high)))
+        stuck = open_rows & ((found.value - wanted).abs() > NATS)  # then the side that meets the bound
+        beta = torch.where(stuck, torch.where(short, low.beta.clamp(min=1 / HOTTEST), high.beta), beta)
+        states, target, _ = at(beta)
         short, long = short & missed, long & missed
     logits, moved = torch.full_like(t, NOTHING), torch.zeros_like(beta)
     total = torch.logaddexp(torch.logaddexp(*(log_mass(s, beta) for s in states[:2])), log_mass(states[2], beta))

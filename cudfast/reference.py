@@ -216,12 +216,12 @@ def masses(near: Tensor, wrong: Tensor, rest: Tensor, low: Tensor, high: Tensor)
 
 
 class TemperedState(NamedTuple):
-    """Sums of one set of classes at inverse temperature beta, x = beta (t - m).                        [tempered]"""
+    """Sums of one set of classes at inverse temperature beta, x = t - m.                              [tempered]"""
 
     m: Tensor  # (N,) maximum
-    z: Tensor  # (N,) sum exp(x)
-    e: Tensor  # (N,) sum exp(x) x
-    v: Tensor  # (N,) sum exp(x) x^2
+    z: Tensor  # (N,) sum exp(beta x)
+    e: Tensor  # (N,) sum exp(beta x) x
+    v: Tensor  # (N,) sum exp(beta x) x^2
 
 
 class TemperedSums(NamedTuple):
@@ -230,9 +230,14 @@ class TemperedSums(NamedTuple):
     v: Tensor
 
 
-def tempered_fold(x: Tensor) -> TemperedSums:
-    """Sums over the last axis of x = beta (t - m) (N, V)."""
-    p, x = x.exp(), torch.where(x > NOTHING, x, 0)
+NEVER = -1e8  # a class this far below the largest of its set never happens, however near beta comes to 0
+
+
+def tempered_fold(x: Tensor, beta: Tensor) -> TemperedSums:
+    """Sums over the last axis of x = t - m (N, V); beta (N, 1). Where it is 0, a class that can happen weighs 1."""
+    there = x > NEVER
+    p = torch.where(beta == 0, there.to(x.dtype), (beta * x).exp())
+    x = torch.where(there, x, 0)
     return TemperedSums(p.sum(-1), (p * x).sum(-1), (p * x * x).sum(-1))
 
 
@@ -243,53 +248,72 @@ def log_mass(state: TemperedState, beta: Tensor) -> Tensor:
 
 class Entropy(NamedTuple):
     value: Tensor  # (N,) nats
-    slope: Tensor  # (N,) with respect to log beta
+    slope: Tensor  # (N,) with respect to beta^2
 
 
 def entropy(sets: tuple[TemperedState, ...], target: Masses, beta: Tensor) -> Entropy:
-    """H = sum M (h - log M) over N, W and the rest, h the entropy within; its slope is minus a variance.     [entropy]
+    """H = sum M (h - log M) over N, W and the rest, h the entropy within.                              [entropy]
 
-    The variance of beta t, within a set whose mass is bound, and over the union of the sets that share the rest.
+    Its slope with respect to beta^2 is minus half a variance of t: within a set whose mass is bound, and over the union
+    of the sets that share what is left.
     """
-    value, slope, shared, mean = (torch.zeros_like(beta) for _ in range(4))
+    value, variance, shared, mean = (torch.zeros_like(beta) for _ in range(4))
     parts = []
     for state, log_m, binds in zip(sets, target[:3], (target.near_binds, target.wrong_binds, None)):
         there = (state.z > 0) & (log_m > NOTHING)
         m = torch.where(there, log_m.exp(), 0)
         z = torch.where(state.z > 0, state.z, 1)
         centre = state.e / z
-        value = value + torch.where(there, m * (z.log() - centre - log_m), 0)
-        slope = slope - m * (state.v / z - centre * centre)
+        value = value + torch.where(there, m * (z.log() - beta * centre - log_m), 0)
+        variance = variance + m * (state.v / z - centre * centre)
         free = m if binds is None else torch.where(binds, 0, m)
-        at = torch.where(there, beta * state.m + centre, 0)
+        at = torch.where(there, state.m + centre, 0)
         shared, mean = shared + free, mean + free * at
         parts.append((free, at))
     mean = torch.where(shared > 0, mean / shared, 0)
     for free, at in parts:
-        slope = slope - free * (at - mean) ** 2
-    return Entropy(value, slope)
+        variance = variance + free * (at - mean) ** 2
+    return Entropy(value, -variance / 2)
 
 
 class End(NamedTuple):
     """An end of a bracket around the temperature that is looked for."""
 
-    at: Tensor  # (N,) log beta
+    beta: Tensor  # (N,)
     value: Tensor  # (N,) entropy
-    slope: Tensor  # (N,)
+    slope: Tensor  # (N,) NaN where nobody has summed it
 
 
 def temper(low: End, high: End, wanted: Tensor) -> Tensor:
-    """The next log beta between two ends, the entropy above `wanted` at `low`, below it at `high`.          [temper]
+    """The next beta between two ends, the entropy above `wanted` at `low`, below it at `high`.          [temper]
 
-    Newton's step from the end whose entropy is nearer, if it stays in that end's half of the bracket; else the same
-    from the other end; else the middle.
+    Over beta^2 the entropy of normal logits is a straight line. So the first choice is the cubic through both ends,
+    beta^2 as a function of the entropy, wherever its slopes say that it is monotone; an unknown slope makes it a
+    parabola. Else a Newton step that stays in its end's half of the bracket, from the end whose entropy is nearer if it
+    does: in log(H - H_high) where that is small, since entropy dies exponentially, else in log(beta). Else the middle.
     """
-    from_low, from_high = (end.at - (end.value - wanted) / end.slope for end in (low, high))
-    middle = (low.at + high.at) / 2
-    low_good, high_good = (from_low > low.at) & (from_low <= middle), (from_high < high.at) & (from_high >= middle)
-    low_first = (low.value - wanted).abs() < (high.value - wanted).abs()
-    use_low = low_good & (low_first | ~high_good)
-    return torch.where(use_low, from_low, torch.where(high_good, from_high, middle))
+    drop, left = low.value - high.value, wanted - high.value
+    above = drop - left
+    u = low.beta * low.beta
+    width = high.beta * high.beta - u
+    w, at_low, known = above / drop, -drop / (width * low.slope), -drop / (width * high.slope)
+    at_high = torch.where(known.isnan(), 2 - at_low, known)
+    s = w * (at_low + w * ((3 - 2 * at_low - at_high) + w * (at_low + at_high - 2)))
+    smooth = (at_low >= 0) & (at_low <= 2) & (at_high >= 0) & (at_high <= 2) & (s > 0) & (s < 1)
+
+    middle = torch.where(low.beta > 0, torch.sqrt(low.beta * high.beta), high.beta / 4)
+    from_low = torch.where(
+        left < above,
+        low.beta + torch.log(left / drop) * drop / (2 * low.beta * low.slope),
+        low.beta * torch.exp(-above / (2 * u * low.slope)),
+    )
+    from_low = torch.where(low.beta > 0, from_low, torch.sqrt(-above / low.slope))
+    from_high = high.beta * torch.exp(left / (2 * high.beta * high.beta * high.slope))
+    low_good = (from_low > low.beta) & (from_low <= middle)
+    high_good = (from_high < high.beta) & (from_high >= middle)
+    use_low = low_good & ((above < left) | ~high_good)
+    step = torch.where(use_low, from_low, torch.where(high_good, from_high, middle))
+    return torch.where(smooth, torch.sqrt(u + s * width), step)
 
 
 # ---- csrc/row/terms.h ----

@@ -39,7 +39,7 @@ def student_state(rng: random.Random, first: int) -> list[float]:
     t, s = [draw(rng, True) for _ in range(3)], [draw(rng, True) for _ in range(3)]
     m_t, m_s = max(t), max(s)
     c_t, c_s = (0 if m == -INF else m for m in (m_t, m_s))
-    z, s_tau, a, s1, z1, impossible = row.student_fold([x - c_t for x in t], [x - c_s for x in s], 0.5)
+    z, s_tau, a, s1, z1, impossible, _ = row.student_fold([x - c_t for x in t], [x - c_s for x in s], 0.5)
     k = t.index(m_t)
     label = rng.randrange(4)
     at_label = (t[label], s[label]) if label < 3 else (-INF, -INF)
@@ -60,7 +60,9 @@ def test_student_fold(seed: int) -> None:
     dt, ds = ([-abs(draw(rng, True)) for _ in range(7)] for _ in range(2))
     inv_tau = rng.uniform(0.1, 2)
     sums = reference.student_fold(torch.tensor([dt], dtype=f64), torch.tensor([ds], dtype=f64), inv_tau)
-    same(row.student_fold(dt, ds, inv_tau), sums)
+    *got, e_one = row.student_fold(dt, ds, inv_tau)
+    same(got, sums)
+    assert e_one == pytest.approx(sum(math.exp(x) * x for x in dt if x > -INF), rel=1e-12, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -174,19 +176,19 @@ def test_masses(seed: int) -> None:
 
 
 def tempered(rng: random.Random, beta: float) -> list[float]:
-    t = [draw(rng, True) for _ in range(rng.choice([0, 1, 4]))]
+    t = [rng.choice([draw(rng, True)] * 9 + [-1e9]) for _ in range(rng.choice([0, 1, 4]))]
     m = max(t, default=-INF)
     m = 0.0 if m == -INF else m
-    x = [beta * (v - m) for v in t]
-    sums = reference.tempered_fold(torch.tensor([x], dtype=f64))
-    same(row.tempered_fold(x), sums)
+    x = [v - m for v in t]
+    sums = reference.tempered_fold(torch.tensor([x], dtype=f64), torch.tensor([[beta]], dtype=f64))
+    same(row.tempered_fold(x, beta), sums)
     return [m, *(float(v) for v in sums)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_entropy(seed: int) -> None:
     rng = random.Random(seed)
-    beta = rng.choice([1.0, 1e-3, 0.4, 7.0])
+    beta = rng.choice([1.0, 1e-3, 0.4, 7.0, 0.0])
     sets = [tempered(rng, beta) for _ in range(3)]
     states = tuple(reference.TemperedState(*tensors(s)) for s in sets)
     b = torch.tensor([beta], dtype=f64)
@@ -200,13 +202,26 @@ def test_entropy(seed: int) -> None:
     same(got, found, 1e-10)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(300))
 def test_temper(seed: int) -> None:
     rng = random.Random(seed)
-    low, high = [-3.0, rng.uniform(1, 3), -rng.expovariate(1)], [0.5, rng.uniform(0, 1), -rng.expovariate(1)]
+    slope = [-rng.lognormvariate(0, 3) for _ in range(2)]
+    if seed % 4 == 0:
+        slope[1] = math.nan
+    low = [rng.choice([0.0, 0.1, 0.4]), rng.uniform(1, 3), slope[0]]
+    high = [rng.choice([0.5, 1.0, 1e6]), rng.uniform(0, 1), slope[1]]
     step = reference.temper(reference.End(*tensors(low)), reference.End(*tensors(high)), *tensors([1.0]))
     same([row.temper(low, high, 1.0)], (step,))
-    assert -3 < float(step) < 0.5
+    assert low[0] < float(step) < high[0]
+
+
+def test_temper_is_exact_where_the_entropy_is_a_line_or_a_parabola_over_its_variable() -> None:
+    for at in (0.1, 0.5, 0.9):  # H = 5 - 3 u: one step, with or without the slope at the far end
+        for slope in (-3.0, math.nan):
+            assert row.temper([0.0, 5.0, -3.0], [1.0, 2.0, slope], 5 - 3 * at) == pytest.approx(math.sqrt(at))
+    entropy = [(1 - u) * (3 - u) for u in (0.0, 0.5)]  # u = 2 - sqrt(1 + H)
+    found = row.temper([0.0, entropy[0], -4.0], [math.sqrt(0.5), entropy[1], -3.0], 2.0)
+    assert found**2 == pytest.approx(2 - math.sqrt(3), abs=2e-3)
 
 
 @pytest.mark.parametrize(("ignored", "labelled"), [(False, False), (False, True), (True, False), (True, True)])

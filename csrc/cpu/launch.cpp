@@ -108,15 +108,14 @@ struct RowWork {
 
   State state(const Matrix& g) {
     own.parts.resize(static_cast<size_t>(plan.blocks));
-    each_block(threads, loss.rows.classes, [&](int64_t i, int64_t column, int n) {
+    const auto fold = [&](int64_t i, int64_t column, int n) {
       own.parts[static_cast<size_t>(i)] = loss.fold(row, column, n, kept_at(i, g));
-    });
-    const int64_t again = loss.again(row, own.parts);
-    if (again >= 0) {
-      const int64_t column = again * kBlock;
-      const int n = static_cast<int>(std::min<int64_t>(kBlock, loss.rows.classes - column));
-      own.parts[static_cast<size_t>(again)] = loss.fold(row, column, n, kept_at(again, g));
-    }
+    };
+    int64_t again = kEvery;
+    do {
+      again == kEvery ? each_block(threads, loss.rows.classes, fold) : one_block(again, loss.rows.classes, fold);
+      again = loss.again(row, threads, own.parts);
+    } while (again != kNone);
     State whole = own.parts[0];
     for (size_t i = 1; i < own.parts.size(); ++i) whole = loss.merged(row, whole, own.parts[i]);
     loss.complete(row, whole);
@@ -157,7 +156,7 @@ void run(const Loss& loss, const Outputs& out) {
       if (out.gradient.data) clear(out.gradient, row, 0, rows.padded);
       return;
     }
-    auto&& own = loss.prepared(row, threads, nullptr);
+    auto&& own = loss.prepared(row, nullptr);
     RowWork<std::remove_reference_t<decltype(own)>> work{own, p, row, threads, scratch<typename Loss::State>()};
     if (out.gradient.data && loss.keeps(row)) work.kept = room_for_exponentials(work.own, p, loss.wide ? 8 : 4);
     const typename Loss::State state = work.state(out.gradient);
@@ -184,7 +183,7 @@ void run_gradient(const Loss& loss, Upstream upstream, const Outputs& from) {
     if (rows.ignored(row)) return clear(from.gradient, row, 0, rows.padded);
     const double scale = upstream.data ? get(upstream.data, loss.wide, upstream.per_row ? row : 0) : 1.0;
     const typename Loss::State state = loss.unpack(row, from);
-    auto&& own = loss.prepared(row, threads, &state);
+    auto&& own = loss.prepared(row, &state);
     const RowWork<std::remove_reference_t<decltype(own)>> work{own, p, row, threads, scratch<typename Loss::State>()};
     work.gradient(state, loss.finish_row(row, state, scale), from.gradient);
   });

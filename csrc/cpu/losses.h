@@ -50,6 +50,9 @@ inline double share(double weight, double divisor) { return divisor > 0 ? weight
 constexpr int64_t kFetchColumns = 1 << 16;  // f32: 1.25 MiB in all
 constexpr int64_t kFetchAhead = 256;
 
+// What again() says of the blocks of a row once all are folded: one that has to be folded again, or these.
+constexpr int64_t kNone = -1, kEvery = -2;
+
 struct StudentLossOfRows {
   using State = StudentState<double>;
   static constexpr int columns = kStudentColumns;
@@ -79,13 +82,16 @@ struct StudentLossOfRows {
             gradient.dtype};
   }
 
-  const StudentLossOfRows& prepared(int64_t, int, const State*) const { return *this; }
-  int64_t again(int64_t, const std::vector<State>&) const { return -1; }
+  const StudentLossOfRows& prepared(int64_t, const State*) const { return *this; }
+  int64_t again(int64_t, int, const std::vector<State>&) const { return kNone; }
 
   State fold(int64_t row, int64_t column, int n, Kept kept) const { return fold(block(row, column, n, kept), column); }
   State fold(const StudentBlock& b, int64_t column) const {
     StudentBlockState part;
     sweeps().student_state(b, part);
+    return state_of(part, column);
+  }
+  static State state_of(const StudentBlockState& part, int64_t column) {
     State state;
     state.m_t = part.m_t;
     state.m_s = part.m_s;
@@ -218,8 +224,8 @@ struct TeacherLossOfRows {
     return {rows.logits.at(row, column), rows.logits.dtype, wide, n};
   }
 
-  const TeacherLossOfRows& prepared(int64_t, int, const State*) const { return *this; }
-  int64_t again(int64_t, const std::vector<State>&) const { return -1; }
+  const TeacherLossOfRows& prepared(int64_t, const State*) const { return *this; }
+  int64_t again(int64_t, int, const std::vector<State>&) const { return kNone; }
 
   State fold(int64_t row, int64_t column, int n, Kept) const {
     TeacherBlockState part;

@@ -12,13 +12,14 @@
 namespace cudfast {
 namespace {
 
-constexpr int kSweeps = 12;                       // over the teacher's row, while its temperature is looked for
-constexpr double kNats = 1e-5;                    // how far the entropy may stay from its bound
-constexpr double kLogBetas = 13.815510557964274;  // log 1e6: beta = 1 / T lies in [1e-6, 1] or in [1, 1e6]
+constexpr int kSweeps = 12;       // over the teacher's row, while its temperature is looked for
+constexpr double kNats = 1e-5;    // how far the entropy may stay from its bound
+constexpr double kHottest = 1e6;  // T is looked for up to here, down to its inverse
 
 struct ProjectedState : StudentState<double> {
   double beta = 1, centre = 0;           // the teacher's logits are seen as t' = beta (t - centre)
   double near = 0, wrong = 0, rest = 0;  // log of the target at each set's maximum, relative to the largest of them
+  double e_one = 0;                      // of a block: sum exp(t - m_t) (t - m_t)
   double confidence = 0, prob = 0;       // the teacher's probability of its top-1 and of the label
   double target = 0, moved = 0;          // the label's after calibration; mass that changed sets
   double relaxed = 0;                    // a bound was out of reach
@@ -41,7 +42,8 @@ struct ProjectedLossOfRows {
     const int64_t* end = nullptr;
     // Memory for the logits, in the computing type: the teacher's, t' - m once seen; and the student's.
     std::vector<double> t, s;
-    double m = 0;  // the largest t'
+    double top = 0;  // the largest logit, or 0 where there is none
+    double m = 0;    // the largest t'
 
     int64_t size() const { return static_cast<int64_t>(t.size()); }
   };
@@ -50,8 +52,9 @@ struct ProjectedLossOfRows {
   bool wrong_is_k = false;      // the wrong set is the top-1 alone
   int64_t k = 0;                // the teacher's top-1, when somebody asks
   View view;
-  double log_total = 0;  // log sum exp t at T = 1, when the temperature was looked for
-  bool tempered = false, out_of_reach = false;
+  double log_total = 0;  // log sum exp t at T = 1, where the entropy is bound
+  bool out_of_reach = false;
+  enum { unknown, with_top1, settled } stage = unknown;  // see again()
 
   ProjectedLossOfRows(const StudentLossOfRows& of, std::atomic<int64_t>* first_unmet)
       : base(of), rows(of.rows), wide(of.wide), statistics(of.statistics), unmet(first_unmet) {
@@ -87,30 +90,18 @@ struct ProjectedLossOfRows {
     return rows.labelled(row) && !(std::isnan(bound(row, 2)) && std::isnan(bound(row, 3)));
   }
 
-  // The maximum of each block of the teacher's row, through the view.
-  std::vector<double> highest(int64_t row, int threads) const {
-    std::vector<double> found(static_cast<size_t>(blocks_of(rows.classes)));
-    each_block(threads, rows.classes, [&](int64_t i, int64_t column, int n) {
-      found[static_cast<size_t>(i)] = sweeps().highest(teacher(row, column, n), part_of_view(column, n));
-    });
-    return found;
-  }
-
-  // The same loss for one row: its sets, the temperature of its target. `packed`: what an earlier call found.
-  ProjectedLossOfRows prepared(int64_t row, int threads, const State* packed) const {
+  // The same loss for one row and its sets. `packed`: what an earlier call found.
+  ProjectedLossOfRows prepared(int64_t row, const State* packed) const {
     ProjectedLossOfRows own = *this;
     own.find_sets(row);
     if (packed) {
       own.view.beta = packed->beta;
       own.view.centre = packed->centre;
       own.set_top1(row, packed->k);
-    } else if (bounds_entropy(row)) {
-      std::vector<double> high = own.highest(row, threads);
-      const int64_t again = own.find_top1(row, high);
-      if (again >= 0) high = own.highest(row, threads);
-      own.find_temperature(row, threads, *std::max_element(high.begin(), high.end()));
+      own.gather(row);
+      own.see();
+      own.stage = settled;
     }
-    for (Set& set : own.sets) own.see(set);
     return own;
   }
 
@@ -120,39 +111,43 @@ struct ProjectedLossOfRows {
     const int64_t* y = rows.labels + row;
     near[0] = c.near.offsets ? c.near.indices + c.near.offsets[*y] : y;
     near[1] = c.near.offsets ? c.near.indices + c.near.offsets[*y + 1] : y + 1;
-    if (!std::isnan(bound(row, 0))) set_to(row, 0, near[0], near[1]);
+    if (!std::isnan(bound(row, 0))) set_to(0, near[0], near[1]);
     if (!std::isnan(bound(row, 1)) && c.wrong.offsets) {
-      set_to(row, 1, c.wrong.indices + c.wrong.offsets[*y], c.wrong.indices + c.wrong.offsets[*y + 1]);
+      set_to(1, c.wrong.indices + c.wrong.offsets[*y], c.wrong.indices + c.wrong.offsets[*y + 1]);
     }
   }
 
-  void set_to(int64_t row, int i, const int64_t* from, const int64_t* to) {
-    Set& set = sets[i];
-    set.begin = from;
-    set.end = to;
-    set.t.resize(static_cast<size_t>(to - from));
-    set.s.resize(set.t.size());
+  void set_to(int i, const int64_t* from, const int64_t* to) {
+    sets[i].begin = from;
+    sets[i].end = to;
+  }
+
+  // Reads the members of the sets, after the sweep has brought the row into a cache.
+  void gather(int64_t row) {
     const Element teacher_row(rows.target, row), student_row(rows.logits, row);
-    for (int64_t j = 0; j < set.size(); ++j) {
-      put(set.t.data(), wide, j, teacher_row.load(from[j]));
-      put(set.s.data(), wide, j, student_row.load(from[j]));
+    for (int i = 0; i < 2; ++i) {
+      Set& set = sets[i];
+      set.t.resize(static_cast<size_t>(end(i) - begin(i)));
+      set.s.resize(set.t.size());
+      double top = kNothing<double>;
+      for (int64_t j = 0; j < set.size(); ++j) {
+        const double t = teacher_row.load(begin(i)[j]);
+        put(set.t.data(), wide, j, t);
+        put(set.s.data(), wide, j, student_row.load(begin(i)[j]));
+        top = max(top, t);
+      }
+      set.top = top == kNothing<double> ? 0 : top;
     }
-  }
-
-  // The largest of the teacher's logits, or 0 where there is none.
-  double centre_of(const Set& set) const {
-    double top = kNothing<double>;
-    for (int64_t j = 0; j < set.size(); ++j) top = max(top, get(set.t.data(), wide, j));
-    return top == kNothing<double> ? 0 : top;
   }
 
   // t becomes t' relative to the set's own maximum, so that a large beta costs no digits.
-  void see(Set& set) const {
-    const double top = centre_of(set);
-    for (int64_t j = 0; j < set.size(); ++j) {
-      put(set.t.data(), wide, j, view.beta * (get(set.t.data(), wide, j) - top));
+  void see() {
+    for (Set& set : sets) {
+      for (int64_t j = 0; j < set.size(); ++j) {
+        put(set.t.data(), wide, j, view.beta * (get(set.t.data(), wide, j) - set.top));
+      }
+      set.m = seen(set.top);
     }
-    set.m = seen(top);
   }
 
   // f(first member, members) for the blocks of a set.
@@ -176,60 +171,88 @@ struct ProjectedLossOfRows {
     return b;
   }
 
-  // The top-1 is the wrong class where that is asked for and it is not near; then its block must be looked at again.
-  int64_t set_top1(int64_t row, int64_t top1) {
+  // The top-1 is the wrong class where that is asked for and it is not near.
+  void set_top1(int64_t row, int64_t top1) {
     k = top1;
     wrong_is_k = wants_top1(row) && !std::binary_search(near[0], near[1], k);
-    if (!wrong_is_k) return -1;
-    set_to(row, 1, &k, &k + 1);
-    return k / kBlock;
   }
 
   // From the maxima of the rest's blocks, and the sets. Ties go to the lowest index.
-  int64_t find_top1(int64_t row, const std::vector<double>& high) {
-    const int64_t best = std::max_element(high.begin(), high.end()) - high.begin();
-    double top = high[static_cast<size_t>(best)];
+  int64_t find_top1(int64_t row, const std::vector<State>& parts) const {
+    const auto lower = [](const State& a, const State& b) { return a.m_t < b.m_t; };
+    const int64_t best = std::max_element(parts.begin(), parts.end(), lower) - parts.begin();
+    double top = parts[static_cast<size_t>(best)].m_t;
     const Element teacher_row(rows.target, row);
     const int n = static_cast<int>(std::min<int64_t>(kBlock, rows.classes - best * kBlock));
     int64_t found = best * kBlock + sweeps().find(rows.target.at(row, best * kBlock), rows.target.dtype, wide, n, top);
     for (int i = 0; i < 2; ++i) {
-      for (int64_t j = 0; j < sets[i].size(); ++j) {
-        const int64_t column = begin(i)[j];
-        const double t = teacher_row.load(column);
-        if (t > top || (t == top && column < found)) {
+      for (const int64_t* column = begin(i); column != end(i); ++column) {
+        const double t = teacher_row.load(*column);
+        if (t > top || (t == top && *column < found)) {
           top = t;
-          found = column;
+          found = *column;
         }
       }
     }
-    return set_top1(row, found);
+    return found;
   }
 
-  // After the blocks were folded: the block that must be folded again because the top-1 is summed apart, or -1.
-  int64_t again(int64_t row, const std::vector<State>& parts) {
-    if (view.beta != 1 || bounds_entropy(row) || !(wants_top1(row) || statistics)) return -1;
-    std::vector<double> high;
-    for (const State& part : parts) high.push_back(part.m_t);
-    const int64_t block = find_top1(row, high);
-    if (block >= 0) see(sets[1]);
-    return block;
+  // After blocks were folded, as they are: the block that has to be folded again because the top-1 is summed apart; or
+  // kEvery, because the row is to be seen at another temperature; or kNone.
+  int64_t again(int64_t row, int threads, const std::vector<State>& parts) {
+    if (stage == unknown) {
+      stage = with_top1;
+      if (wants_top1(row) || statistics) set_top1(row, find_top1(row, parts));
+      if (wrong_is_k) return k / kBlock;
+    }
+    if (stage == settled) return kNone;
+    stage = settled;
+    gather(row);
+    if (bounds_entropy(row)) find_temperature(row, threads, parts);
+    see();
+    return view.beta == 1 ? kNone : kEvery;
   }
 
   double seen(double t) const { return view.beta == 1 ? t : view.beta * (t - view.centre); }
 
   // ---- The temperature at which the entropy meets its bound ----
 
-  Entropy<double> entropy_at(int64_t row, int threads, double log_beta, double* total) {
-    const double beta = std::exp(log_beta);
+  // At temperature 1, from the fold that has been.
+  Entropy<double> entropy_as_it_is(int64_t row, const std::vector<State>& parts) {
+    TeacherState<double> sums[3];
+    for (int i = 0; i < 2; ++i) {
+      each_part(sets[i], [&](int64_t j, int n) {
+        TeacherBlockState part;
+        sweeps().teacher_state(teacher(sets[i], j, n), part);
+        sums[i] = merge(sums[i], {part.m, part.z, part.e});
+      });
+    }
+    for (const State& part : parts) sums[2] = merge(sums[2], {part.m_t, part.z_one, part.e_one});
+    view.centre = sums[2].m == kNothing<double> ? 0 : sums[2].m;
     TemperedState<double> states[3];
+    for (int i = 0; i < 3; ++i) states[i] = {i < 2 ? sets[i].top : view.centre, sums[i].z, sums[i].e};
+    log_total = log_add(log_add(log_mass(states[0], 1.0), log_mass(states[1], 1.0)), log_mass(states[2], 1.0));
+    Entropy<double> found = entropy_of(row, states, 1);
+    found.slope = std::numeric_limits<double>::quiet_NaN();
+    return found;
+  }
+
+  Entropy<double> entropy_at(int64_t row, int threads, double beta) const {
+    TemperedState<double> states[3];
+    for (int i = 0; i < 3; ++i) states[i].m = i < 2 ? sets[i].top : view.centre;
+    const auto add = [](TemperedState<double>& to, const TemperedBlockSums& part) {
+      to.z += part.z;
+      to.e += part.e;
+      to.v += part.v;
+    };
     for (int i = 0; i < 2; ++i) {
       View around;
-      around.centre = states[i].m = centre_of(sets[i]);
+      around.centre = sets[i].top;
       around.beta = beta;
       each_part(sets[i], [&](int64_t j, int n) {
         TemperedBlockSums part;
         sweeps().tempered(teacher(sets[i], j, n), around, part);
-        states[i] = {states[i].m, states[i].z + part.z, states[i].e + part.e, states[i].v + part.v};
+        add(states[i], part);
       });
     }
     std::vector<TemperedBlockSums> parts(static_cast<size_t>(blocks_of(rows.classes)));
@@ -238,50 +261,48 @@ struct ProjectedLossOfRows {
       part.beta = beta;
       sweeps().tempered(teacher(row, column, n), part, parts[static_cast<size_t>(i)]);
     });
-    states[2].m = view.centre;
-    for (const TemperedBlockSums& part : parts) {
-      states[2].z += part.z;
-      states[2].e += part.e;
-      states[2].v += part.v;
-    }
-    const double near = log_mass(states[0], beta), wrong = log_mass(states[1], beta), rest = log_mass(states[2], beta);
-    if (total) *total = log_add(log_add(near, wrong), rest);
-    return entropy(states, masses(near, wrong, rest, low(row), high(row)), beta);
+    for (const TemperedBlockSums& part : parts) add(states[2], part);
+    return entropy_of(row, states, beta);
   }
 
-  void find_temperature(int64_t row, int threads, double top) {
-    view.centre = top == kNothing<double> ? 0 : top;
-    tempered = true;
+  Entropy<double> entropy_of(int64_t row, const TemperedState<double> (&states)[3], double beta) const {
+    const Masses<double> target =
+        masses(log_mass(states[0], beta), log_mass(states[1], beta), log_mass(states[2], beta), low(row), high(row));
+    return entropy(states, target, beta);
+  }
+
+  void find_temperature(int64_t row, int threads, const std::vector<State>& parts) {
     const double tolerance = wide ? 1e-12 : 5e-6;
-    const End<double> start{0, entropy_at(row, threads, 0, &log_total)};
+    End<double> start{1, entropy_as_it_is(row, parts)};
     const bool too_low = start.found.value < bound(row, 2) - tolerance;
     const bool too_high = start.found.value > bound(row, 3) + tolerance;
-    if (!too_low && !too_high) return leave_temperature(0);
+    if (!too_low && !too_high) return;
     const double wanted = too_low ? bound(row, 2) : bound(row, 3);
-    const double end = too_low ? -kLogBetas : kLogBetas;
-    const End<double> limit{end, entropy_at(row, threads, end, nullptr)};
+    const double last = too_low ? 1 / kHottest : kHottest;
+    const auto look = [&](double beta) { return End<double>{beta, entropy_at(row, threads, beta)}; };
+    End<double> limit = look(too_low ? 0 : last);
+    int sweep = 2;
     if (too_low ? limit.found.value <= wanted : limit.found.value >= wanted) {
+      view.beta = last;
       out_of_reach = std::fabs(limit.found.value - wanted) > kNats;
-      return leave_temperature(end);
+      return;
+    }
+    if (too_high) {  // far from where it started, the slope there is worth a sweep
+      start = look(1);
+      ++sweep;
     }
     End<double> low = too_low ? limit : start, high = too_low ? start : limit;
-    double log_beta = temper(low, high, wanted);
-    // From the uniform end, H = limit - beta^2 var / 2.
-    const double guess = end + 0.5 * std::log(2 * (limit.found.value - wanted) / -limit.found.slope);
-    const bool nearer = limit.found.value - wanted < wanted - start.found.value;
-    if (too_low && nearer && guess > low.at && guess < high.at) log_beta = guess;
-    for (int sweep = 2;;) {
-      const End<double> here{log_beta, entropy_at(row, threads, log_beta, nullptr)};
-      if (++sweep >= kSweeps || !(std::fabs(here.found.value - wanted) > tolerance)) break;
-      (here.found.value > wanted ? low : high) = here;
-      log_beta = temper(low, high, wanted);
+    while (true) {
+      const End<double> here = look(max(temper(low, high, wanted), 1 / kHottest));
+      view.beta = here.beta;
+      const double missed = here.found.value - wanted;
+      if (!(std::fabs(missed) > tolerance)) return;
+      (missed > 0 ? low : high) = here;
+      if (++sweep < kSweeps) continue;
+      if (std::fabs(missed) > kNats)
+        view.beta = too_low ? max(low.beta, 1 / kHottest) : high.beta;  // the side that meets it
+      return;
     }
-    leave_temperature(log_beta);
-  }
-
-  void leave_temperature(double log_beta) {
-    view.beta = std::exp(log_beta);
-    if (view.beta == 1) view.centre = 0;
   }
 
   // ---- What the driver calls ----
@@ -293,8 +314,13 @@ struct ProjectedLossOfRows {
   }
 
   State fold(int64_t row, int64_t column, int n, Kept kept) const {
+    StudentBlock b = block(row, column, n, kept);
+    if (stage != settled && bounds_entropy(row)) b.ones = 3;
+    StudentBlockState part;
+    sweeps().student_state(b, part);
     State state;
-    static_cast<StudentState<double>&>(state) = base.fold(block(row, column, n, kept), column);
+    static_cast<StudentState<double>&>(state) = base.state_of(part, column);
+    state.e_one = part.e_one;
     return state;
   }
 
@@ -353,7 +379,7 @@ struct ProjectedLossOfRows {
     state.relaxed = target.no_near || target.all_wrong || out_of_reach;
     if (state.relaxed != 0 && !rows.constraints.relax) report(row);
     if (!statistics) return;
-    const double log_all = tempered ? log_total : total;
+    const double log_all = view.beta == 1 ? total : log_total;
     state.confidence = std::exp(load(rows.target, row, k) - log_all);
     if (!rows.labelled(row)) return;
     const int set = begin(0) != end(0) ? 0 : 2;  // where the label is

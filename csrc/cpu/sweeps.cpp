@@ -89,7 +89,7 @@ Lanes<T> only(Lanes<T> lanes, int valid) {
 
 template <class F>
 StudentSums<F> zero_student() {
-  return {F(0), F(0), F(0), F(0), F(0), F(0)};
+  return {F(0), F(0), F(0), F(0), F(0), F(0), F(0)};
 }
 template <class F>
 void add(StudentSums<F>& to, const StudentSums<F>& from) {
@@ -99,6 +99,7 @@ void add(StudentSums<F>& to, const StudentSums<F>& from) {
   to.s_one = to.s_one + from.s_one;
   to.z_one = to.z_one + from.z_one;
   to.impossible = max(to.impossible, from.impossible);
+  to.e_one = to.e_one + from.e_one;
 }
 template <class F>
 TeacherSums<F> zero_teacher() {
@@ -182,14 +183,17 @@ template <int N>
 struct Constant {
   static constexpr int value = N;
 };
+template <int Ones, class F>
+void with_power(int power, F f) {
+  if (power == 1) return f(Constant<1>{}, Constant<Ones>{});
+  if (power == 2) return f(Constant<2>{}, Constant<Ones>{});
+  if (power == 4) return f(Constant<4>{}, Constant<Ones>{});
+  return f(Constant<0>{}, Constant<Ones>{});
+}
 template <class F>
 void with_temperature(int power, int ones, F f) {
-  if (power == 1) return f(Constant<1>{}, Constant<2>{});
-  if (power == 2) return f(Constant<2>{}, Constant<2>{});
-  if (power == 4) return f(Constant<4>{}, Constant<2>{});
-  if (ones == 0) return f(Constant<0>{}, Constant<0>{});
-  if (ones == 1) return f(Constant<0>{}, Constant<1>{});
-  return f(Constant<0>{}, Constant<2>{});
+  if (power > 0 || ones == 2) return with_power<2>(power, f);
+  return ones == 0 ? f(Constant<0>{}, Constant<0>{}) : f(Constant<0>{}, Constant<1>{});
 }
 
 template <class T>
@@ -202,7 +206,7 @@ void student_state(const StudentBlock& b, StudentBlockState& out) {
   if (rt.high == kApart<T>) rt.high = kNothing<T>;
   if (holes && !b.view.plain()) Columns<T>::mask(t_buffer, b.view, kNothing<T>);  // a class apart is not impossible
   const T m_s = rs.centre(), m_t = rt.centre();
-  with_temperature(b.power, b.ones, [&](auto p, auto ones) {
+  const auto sum = [&](auto p, auto ones) {
     constexpr int P = decltype(p)::value, Ones = decltype(ones)::value;
     constexpr bool can_keep = P > 0;
     StudentSums<Lanes<T>> sums;
@@ -213,9 +217,11 @@ void student_state(const StudentBlock& b, StudentBlockState& out) {
       sums = holes ? student_sums<T, P, Ones, true, false>(b, s, t, m_s, m_t)
                    : student_sums<T, P, Ones, false, false>(b, s, t, m_s, m_t);
     }
-    out = {rt.high,       rs.high,           total(sums.z_tau), total(sums.s_tau),
-           total(sums.a), total(sums.s_one), total(sums.z_one), total(sums.impossible) > 0 ? 1.0 : 0.0};
-  });
+    out = {rt.high,          rs.high,           total(sums.z_tau), total(sums.s_tau),
+           total(sums.a),    total(sums.s_one), total(sums.z_one), total(sums.impossible) > 0 ? 1.0 : 0.0,
+           total(sums.e_one)};
+  };
+  b.ones == 3 ? with_power<3>(b.power, sum) : with_temperature(b.power, b.ones, sum);
 }
 
 // Writes body(i) for every whole vector of a block and tail() for the last, partial one, in the gradient's own type.
@@ -327,13 +333,6 @@ void teacher_gradient(const TeacherBlock& b, const TeacherBlockMap& m) {
       [&] { return element(c, z.last() - centre, inv_z, log_z); });
 }
 
-template <class T>
-double highest(const TeacherBlock& b, const View& view) {
-  alignas(64) T buffer[kBlock];
-  const T high = range(Columns<T>(b.z, b.dtype, b.n, buffer, view)).high;
-  return high == kApart<T> ? kNothing<T> : high;
-}
-
 template <class F>
 void add(TemperedSums<F>& to, const TemperedSums<F>& from) {
   to.z = to.z + from.z;
@@ -341,18 +340,23 @@ void add(TemperedSums<F>& to, const TemperedSums<F>& from) {
   to.v = to.v + from.v;
 }
 
-// x = beta (t - centre) is made on the way; `view` only masks here.
+template <class T, bool Flat>
+TemperedSums<Lanes<T>> tempered_sums(const Columns<T>& t, T m, T inverse) {
+  using F = Lanes<T>;
+  const F centre(m), beta(inverse);
+  return accumulate<T>(
+      t.whole, t.rest, TemperedSums<F>{F(0), F(0), F(0)},
+      [&](auto& sums, int i) { fold<Flat>(sums, t.at(i) - centre, beta); },
+      [&](auto& sums) { fold<Flat>(sums, only(t.last() - centre, t.rest), beta); }, [](int) {});
+}
+
 template <class T>
 void tempered(const TeacherBlock& b, View view, TemperedBlockSums& out) {
-  using F = Lanes<T>;
-  const F centre(view.centre), beta(view.beta);
-  view.beta = 1;
+  const T centre = static_cast<T>(view.centre), beta = static_cast<T>(view.beta);
+  view.beta = 1;  // the columns stay as they are
   alignas(64) T buffer[kBlock];
   const Columns<T> t(b.z, b.dtype, b.n, buffer, view);
-  const auto sums = accumulate<T>(
-      t.whole, t.rest, TemperedSums<F>{F(0), F(0), F(0)},
-      [&](auto& to, int i) { fold<true>(to, (t.at(i) - centre) * beta); },
-      [&](auto& to) { fold<true>(to, only((t.last() - centre) * beta, t.rest)); }, [](int) {});
+  const auto sums = beta == 0 ? tempered_sums<T, true>(t, centre, beta) : tempered_sums<T, false>(t, centre, beta);
   out = {total(sums.z), total(sums.e), total(sums.v)};
 }
 
@@ -395,9 +399,6 @@ void teacher_state_any(const TeacherBlock& b, TeacherBlockState& out) {
 void teacher_gradient_any(const TeacherBlock& b, const TeacherBlockMap& m) {
   b.wide ? teacher_gradient<double>(b, m) : teacher_gradient<float>(b, m);
 }
-double highest_any(const TeacherBlock& b, const View& view) {
-  return b.wide ? highest<double>(b, view) : highest<float>(b, view);
-}
 void tempered_any(const TeacherBlock& b, const View& view, TemperedBlockSums& out) {
   b.wide ? tempered<double>(b, view, out) : tempered<float>(b, view, out);
 }
@@ -418,7 +419,6 @@ const Sweeps& CUDFAST_JOIN(sweeps_, CUDFAST_ISA)() {
                                    student_gradient_any,
                                    teacher_state_any,
                                    teacher_gradient_any,
-                                   highest_any,
                                    tempered_any,
                                    find_any,
                                    exp_all<float>,

@@ -34,7 +34,7 @@ struct StudentBlock {
   bool wide;  // compute in f64
   int n;      // <= kBlock
   int power;  // the temperature when it is 1, 2 or 4, else 0
-  int ones;   // temperature-1 sums wanted when power is 0: see row/state.h
+  int ones;   // temperature-1 sums wanted: see fold() in row/state.h
   double inv_tau;
   Kept kept;
   const char* g;  // null, or what will be written soon: fetched while there is arithmetic to do
@@ -44,7 +44,7 @@ struct StudentBlock {
 
 // Sums of a block around its own maxima.
 struct StudentBlockState {
-  double m_t, m_s, z_tau, s_tau, a, s_one, z_one, impossible;
+  double m_t, m_s, z_tau, s_tau, a, s_one, z_one, impossible, e_one;
 };
 
 // The map of the second sweep. `holes` zeroes classes where the student is -inf. From kept exponentials, which are
@@ -83,8 +83,7 @@ struct Sweeps {
   void (*student_gradient)(const StudentBlock&, const StudentBlockMap&);
   void (*teacher_state)(const TeacherBlock&, TeacherBlockState&);
   void (*teacher_gradient)(const TeacherBlock&, const TeacherBlockMap&);
-  // The teacher's logits alone, for a projection: their maximum, and their sums around b.view.centre.
-  double (*highest)(const TeacherBlock& b, const View& view);
+  // The teacher's logits alone, for a projection: their sums around view.centre at view.beta, which may be 0.
   void (*tempered)(const TeacherBlock& b, const View& view, TemperedBlockSums& out);
   int (*find)(const char* from, DType dtype, bool wide, int n, double value);  // first index that holds it, else 0
   void (*exp32)(const float* x, float* y, int64_t n);                          // for tests

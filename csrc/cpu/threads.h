@@ -35,13 +35,15 @@ void parallel(int threads, Schedule schedule, int64_t tasks, F task) {
 
 inline int64_t blocks_of(int64_t classes) { return (classes + kBlock - 1) / kBlock; }
 
-// f(block, first column, columns) for the blocks of a row.
+// f(block, first column, columns) for one block of a row, or for all.
+template <class F>
+void one_block(int64_t i, int64_t classes, F f) {
+  const int64_t column = i * kBlock;
+  f(i, column, static_cast<int>(classes - column < kBlock ? classes - column : kBlock));
+}
 template <class F>
 void each_block(int threads, int64_t classes, F f) {
-  parallel(threads, Schedule::same, blocks_of(classes), [&](int64_t i) {
-    const int64_t column = i * kBlock;
-    f(i, column, static_cast<int>(classes - column < kBlock ? classes - column : kBlock));
-  });
+  parallel(threads, Schedule::same, blocks_of(classes), [&](int64_t i) { one_block(i, classes, f); });
 }
 
 }  // namespace cudfast

@@ -46,6 +46,7 @@ struct StudentState {
 template <class F>
 struct StudentSums {
   F z_tau, s_tau, a, s_one, z_one, impossible;
+  F e_one;  // sum exp(t - m_t) (t - m_t); only a bound on the entropy needs it
 };
 
 // e^(x) from e^(x / P): temperatures 1, 2 and 4 need no second exponential.
@@ -66,7 +67,8 @@ struct Exponentials {
 };
 
 // Adds the columns held in dt = t - m_t and ds = s - m_s. P is the temperature when that is 1, 2 or 4, else 0, and then
-// Ones says which temperature-1 sums are wanted (0 none, 1 the student's, 2 both). Holes: some logit may be -inf.
+// Ones says which temperature-1 sums are wanted (0 none, 1 the student's, 2 both); 3 adds e_one, whatever P is. Holes:
+// some logit may be -inf.
 template <int P, int Ones, bool Holes, class F>
 inline Exponentials<F> fold(StudentSums<F>& sums, F dt, F ds, F inv_tau) {
   const F x = dt * inv_tau;
@@ -81,12 +83,18 @@ inline Exponentials<F> fold(StudentSums<F>& sums, F dt, F ds, F inv_tau) {
   sums.z_tau = sums.z_tau + e.teacher;
   sums.s_tau = sums.s_tau + e.student;
   sums.a = sums.a + e.teacher * excess;
+  F one = F(0);  // exp(dt)
   if constexpr (P > 0) {
+    one = power<P>(e.teacher);
     sums.s_one = sums.s_one + power<P>(e.student);
-    sums.z_one = sums.z_one + power<P>(e.teacher);
+    sums.z_one = sums.z_one + one;
   } else {
     if constexpr (Ones > 0) sums.s_one = sums.s_one + exp(ds);
-    if constexpr (Ones > 1) sums.z_one = sums.z_one + exp(dt);
+    if constexpr (Ones > 1) sums.z_one = sums.z_one + (one = exp(dt));
+  }
+  if constexpr (Ones > 2) {
+    if constexpr (Holes) dt = select(dt > F(kNothing<float>), dt, F(0));
+    sums.e_one = sums.e_one + one * dt;
   }
   return e;
 }

@@ -106,13 +106,13 @@ inline Masses<R> masses(R near, R wrong, R rest, R low, R high) {
   return target;
 }
 
-// Sums of one set of classes at inverse temperature beta, x = beta (t - m).                                [tempered]
+// Sums of one set of classes at inverse temperature beta, x = t - m.                                       [tempered]
 template <class R>
 struct TemperedState {
   R m = 0;  // maximum
-  R z = 0;  // sum exp(x)
-  R e = 0;  // sum exp(x) x
-  R v = 0;  // sum exp(x) x^2
+  R z = 0;  // sum exp(beta x)
+  R e = 0;  // sum exp(beta x) x
+  R v = 0;  // sum exp(beta x) x^2
 };
 
 template <class F>
@@ -120,10 +120,20 @@ struct TemperedSums {
   F z, e, v;
 };
 
-template <bool Holes, class F>
-inline void fold(TemperedSums<F>& sums, F x) {
-  const F p = exp(x);
-  if constexpr (Holes) x = select(x > F(kNothing<float>), x, F(0));
+// A class this far below the largest of its set never happens, however near beta comes to 0.
+constexpr float kNever = -1e8f;
+
+// Flat: at beta = 0, where every class that can happen weighs 1.
+template <bool Flat, class F>
+inline void fold(TemperedSums<F>& sums, F x, F beta) {
+  const auto there = x > F(kNever);
+  F p;
+  if constexpr (Flat) {
+    p = select(there, F(1), F(0));
+  } else {
+    p = exp(beta * x);
+  }
+  x = select(there, x, F(0));
   const F px = p * x;
   sums.z = sums.z + p;
   sums.e = sums.e + px;
@@ -136,9 +146,8 @@ inline R log_mass(const TemperedState<R>& state, R beta) {
   return state.z == 0 ? kNothing<R> : beta * state.m + std::log(state.z);
 }
 
-// H = sum M (h - log M) over N, W and the rest, h the entropy within; its slope with respect to log beta is minus a
-// variance of beta t: within a set whose mass is bound, and over the union of the sets that share what is left.
-//                                                                                                           [entropy]
+// H = sum M (h - log M) over N, W and the rest, h the entropy within; its slope with respect to beta^2 is minus half a
+// variance of t: within a set whose mass is bound, and over the union of the sets that share what is left.    [entropy]
 template <class R>
 struct Entropy {
   R value = 0;  // nats
@@ -149,43 +158,56 @@ template <class R>
 inline Entropy<R> entropy(const TemperedState<R> (&sets)[3], const Masses<R>& target, R beta) {
   const R log_m[3] = {target.near, target.wrong, target.rest};
   const bool binds[3] = {target.near_binds, target.wrong_binds, false};
-  Entropy<R> found;
-  R shared = 0, mean = 0, free[3], at[3];
+  R value = 0, variance = 0, shared = 0, mean = 0, free[3], at[3];
   for (int i = 0; i < 3; ++i) {
     free[i] = at[i] = 0;
     const TemperedState<R>& set = sets[i];
     if (set.z == 0 || log_m[i] == kNothing<R>) continue;
     const R m = std::exp(log_m[i]), centre = set.e / set.z;
-    found.value += m * (std::log(set.z) - centre - log_m[i]);
-    found.slope -= m * (set.v / set.z - centre * centre);
-    at[i] = beta * set.m + centre;
+    value += m * (std::log(set.z) - beta * centre - log_m[i]);
+    variance += m * (set.v / set.z - centre * centre);
+    at[i] = set.m + centre;
     free[i] = binds[i] ? R(0) : m;
     shared += free[i];
     mean += free[i] * at[i];
   }
   if (shared > 0) mean /= shared;
-  for (int i = 0; i < 3; ++i) found.slope -= free[i] * (at[i] - mean) * (at[i] - mean);
-  return found;
+  for (int i = 0; i < 3; ++i) variance += free[i] * (at[i] - mean) * (at[i] - mean);
+  return {value, -variance / 2};
 }
 
 // An end of a bracket around the temperature that is looked for.
 template <class R>
 struct End {
-  R at;  // log beta
-  Entropy<R> found;
+  R beta;
+  Entropy<R> found;  // its slope is NaN where nobody has summed it
 };
 
-// The next log beta between two ends, the entropy above `wanted` at `low`, below it at `high`: Newton's step from the
-// end whose entropy is nearer, if it stays in that end's half of the bracket; else the same from the other end; else
-// the middle. [temper]
+// The next beta between two ends, the entropy above `wanted` at `low`, below it at `high`.                     [temper]
+//
+// Over beta^2 the entropy of normal logits is a straight line. So the first choice is the cubic through both ends,
+// beta^2 as a function of the entropy, wherever its slopes say that it is monotone; an unknown slope makes it a
+// parabola. Else a Newton step that stays in its end's half of the bracket, from the end whose entropy is nearer if it
+// does: in log(H - H_high) where that is small, since entropy dies exponentially, else in log(beta). Else the middle.
 template <class R>
 inline R temper(const End<R>& low, const End<R>& high, R wanted) {
-  const R from_low = low.at - (low.found.value - wanted) / low.found.slope;
-  const R from_high = high.at - (high.found.value - wanted) / high.found.slope;
-  const R middle = (low.at + high.at) / 2;
-  const bool low_good = from_low > low.at && from_low <= middle, high_good = from_high < high.at && from_high >= middle;
-  const bool low_first = std::fabs(low.found.value - wanted) < std::fabs(high.found.value - wanted);
-  if (low_good && (low_first || !high_good)) return from_low;
+  const R drop = low.found.value - high.found.value, left = wanted - high.found.value, above = drop - left;
+  const R u = low.beta * low.beta, width = high.beta * high.beta - u;
+  const R w = above / drop, at_low = -drop / (width * low.found.slope);
+  const R known = -drop / (width * high.found.slope), at_high = std::isnan(known) ? 2 - at_low : known;
+  const R s = w * (at_low + w * ((3 - 2 * at_low - at_high) + w * (at_low + at_high - 2)));
+  if (at_low >= 0 && at_low <= 2 && at_high >= 0 && at_high <= 2 && s > 0 && s < 1) return std::sqrt(u + s * width);
+
+  const R middle = low.beta > 0 ? std::sqrt(low.beta * high.beta) : high.beta / 4;
+  R from_low = std::sqrt(-above / low.found.slope);
+  if (low.beta > 0) {
+    from_low = left < above ? low.beta + std::log(left / drop) * drop / (2 * low.beta * low.found.slope)
+                            : low.beta * std::exp(-above / (2 * u * low.found.slope));
+  }
+  const R from_high = high.beta * std::exp(left / (2 * high.beta * high.beta * high.found.slope));
+  const bool low_good = from_low > low.beta && from_low <= middle;
+  const bool high_good = from_high < high.beta && from_high >= middle;
+  if (low_good && (above < left || !high_good)) return from_low;
   return high_good ? from_high : middle;
 }
 
