@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import operator
 import os
-import secrets
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .arrays import as_integers, as_tensor, at_least_one, first, largest_in, progress, slices
+from .files import load, save
 
 _LIMIT = 2**31  # members that a derived constructor makes at most: 16 GiB of indices
 _BLOCK_BYTES = 2**23  # of scores at a time, so that they and what is made of them stay below 64 MB
@@ -65,16 +63,16 @@ class ClassSets:
             raise ValueError(
                 f"offsets runs from {offsets[0]} to {offsets[-1]}: expected 0 to {len(indices)}, the length of indices"
             )
-        if (y := _first(offsets[1:] < offsets[:-1])) is not None:
+        if (y := first(offsets[1:] < offsets[:-1])) is not None:
             raise ValueError(f"offsets falls from {offsets[y]} to {offsets[y + 1]} at class {y}: expected it to rise")
-        if (i := _first((indices < 0) | (indices >= len(self)))) is not None:
+        if (i := first((indices < 0) | (indices >= len(self)))) is not None:
             raise ValueError(
                 f"the set of class {self._owner(i)} holds {indices[i]}: expected a class in [0, {len(self)})"
             )
         falls = indices[1:] <= indices[:-1]
         starts = offsets[1:-1]
         falls[starts[(starts > 0) & (starts < len(indices))] - 1] = False
-        if (i := _first(falls)) is not None:
+        if (i := first(falls)) is not None:
             raise ValueError(
                 f"the set of class {self._owner(i)} holds {indices[i + 1]} after {indices[i]}: expected ascending and "
                 "unique classes; ClassSets.from_lists takes them in any order"
@@ -138,7 +136,7 @@ class ClassSets:
         if not len(mine):
             return None
         place = torch.searchsorted(mine, theirs).clamp_(max=len(mine) - 1)
-        i = _first(mine[place] == theirs)
+        i = first(mine[place] == theirs)
         return None if i is None else other._owner(i)
 
     def expand(self, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,12 +162,12 @@ class ClassSets:
                 f"labels is on {labels.device} and the sets on {self.offsets.device}: move one of them, "
                 f"e.g. sets.to({str(labels.device)!r})"
             )
-        labels = _integers(labels, "labels", "(N,)", least=0)
-        if (i := _first((labels < 0) | (labels >= len(self)))) is not None:
+        labels = as_integers(labels, "labels", "(N,)", least=0)
+        if (i := first((labels < 0) | (labels >= len(self)))) is not None:
             raise ValueError(f"labels[{i}] = {labels[i]}: expected a class in [0, {len(self)})")
         starts = self.offsets[labels]
         counts = self.offsets[labels + 1] - starts
-        members = _slices(self.indices, starts, counts)
+        members = slices(self.indices, starts, counts)
         rows = torch.arange(len(labels), device=labels.device)
         return rows.repeat_interleave(counts, output_size=len(members)), members
 
@@ -200,12 +198,12 @@ class ClassSets:
             ends.append(len(flat))
         members, offsets = torch.from_numpy(np.asarray(flat)), torch.tensor(ends)
         owners = torch.arange(V).repeat_interleave(offsets.diff())
-        if (i := _first((members < 0) | (members >= V))) is not None:
+        if (i := first((members < 0) | (members >= V))) is not None:
             raise ValueError(f"lists[{owners[i]}] holds {members[i]}: expected a class in [0, {V})")
         keys = owners * V + members
         if include_label:
             keys = torch.cat([keys, torch.arange(V) * (V + 1)])
-        elif (i := _first(members == owners)) is not None:
+        elif (i := first(members == owners)) is not None:
             raise ValueError(
                 f"lists[{owners[i]}] holds class {owners[i]} itself, with include_label=False: remove it, or pass "
                 "include_label=True"
@@ -228,7 +226,7 @@ class ClassSets:
             >>> ClassSets.from_groups([7, 3, 7], include_label=False).row(0)
             tensor([2])
         """
-        groups, order = _integers(labels_of_classes, "labels_of_classes", "(V,)").sort(stable=True)
+        groups, order = as_integers(labels_of_classes, "labels_of_classes", "(V,)").sort(stable=True)
         names, ranks, sizes = groups.unique_consecutive(return_inverse=True, return_counts=True)
         group = torch.empty_like(order)
         group[order] = ranks
@@ -257,18 +255,18 @@ class ClassSets:
             >>> sets.row(0), sets.row(2)
             (tensor([0, 1]), tensor([2]))
         """
-        levels = _at_least_one(levels, "levels")
-        parent = _integers(parent, "parent", "(M,)")
+        levels = at_least_one(levels, "levels")
+        parent = as_integers(parent, "parent", "(M,)")
         M, device = len(parent), parent.device
-        if (i := _first((parent < -1) | (parent >= M))) is not None:
+        if (i := first((parent < -1) | (parent >= M))) is not None:
             raise ValueError(f"parent[{i}] = {parent[i]}: expected a node in [0, {M}), or -1 at a root")
         _refuse_cycles(parent)
         if classes is None:
             classes = (torch.bincount(parent + 1, minlength=M + 1)[1:] == 0).nonzero().squeeze(1)
-        classes = _integers(classes, "classes", "(V,)").to(device)
-        if (i := _first((classes < 0) | (classes >= M))) is not None:
+        classes = as_integers(classes, "classes", "(V,)").to(device)
+        if (i := first((classes < 0) | (classes >= M))) is not None:
             raise ValueError(f"classes[{i}] = {classes[i]}: expected a node in [0, {M})")
-        if (i := _first(torch.bincount(classes, minlength=M) > 1)) is not None:
+        if (i := first(torch.bincount(classes, minlength=M) > 1)) is not None:
             raise ValueError(f"classes holds node {i} more than once: expected one class for a node")
 
         top = classes
@@ -309,14 +307,14 @@ class ClassSets:
             >>> ClassSets.from_embeddings([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]], k=1).row(2)
             tensor([1, 2])
         """
-        vectors = _tensor(class_vectors, "class_vectors", "floating point (V, D)")
+        vectors = as_tensor(class_vectors, "class_vectors", "floating point (V, D)")
         if not vectors.dtype.is_floating_point:
             raise TypeError(f"class_vectors has dtype {vectors.dtype}: expected floating point")
         if vectors.dim() != 2 or not vectors.numel():
             raise ValueError(f"class_vectors has shape {tuple(vectors.shape)}: expected (V, D), both at least 1")
         vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         largest = torch.linalg.vector_norm(vectors, torch.inf, dim=1, keepdim=True)
-        if (y := _first(~((largest > 0) & largest.isfinite()).squeeze(1))) is not None:
+        if (y := first(~((largest > 0) & largest.isfinite()).squeeze(1))) is not None:
             what = "is zero" if largest[y] == 0 else "holds NaN or infinity"
             raise ValueError(f"class_vectors[{y}] {what}: expected a finite vector with a direction for every class")
         vectors = vectors / largest  # whose squares neither overflow nor vanish
@@ -344,7 +342,7 @@ class ClassSets:
             >>> ClassSets.from_confusion([[9, 0, 2], [1, 8, 1], [0, 0, 5]], k=1, include_label=False).row(1)
             tensor([0])
         """
-        counts = _tensor(matrix, "matrix", "counts (V, V)")
+        counts = as_tensor(matrix, "matrix", "counts (V, V)")
         if counts.dtype.is_complex:
             raise TypeError(f"matrix has dtype {counts.dtype}: expected integers or floating point")
         if counts.dim() != 2 or counts.shape[0] != counts.shape[1] or not counts.numel():
@@ -354,7 +352,7 @@ class ClassSets:
         def taken_for(begin: int, end: int) -> Tensor:
             block = counts[begin:end].to(dtype, copy=True)
             block.diagonal(begin).zero_()
-            if (i := _first(~(block >= 0).flatten())) is not None:
+            if (i := first(~(block >= 0).flatten())) is not None:
                 y, j = divmod(i, len(counts))
                 raise ValueError(f"matrix[{begin + y}, {j}] = {block[y, j]}: expected a count >= 0")
             return block
@@ -368,20 +366,7 @@ class ClassSets:
             ImportError: safetensors is not installed.
             OSError, safetensors.SafetensorError: the file cannot be written.
         """
-        save_file = _safetensors("safetensors.numpy").save_file
-        path = Path(path)
-        content = {"offsets": self.offsets.numpy(force=True), "indices": self.indices.numpy(force=True)}
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-        try:
-            partial.touch(exist_ok=False)  # raises what a directory that is not there or not ours raises
-            mode = partial.stat().st_mode
-            save_file(content, partial, _METADATA)
-            partial.chmod(mode)  # safetensors may have replaced the file by one that only its owner reads
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        save({"offsets": self.offsets, "indices": self.indices}, path, _METADATA)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ClassSets:
@@ -392,16 +377,7 @@ class ClassSets:
             OSError: the file cannot be read.
             ValueError: the file is broken or holds something else, naming it.
         """
-        safetensors = _safetensors("safetensors")
-        path = os.fspath(path)
-        try:
-            with open(path, "rb"), safetensors.safe_open(path, framework="pt") as file:
-                found = {key: (file.metadata() or {}).get(key) for key in _METADATA}
-                if found != _METADATA:
-                    raise ValueError(f"expected the metadata {_METADATA}, got {found}")
-                return cls(file.get_tensor("offsets"), file.get_tensor("indices"))
-        except (safetensors.SafetensorError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a file that ClassSets.save wrote: {error}") from error
+        return load(path, _METADATA, lambda found: cls(found("offsets"), found("indices")))
 
     @classmethod
     def _shared(
@@ -418,7 +394,7 @@ class ClassSets:
                 f"{int(sizes[largest]):,} classes, each a member of every other's set; split it"
             )
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        sets = cls(offsets, _slices(members, (sizes.cumsum(0) - sizes)[choice], counts))
+        sets = cls(offsets, slices(members, (sizes.cumsum(0) - sizes)[choice], counts))
         if include_label:
             return sets
         kept = sets.indices[sets.indices != sets._owners()]
@@ -429,13 +405,13 @@ class ClassSets:
         cls, scores: Callable[[int, int], Tensor], V: int, itemsize: int, k: int, least: float, include_label: bool
     ) -> ClassSets:
         """The k other classes with the largest scores above `least`; scores(begin, end) makes rows of the (V, V)."""
-        k = min(_at_least_one(k, "k"), V - 1)
+        k = min(at_least_one(k, "k"), V - 1)
         step = max(1, _BLOCK_BYTES // (V * itemsize))
         counts, indices = [], []
-        for begin in _progress(range(0, V, step), "class sets"):
+        for begin in progress(range(0, V, step), "class sets"):
             block = scores(begin, min(begin + step, V))
             block.diagonal(begin).fill_(least)
-            chosen = _largest(block, k) & (block > least)
+            chosen = largest_in(block, k) & (block > least)
             if include_label:
                 chosen.diagonal(begin).fill_(True)
             counts.append(chosen.sum(1, dtype=torch.int32))
@@ -457,33 +433,6 @@ class ClassSets:
         return self._owners().mul_(len(self)).add_(self.indices)
 
 
-def _first(mask: Tensor) -> int | None:
-    """The first place where a bool vector holds, or None."""
-    return int(mask.view(torch.uint8).argmax()) if mask.any() else None
-
-
-def _slices(values: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
-    """values[starts[i] : starts[i] + counts[i]] for every i, one after another."""
-    ends = counts.cumsum(0)
-    total = int(ends[-1]) if len(ends) else 0
-    places = (starts - ends + counts).repeat_interleave(counts, output_size=total)
-    places += torch.arange(total, device=places.device)
-    return values[places]
-
-
-def _largest(scores: Tensor, k: int) -> Tensor:
-    """(n, V) bool: the k largest of every row of scores (n, V), ties to the lower column."""
-    if k == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    least = scores.topk(k, dim=1).values[:, -1:]
-    chosen = scores >= least
-    if (chosen.sum(1, dtype=torch.int32) > k).any():
-        above = scores > least
-        room = k - above.sum(1, keepdim=True, dtype=torch.int32)
-        chosen = above | (chosen & ((scores == least).cumsum(1, dtype=torch.int32) <= room))
-    return chosen
-
-
 def _refuse_cycles(parent: Tensor) -> None:
     """Jumps twice as far each time: after M steps whoever has not left the tree is on a cycle."""
     M = len(parent)
@@ -491,53 +440,6 @@ def _refuse_cycles(parent: Tensor) -> None:
     ancestor = torch.cat([torch.where(parent < 0, root, parent), root])
     for _ in range(M.bit_length()):
         ancestor = ancestor[ancestor]
-    if (i := _first(ancestor < M)) is not None:
+    if (i := first(ancestor < M)) is not None:
         node = int(ancestor[i])
         raise ValueError(f"parent has a cycle through node {node}: expected every node to lead to a root, marked -1")
-
-
-def _tensor(value: object, name: str, expected: str) -> Tensor:
-    """A tensor without its history, from a tensor, an array or a list."""
-    try:
-        return torch.as_tensor(value).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} ({error})") from error
-
-
-def _integers(value: object, name: str, shape: str, *, least: int = 1) -> Tensor:
-    """int64, one axis, with at least that many elements."""
-    tensor = _tensor(value, name, f"integers {shape}")
-    if tensor.dim() != 1 or len(tensor) < least:
-        at_least = f" with at least {least}" if least else ""
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {shape}{at_least}")
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-        raise TypeError(f"{name} has dtype {tensor.dtype}: expected integers")
-    return tensor.to(torch.int64)
-
-
-def _at_least_one(value: int, name: str) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from error
-    if isinstance(value, bool) or number < 1:
-        raise ValueError(f"{name}={value}: expected an int of at least 1")
-    return number
-
-
-def _progress(blocks: range, what: str) -> Iterable[int]:
-    """The same, with a progress bar after two seconds where tqdm is installed."""
-    try:
-        bar: Iterable[int] = importlib.import_module("tqdm").tqdm(blocks, desc=what, delay=2, leave=False)
-    except ImportError:
-        return blocks
-    return bar
-
-
-def _safetensors(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            "ClassSets.save and load need safetensors: pip install cudfast[safetensors]", name="safetensors"
-        ) from error

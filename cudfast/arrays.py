@@ -1,0 +1,75 @@
+"""What users hand over as arrays, read or refused; and index arithmetic on it."""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def first(mask: Tensor) -> int | None:
+    """The first place where a bool vector holds, or None."""
+    return int(mask.view(torch.uint8).argmax()) if mask.any() else None
+
+
+def slices(values: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
+    """values[starts[i] : starts[i] + counts[i]] for every i, one after another."""
+    ends = counts.cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    places = (starts - ends + counts).repeat_interleave(counts, output_size=total)
+    places += torch.arange(total, device=places.device)
+    return values[places]
+
+
+def largest_in(scores: Tensor, k: int) -> Tensor:
+    """(n, V) bool: the k largest of every row of scores (n, V), ties to the lower column."""
+    if k == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    least = scores.topk(k, dim=1).values[:, -1:]
+    chosen = scores >= least
+    if (chosen.sum(1, dtype=torch.int32) > k).any():
+        above = scores > least
+        room = k - above.sum(1, keepdim=True, dtype=torch.int32)
+        chosen = above | (chosen & ((scores == least).cumsum(1, dtype=torch.int32) <= room))
+    return chosen
+
+
+def as_tensor(value: object, name: str, expected: str) -> Tensor:
+    """A tensor without its history, from a tensor, an array or a list."""
+    try:
+        return torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} ({error})") from error
+
+
+def as_integers(value: object, name: str, shape: str, *, least: int = 1) -> Tensor:
+    """int64, one axis, with at least that many elements."""
+    tensor = as_tensor(value, name, f"integers {shape}")
+    if tensor.dim() != 1 or len(tensor) < least:
+        at_least = f" with at least {least}" if least else ""
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {shape}{at_least}")
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {tensor.dtype}: expected integers")
+    return tensor.to(torch.int64)
+
+
+def at_least_one(value: int, name: str) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from error
+    if isinstance(value, bool) or number < 1:
+        raise ValueError(f"{name}={value}: expected an int of at least 1")
+    return number
+
+
+def progress(blocks: range, what: str) -> Iterable[int]:
+    """The same, with a progress bar after two seconds where tqdm is installed."""
+    try:
+        bar: Iterable[int] = importlib.import_module("tqdm").tqdm(blocks, desc=what, delay=2, leave=False)
+    except ImportError:
+        return blocks
+    return bar
