@@ -288,7 +288,7 @@ def temper(low: End, high: End, wanted: Tensor) -> Tensor:
     """The next beta between two ends, the entropy above `wanted` at `low`, below it at `high`.          [temper]
 
     Over beta^2 the entropy of normal logits is a straight line. So the first choice is the cubic through both ends,
-    beta^2 as a function of the entropy, wherever its slopes say that it is monotone; an unknown slope makes it a
+    beta^2 as a function of the entropy, wherever its slopes say that it is monotone; without the one at `high`, a
     parabola. Else a Newton step that stays in its end's half of the bracket, from the end whose entropy is nearer if it
     does: in log(H - H_high) where that is small, since entropy dies exponentially, else in log(beta). Else the middle.
     """
@@ -296,8 +296,8 @@ def temper(low: End, high: End, wanted: Tensor) -> Tensor:
     above = drop - left
     u = low.beta * low.beta
     width = high.beta * high.beta - u
-    w, at_low, known = above / drop, -drop / (width * low.slope), -drop / (width * high.slope)
-    at_high = torch.where(known.isnan(), 2 - at_low, known)
+    w, at_low = above / drop, -drop / (width * low.slope)
+    at_high = torch.where(high.slope.isnan(), 2 - at_low, -drop / (width * high.slope))
     s = w * (at_low + w * ((3 - 2 * at_low - at_high) + w * (at_low + at_high - 2)))
     smooth = (at_low >= 0) & (at_low <= 2) & (at_high >= 0) & (at_high <= 2) & (s > 0) & (s < 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from cudfast import ClassSets, CUDLoss, CUDOptions, Projection, calibrate
 from cudfast.functional import cud_loss
+
+from .test_projection import awkward
 
 f32, f64 = torch.float32, torch.float64
 INF = torch.inf
@@ -89,6 +92,33 @@ def test_loss_is_that_of_the_materialised_target(seed: int, backend: str) -> Non
     wanted = tau**2 * kl[counts].sum() / counts.sum() if counts.any() else torch.zeros((), dtype=f64)
     options = CUDOptions(temperature=tau, kd_weight=1.0, ce_weight=0.0, calibration=projection, backend=backend)
     torch.testing.assert_close(cud_loss(student, teacher, labels, options), wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [f32, f64])
+@pytest.mark.parametrize("name", ["min_entropy", "max_entropy"])
+@pytest.mark.parametrize("V", [3, 40, 5000])
+def test_bounds_on_the_entropy_are_met(V: int, name: str, dtype: torch.dtype) -> None:
+    """Against a uniform student the loss says what the entropy is: KL(q || u) = log V - H(q)."""
+    torch.manual_seed(0)
+    N = 1_200 if V < 1000 else 120
+    teacher, labels = awkward(V, N).to(dtype), torch.randint(V, (N,))
+    bounds: dict[str, Any] = {
+        "min_near_mass": 0.3,
+        "max_wrong_mass": torch.where(torch.arange(N) % 2 == 0, 0.3, 1.0).to(f64),
+    }
+
+    def entropies(**bound: Any) -> Tensor:
+        projection = Projection(**bounds, **bound, on_infeasible="relax")
+        options = CUDOptions(temperature=1.0, kd_weight=1.0, ce_weight=0.0, reduction="none", calibration=projection)
+        return math.log(V) - cud_loss(torch.zeros(N, V, dtype=dtype), teacher, labels, options).double()
+
+    free, end = entropies(), entropies(**{name: 100.0 if name == "min_entropy" else 0.0})
+    sign = 1 if name == "min_entropy" else -1
+    wanted = (free + (end - free) * torch.rand(N, dtype=f64).pow(3)).clamp(min=0)
+    over = sign * (entropies(**{name: wanted}) - wanted)
+    rounding = 0 if dtype == f64 else 2e-6 * math.log(V) + 4e-6  # of a loss and of the entropies asked for
+    assert over.min() > -1e-5 - rounding
+    assert (over > 1e-5 + rounding).float().mean() <= 0.005, over[over > 1e-5 + rounding]
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

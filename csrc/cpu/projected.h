@@ -54,7 +54,16 @@ struct ProjectedLossOfRows {
   View view;
   double log_total = 0;  // log sum exp t at T = 1, where the entropy is bound
   bool out_of_reach = false;
-  enum { unknown, with_top1, settled } stage = unknown;  // see again()
+  enum { unknown, with_top1, trying, settled } stage = unknown;  // see again()
+  // The search for the temperature.
+  struct {
+    bool floor;
+    double wanted;
+    End<double> low, high;
+    int sweeps;
+    double slope;  // of the last sweep that had one
+    bool near;     // the next step mostly arrives
+  } search = {};
 
   ProjectedLossOfRows(const StudentLossOfRows& of, std::atomic<int64_t>* first_unmet)
       : base(of), rows(of.rows), wide(of.wide), statistics(of.statistics), unmet(first_unmet) {
@@ -206,63 +215,68 @@ struct ProjectedLossOfRows {
       if (wrong_is_k) return k / kBlock;
     }
     if (stage == settled) return kNone;
+    if (stage == with_top1) gather(row);
+    const double folded = view.beta;
+    const bool first = stage != trying;
     stage = settled;
-    gather(row);
-    if (bounds_entropy(row)) find_temperature(row, threads, parts);
-    see();
-    return view.beta == 1 ? kNone : kEvery;
+    if (bounds_entropy(row)) first ? start_search(row, threads, parts) : go_on(row, threads, parts);
+    if (stage == settled) see();
+    return stage == settled && view.beta == folded ? kNone : kEvery;
   }
 
   double seen(double t) const { return view.beta == 1 ? t : view.beta * (t - view.centre); }
 
   // ---- The temperature at which the entropy meets its bound ----
 
-  // At temperature 1, from the fold that has been.
-  Entropy<double> entropy_as_it_is(int64_t row, const std::vector<State>& parts) {
-    TeacherState<double> sums[3];
-    for (int i = 0; i < 2; ++i) {
-      each_part(sets[i], [&](int64_t j, int n) {
-        TeacherBlockState part;
-        sweeps().teacher_state(teacher(sets[i], j, n), part);
-        sums[i] = merge(sums[i], {part.m, part.z, part.e});
-      });
-    }
-    for (const State& part : parts) sums[2] = merge(sums[2], {part.m_t, part.z_one, part.e_one});
-    view.centre = sums[2].m == kNothing<double> ? 0 : sums[2].m;
-    TemperedState<double> states[3];
-    for (int i = 0; i < 3; ++i) states[i] = {i < 2 ? sets[i].top : view.centre, sums[i].z, sums[i].e};
-    log_total = log_add(log_add(log_mass(states[0], 1.0), log_mass(states[1], 1.0)), log_mass(states[2], 1.0));
-    Entropy<double> found = entropy_of(row, states, 1);
-    found.slope = std::numeric_limits<double>::quiet_NaN();
-    return found;
+  using Tempered = TemperedState<double>;
+
+  static void add(Tempered& to, const TemperedBlockSums& part) {
+    to.z += part.z;
+    to.e += part.e;
+    to.v += part.v;
   }
 
-  Entropy<double> entropy_at(int64_t row, int threads, double beta) const {
-    TemperedState<double> states[3];
-    for (int i = 0; i < 3; ++i) states[i].m = i < 2 ? sets[i].top : view.centre;
-    const auto add = [](TemperedState<double>& to, const TemperedBlockSums& part) {
-      to.z += part.z;
-      to.e += part.e;
-      to.v += part.v;
-    };
-    for (int i = 0; i < 2; ++i) {
-      View around;
-      around.centre = sets[i].top;
-      around.beta = beta;
-      each_part(sets[i], [&](int64_t j, int n) {
-        TemperedBlockSums part;
-        sweeps().tempered(teacher(sets[i], j, n), around, part);
-        add(states[i], part);
-      });
-    }
+  Tempered sums_of(const Set& set, double beta) const {
+    View around;
+    around.centre = set.top;
+    around.beta = beta;
+    Tempered state;
+    state.m = set.top;
+    each_part(set, [&](int64_t j, int n) {
+      TemperedBlockSums part;
+      sweeps().tempered(teacher(set, j, n), around, part);
+      add(state, part);
+    });
+    return state;
+  }
+
+  // At the temperature of the fold that has been, from its sums: they lack the slope.
+  End<double> folded(int64_t row, const std::vector<State>& parts) {
+    TeacherState<double> rest;
+    for (const State& part : parts) rest = merge(rest, {part.m_t, part.z_one, part.e_one});
+    const double top = rest.m == kNothing<double> ? 0 : rest.m, beta = view.beta;
+    if (beta == 1) view.centre = top;
+    const Tempered states[3] = {sums_of(sets[0], beta),
+                                sums_of(sets[1], beta),
+                                {beta == 1 ? top : view.centre + top / beta, rest.z, rest.e / beta}};
+    if (beta == 1)
+      log_total = log_add(log_add(log_mass(states[0], beta), log_mass(states[1], beta)), log_mass(states[2], beta));
+    End<double> end{beta, entropy_of(row, states, beta)};
+    end.found.slope = std::numeric_limits<double>::quiet_NaN();
+    return end;
+  }
+
+  End<double> look(int64_t row, int threads, double beta) const {
     std::vector<TemperedBlockSums> parts(static_cast<size_t>(blocks_of(rows.classes)));
     each_block(threads, rows.classes, [&](int64_t i, int64_t column, int n) {
       View part = part_of_view(column, n);
       part.beta = beta;
       sweeps().tempered(teacher(row, column, n), part, parts[static_cast<size_t>(i)]);
     });
+    Tempered states[3] = {sums_of(sets[0], beta), sums_of(sets[1], beta), {}};
+    states[2].m = view.centre;
     for (const TemperedBlockSums& part : parts) add(states[2], part);
-    return entropy_of(row, states, beta);
+    return {beta, entropy_of(row, states, beta)};
   }
 
   Entropy<double> entropy_of(int64_t row, const TemperedState<double> (&states)[3], double beta) const {
@@ -271,38 +285,55 @@ struct ProjectedLossOfRows {
     return entropy(states, target, beta);
   }
 
-  void find_temperature(int64_t row, int threads, const std::vector<State>& parts) {
-    const double tolerance = wide ? 1e-12 : 5e-6;
-    End<double> start{1, entropy_as_it_is(row, parts)};
-    const bool too_low = start.found.value < bound(row, 2) - tolerance;
-    const bool too_high = start.found.value > bound(row, 3) + tolerance;
-    if (!too_low && !too_high) return;
-    const double wanted = too_low ? bound(row, 2) : bound(row, 3);
-    const double last = too_low ? 1 / kHottest : kHottest;
-    const auto look = [&](double beta) { return End<double>{beta, entropy_at(row, threads, beta)}; };
-    End<double> limit = look(too_low ? 0 : last);
-    int sweep = 2;
-    if (too_low ? limit.found.value <= wanted : limit.found.value >= wanted) {
+  double tolerance() const { return wide ? 1e-12 : 5e-6; }
+
+  void start_search(int64_t row, int threads, const std::vector<State>& parts) {
+    End<double> start = folded(row, parts);
+    const bool too_low = start.found.value < bound(row, 2) - tolerance();
+    if (!too_low && !(start.found.value > bound(row, 3) + tolerance())) return;
+    const double wanted = too_low ? bound(row, 2) : bound(row, 3), last = too_low ? 1 / kHottest : kHottest;
+    const End<double> limit = look(row, threads, too_low ? 0 : last);
+    const double missed = limit.found.value - wanted;
+    if (too_low ? missed <= 0 : missed >= 0) {
       view.beta = last;
-      out_of_reach = std::fabs(limit.found.value - wanted) > kNats;
+      out_of_reach = std::fabs(missed) > kNats;
       return;
     }
-    if (too_high) {  // far from where it started, the slope there is worth a sweep
-      start = look(1);
-      ++sweep;
+    if (!too_low) start = look(row, threads, 1);  // far from where it began, the slope there is worth a sweep
+    search = {too_low, wanted, too_low ? limit : start, too_low ? start : limit, too_low ? 2 : 3, 0, false};
+    find_temperature(row, threads);
+  }
+
+  void go_on(int64_t row, int threads, const std::vector<State>& parts) {
+    if (!took(folded(row, parts))) find_temperature(row, threads);
+  }
+
+  void find_temperature(int64_t row, int threads) {
+    do {
+      const double last = view.beta;
+      view.beta = max(temper(search.low, search.high, search.wanted), 1 / kHottest);
+      if (search.near && std::fabs(view.beta - last) < last / 16) {  // then the fold that follows finds out
+        stage = trying;
+        return;
+      }
+    } while (!took(look(row, threads, view.beta)));
+  }
+
+  // Whether the search is over with this.
+  bool took(End<double> here) {
+    const bool tried = std::isnan(here.found.slope);
+    if (tried) here.found.slope = search.slope;  // it was near
+    search.slope = here.found.slope;
+    const double missed = here.found.value - search.wanted;
+    if (!(std::fabs(missed) > tolerance())) return true;
+    (missed > 0 ? search.low : search.high) = here;
+    search.near = std::fabs(missed) < (wide ? 1e-6 : 3e-3) && !tried;
+    if (++search.sweeps < kSweeps) return false;
+    // Out of sweeps: the side that meets the bound.
+    if (std::fabs(missed) > kNats) {
+      view.beta = search.floor ? max(search.low.beta, 1 / kHottest) : search.high.beta;
     }
-    End<double> low = too_low ? limit : start, high = too_low ? start : limit;
-    while (true) {
-      const End<double> here = look(max(temper(low, high, wanted), 1 / kHottest));
-      view.beta = here.beta;
-      const double missed = here.found.value - wanted;
-      if (!(std::fabs(missed) > tolerance)) return;
-      (missed > 0 ? low : high) = here;
-      if (++sweep < kSweeps) continue;
-      if (std::fabs(missed) > kNats)
-        view.beta = too_low ? max(low.beta, 1 / kHottest) : high.beta;  // the side that meets it
-      return;
-    }
+    return true;
   }
 
   // ---- What the driver calls ----

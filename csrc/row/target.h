@@ -180,13 +180,13 @@ inline Entropy<R> entropy(const TemperedState<R> (&sets)[3], const Masses<R>& ta
 template <class R>
 struct End {
   R beta;
-  Entropy<R> found;  // its slope is NaN where nobody has summed it
+  Entropy<R> found;  // the slope NaN where nobody has summed it
 };
 
 // The next beta between two ends, the entropy above `wanted` at `low`, below it at `high`.                     [temper]
 //
 // Over beta^2 the entropy of normal logits is a straight line. So the first choice is the cubic through both ends,
-// beta^2 as a function of the entropy, wherever its slopes say that it is monotone; an unknown slope makes it a
+// beta^2 as a function of the entropy, wherever its slopes say that it is monotone; without the one at `high`, a
 // parabola. Else a Newton step that stays in its end's half of the bracket, from the end whose entropy is nearer if it
 // does: in log(H - H_high) where that is small, since entropy dies exponentially, else in log(beta). Else the middle.
 template <class R>
@@ -194,7 +194,7 @@ inline R temper(const End<R>& low, const End<R>& high, R wanted) {
   const R drop = low.found.value - high.found.value, left = wanted - high.found.value, above = drop - left;
   const R u = low.beta * low.beta, width = high.beta * high.beta - u;
   const R w = above / drop, at_low = -drop / (width * low.found.slope);
-  const R known = -drop / (width * high.found.slope), at_high = std::isnan(known) ? 2 - at_low : known;
+  const R at_high = std::isnan(high.found.slope) ? 2 - at_low : -drop / (width * high.found.slope);
   const R s = w * (at_low + w * ((3 - 2 * at_low - at_high) + w * (at_low + at_high - 2)));
   if (at_low >= 0 && at_low <= 2 && at_high >= 0 && at_high <= 2 && s > 0 && s < 1) return std::sqrt(u + s * width);
 
