@@ -217,9 +217,15 @@ void student_state(const StudentBlock& b, StudentBlockState& out) {
       sums = holes ? student_sums<T, P, Ones, true, false>(b, s, t, m_s, m_t)
                    : student_sums<T, P, Ones, false, false>(b, s, t, m_s, m_t);
     }
-    out = {rt.high,          rs.high,           total(sums.z_tau), total(sums.s_tau),
-           total(sums.a),    total(sums.s_one), total(sums.z_one), total(sums.impossible) > 0 ? 1.0 : 0.0,
-           total(sums.e_one)};
+    out = {rt.high,
+           rs.high,
+           total(sums.z_tau),
+           total(sums.s_tau),
+           total(sums.a),
+           total(sums.s_one),
+           total(sums.z_one),
+           total(sums.impossible) > 0 ? 1.0 : 0.0,
+           Ones > 2 ? total(sums.e_one) : 0.0};
   };
   b.ones == 3 ? with_power<3>(b.power, sum) : with_temperature(b.power, b.ones, sum);
 }
