@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple, Protocol
 
 import torch
@@ -142,6 +143,20 @@ def row_layout(logits: Tensor) -> tuple[int, int, int] | None:
         return None
     inner, inner_stride = axes[-1] if axes else (1, 0)
     return max(inner, 1), axes[0][1] if len(axes) == 2 else 0, inner_stride
+
+
+def dense(logits: Tensor, name: str) -> Tensor:
+    """(..., V) logits whose rows the kernels can walk: as they are, or copied."""
+    if row_layout(logits) is not None:
+        return logits
+    size = logits.numel() * logits.element_size()
+    warnings.warn(
+        f"cudfast: {name} of shape {tuple(logits.shape)} and strides {logits.stride()} has no dense last axis or "
+        f"too many leading strides; it is copied once per call ({size:,} bytes). Pass a tensor whose last axis is "
+        "contiguous to avoid that.",
+        stacklevel=2,
+    )
+    return logits.contiguous()
 
 
 def row_name(rows: Rows, row: int) -> str:

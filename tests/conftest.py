@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on CPU tensors; before anything imports triton
 
 from cudfast.backends import native
 
@@ -28,6 +31,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native._native.use_isa(before)
 
 
-@pytest.fixture(params=["native", "reference"])
+@pytest.fixture(params=["native", "triton", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -12,15 +12,15 @@ import torch
 
 from ..rows import Backend
 
-NAMES = ("native", "reference")
-_MODULES = {"native": "cudfast.backends.native", "reference": "cudfast.backends.reference"}
+NAMES = ("native", "triton", "reference")
+GPUS = ("cuda", "xpu")  # as torch names them; ROCm is "cuda", too
 
 
 @functools.cache
 def load(name: str) -> Backend | str:
     """The backend of that name, or why it cannot be used."""
     try:
-        return cast(Backend, importlib.import_module(_MODULES[name]))
+        return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
     except ImportError as error:
         return str(error)
 
@@ -36,17 +36,29 @@ def available() -> dict[str, str]:
 
 
 def _default(device: torch.device) -> str:
-    if device.type != "cpu":
+    if device.type != "cpu" and device.type not in GPUS:
         return "reference"
-    missing = load("native")
+    fast = "native" if device.type == "cpu" else "triton"
+    missing = load(fast)
     if not isinstance(missing, str):
-        return "native"
+        return fast
     warnings.warn(
-        f"cudfast: CPU tensors go through the reference backend, which is much slower: {missing}",
+        f"cudfast: {device.type.upper()} tensors go through the reference backend, which is much slower: {missing}",
         RuntimeWarning,
         stacklevel=2,
     )
     return "reference"
+
+
+def _fits(name: str, device: torch.device) -> str:
+    """Why a backend does not work on a device, or ""."""
+    if name == "native" and device.type != "cpu":
+        return "works on CPU tensors"
+    if name == "triton" and device.type not in GPUS:
+        found = load(name)
+        if not (device.type == "cpu" and not isinstance(found, str) and found.interpreted()):  # type: ignore[attr-defined]
+            return "works on GPU tensors (and on CPU tensors when TRITON_INTERPRET=1 is set, one element at a time)"
+    return ""
 
 
 @functools.lru_cache(maxsize=64)
@@ -69,8 +81,6 @@ def choose(name: str, device: torch.device) -> Backend:
     found = load(asked)
     if isinstance(found, str):
         raise RuntimeError(f"backend {asked!r} is not available: {found}")
-    if asked == "native" and device.type != "cpu":
-        raise ValueError(
-            f"backend 'native' works on CPU tensors, got logits on {device}; use backend='auto' or 'reference'"
-        )
+    if reason := _fits(asked, device):
+        raise ValueError(f"backend {asked!r} {reason}, got logits on {device}; use backend='auto' or 'reference'")
     return found

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..calibration import refuse_row
 from ..options import CUDOptions, DUSOptions, WClip
-from ..rows import Rows, State, columns_of, compute_dtype, refuse_label, refuse_value, row_layout
+from ..rows import Rows, State, columns_of, compute_dtype, dense, refuse_label, refuse_value
 
 try:
     import cudfast._native as _native
@@ -41,24 +41,10 @@ def isa() -> str:
     return _native.isa()
 
 
-def _dense(logits: Tensor, name: str) -> Tensor:
-    """(..., V) logits whose rows the kernels can walk: as they are, or copied."""
-    if row_layout(logits) is not None:
-        return logits
-    size = logits.numel() * logits.element_size()
-    warnings.warn(
-        f"cudfast: {name} of shape {tuple(logits.shape)} and strides {logits.stride()} has no dense last axis or "
-        f"too many leading strides; it is copied once per call ({size:,} bytes). Pass a tensor whose last axis is "
-        "contiguous to avoid that.",
-        stacklevel=2,
-    )
-    return logits.contiguous()
-
-
 def _copied(rows: Rows, logits_name: str) -> Rows:
     """The same rows where the kernels can walk them."""
-    target = None if rows.target is None else _dense(rows.target, "teacher_logits")
-    return rows._replace(logits=_dense(rows.logits, logits_name), target=target)
+    target = None if rows.target is None else dense(rows.target, "teacher_logits")
+    return rows._replace(logits=dense(rows.logits, logits_name), target=target)
 
 
 class _Kernels(NamedTuple):

@@ -1,0 +1,99 @@
+"""The Triton kernels: NVIDIA, AMD and Intel GPUs.
+
+Nothing of a call is read on the host, so that launches queue up and CUDA graphs can hold them. What the other backends
+refuse row by row, a label that is no class, a weight or a temperature out of range, gives that row a loss of NaN here.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from ...options import CUDOptions, DUSOptions
+from ...rows import Rows, State
+from .. import reference
+
+OLDEST = (3, 4)
+
+try:
+    import triton
+except ImportError as error:
+    raise ImportError("triton is not installed; install it with pip install triton") from error
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+    raise ImportError(
+        f"triton {triton.__version__} is too old: {'.'.join(map(str, OLDEST))} or newer is needed; "
+        "install a newer PyTorch, or triton itself with pip install -U triton"
+    )
+
+from .launch import Call, on  # noqa: E402
+
+_warned = set[str]()
+
+
+def _by_reference(rows: Rows) -> bool:
+    """Whether the reference backend has to take this call; said once."""
+    if rows.constraints is None:
+        return False
+    if "Projection" not in _warned:
+        _warned.add("Projection")
+        warnings.warn(
+            "cudfast: calibration=Projection(...) has no Triton kernel yet; it goes through the reference backend on "
+            f"{rows.logits.device}, which is slower and needs several times the memory of the logits",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return True
+
+
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 runs the kernels on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def row_state(
+    rows: Rows,
+    options: CUDOptions | DUSOptions,
+    *,
+    statistics: bool,
+    keep: bool,
+    gradient: Tensor | None,
+    fresh: bool,
+) -> tuple[Tensor, State | None]:
+    """See `cudfast.rows.Backend`."""
+    if _by_reference(rows):
+        return reference.row_state(rows, options, statistics=statistics, keep=keep, gradient=gradient, fresh=fresh)
+    call = Call.of(rows, options)
+    device = rows.logits.device
+    loss = torch.zeros(rows.n, dtype=torch.float64, device=device)
+    with on(device):
+        state = call.new_state()
+        if rows.n:
+            if call.plan.parts == 1:
+                call.sweep(state, loss=loss, gradient=gradient, keep=keep, statistics=statistics, fold=True)
+            else:
+                call.sweep(state, loss=loss, parts=call.fold_parts(statistics), statistics=statistics)
+                if gradient is not None:
+                    call.sweep(state, gradient=gradient)
+        value = loss if options.reduction == "none" else loss.sum()
+    return value.to(call.dtype), state if keep else None
+
+
+def row_gradient(
+    rows: Rows,
+    options: CUDOptions | DUSOptions,
+    state: State,
+    upstream: Tensor,
+    gradient: Tensor,
+    *,
+    fresh: bool,
+) -> None:
+    """See `cudfast.rows.Backend`."""
+    if _by_reference(rows):
+        reference.row_gradient(rows, options, state, upstream, gradient, fresh=fresh)
+        return
+    if not rows.n:
+        return
+    with on(rows.logits.device):
+        Call.of(rows, options).sweep(state, gradient=gradient, upstream=upstream.contiguous())

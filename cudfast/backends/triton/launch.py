@@ -1,0 +1,217 @@
+"""How a call becomes launches: block sizes, parts of long rows, and the kernels' arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...options import CUDOptions, DUSOptions, WClip
+from ...rows import Rows, State, columns_of, compute_dtype, dense, row_layout
+from . import student, teacher
+from .pieces import count
+
+_COUNT_BLOCK = 1024
+
+
+class Plan(NamedTuple):
+    """How the columns of a row are cut."""
+
+    block: int  # columns that one program holds at a time
+    warps: int
+    parts: int  # programs that share a row
+    chunk: int  # columns of a part, a multiple of block
+
+
+def plan(n: int, classes: int, wide: bool, processors: int) -> Plan:
+    """8 columns a thread (16 bytes of bf16), 256 threads. Keyed by V's power of two, so that nothing recompiles when N
+    changes. A row is shared when there are fewer rows than could be in flight and each part still has 4 blocks.
+
+    Example:
+        >>> plan(8192, 32_000, wide=False, processors=132)
+        Plan(block=2048, warps=8, parts=1, chunk=32768)
+        >>> plan(4, 1_000_000, wide=False, processors=132).parts
+        123
+    """
+    block = min(max(triton.next_power_of_2(classes), 128), 1024 if wide else 2048)
+    parts = 1
+    if n < 2 * processors:
+        parts = max(1, min(classes // (4 * block), triton.cdiv(4 * processors, max(n, 1))))
+    chunk = triton.cdiv(triton.cdiv(classes, parts), block) * block
+    return Plan(block, max(1, block // 256), triton.cdiv(classes, chunk), chunk)
+
+
+@functools.lru_cache(maxsize=16)
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; a few where the interpreter stands in for one."""
+    if device.type == "cpu":
+        return 4
+    found = torch.get_device_module(device).get_device_properties(device)
+    return int(getattr(found, "multi_processor_count", 0) or getattr(found, "gpu_eu_count", 64))
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Launches go to this device, on its current stream."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[object] = torch.get_device_module(device).device(device)
+    return context
+
+
+def layout(logits: Tensor) -> tuple[int, int, int]:
+    """Of logits that `dense` has passed."""
+    found = row_layout(logits)
+    assert found is not None
+    return found
+
+
+class Call(NamedTuple):
+    """Everything that the kernels of one call share."""
+
+    rows: Rows
+    options: CUDOptions | DUSOptions
+    plan: Plan
+    wide: bool
+
+    @classmethod
+    def of(cls, rows: Rows, options: CUDOptions | DUSOptions) -> Call:
+        name = "student_logits" if isinstance(options, CUDOptions) else "logits"
+        target = None if rows.target is None else dense(rows.target, "teacher_logits")
+        rows = rows._replace(logits=dense(rows.logits, name), target=target)
+        wide = compute_dtype(rows) == torch.float64
+        return cls(rows, options, plan(rows.n, rows.classes, wide, processors(rows.logits.device)), wide)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.wide else torch.float32
+
+    @property
+    def special(self) -> tuple[int, int]:
+        """ignore_index and unlabeled_index, the latter the former where there is none."""
+        unlabeled = self.options.unlabeled_index
+        return self.options.ignore_index, self.options.ignore_index if unlabeled is None else unlabeled
+
+    def new_state(self) -> State:
+        """Memory for a packed state."""
+        with_top1 = isinstance(self.options, CUDOptions)
+        device, n = self.rows.logits.device, self.rows.n
+        columns = columns_of(self.rows, self.options)
+        return State(
+            torch.empty(n, len(columns), dtype=self.dtype, device=device),
+            torch.empty(n if with_top1 else 0, dtype=torch.int64, device=device),
+            self.divisors(),
+        )
+
+    def divisors(self) -> Tensor:
+        """(2,) f64 on the device: of the KD term, of the label terms."""
+        rows, device = self.rows, self.rows.logits.device
+        if rows.num_items is not None:
+            if isinstance(rows.num_items, Tensor):
+                return rows.num_items.to(device, torch.float64).reshape(1).repeat(2)
+            return torch.full((2,), float(rows.num_items), dtype=torch.float64, device=device)
+        if self.options.reduction != "mean":
+            return torch.ones(2, dtype=torch.float64, device=device)
+        found = torch.empty(2, dtype=torch.float64, device=device)
+        count[(1,)](
+            rows.labels,
+            rows.weight,
+            found,
+            rows.n,
+            *self.special,
+            BLOCK=_COUNT_BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+        return found
+
+    def _launch(self, kernel: Any, parts: int, *arguments: object, **constants: object) -> None:
+        plan = self.plan
+        kernel[(self.rows.n, parts)](
+            *arguments,
+            R=tl.float64 if self.wide else tl.float32,
+            BLOCK=plan.block,
+            num_warps=plan.warps,
+            enable_fp_fusion=True,
+            **constants,
+        )
+
+    def sweep(
+        self,
+        state: State,
+        *,
+        loss: Tensor | None = None,
+        parts: Tensor | None = None,
+        gradient: Tensor | None = None,
+        upstream: Tensor | None = None,
+        keep: bool = True,
+        statistics: bool = False,
+        fold: bool = False,
+    ) -> None:
+        """One launch of the row kernel. fold: from the logits; with `parts`: from theirs; else from `state`."""
+        rows, options, plan = self.rows, self.options, self.plan
+        merge = parts is not None
+        whole = fold or merge
+        g = rows.logits if gradient is None else gradient
+        shape = (rows.classes, g.shape[-1], rows.classes if whole else plan.chunk)
+        step = 0 if upstream is None or upstream.dim() == 0 else 1
+        sums = state.sums if keep else None
+        programs = 1 if whole else plan.parts
+        flags = {"FOLD": fold, "MERGE": merge, "MAP": gradient is not None}
+        if not isinstance(options, CUDOptions):
+            self._launch(
+                teacher.teacher_rows, programs,
+                rows.logits, g, rows.labels, rows.weight, rows.per_row, state.divisors, upstream, parts, loss, sums,
+                *shape, *layout(rows.logits), *layout(g), *self.special, step, plan.parts,
+                float(rows.scalar), float(options.ce_weight), float(options.focal_weight),
+                float(options.entropy_weight), float(options.gamma), float(options.gate_threshold),
+                float(options.gate_scale), float(options.gate_power),
+                DIFFERENTIATE=options.differentiate_gate, **flags,
+            )  # fmt: skip
+            return
+        assert rows.target is not None
+        clip = options.calibration if isinstance(options.calibration, WClip) else None
+        self._launch(
+            student.student_rows, programs,
+            rows.logits, rows.target, g, rows.labels, rows.weight, rows.per_row, state.divisors, upstream, parts, loss,
+            sums, state.top1, *shape, *layout(rows.logits), *layout(rows.target), *layout(g), *self.special, step,
+            plan.parts, float(rows.scalar), float(options.kd_weight), float(options.ce_weight),
+            clip.budget if clip else 0.0, clip.margin if clip else 1.0,
+            P=self.power, ONES=self.ones(statistics), CLIP=clip is not None, **flags,
+        )  # fmt: skip
+
+    @property
+    def power(self) -> int:
+        """The temperature when it is 1, 2 or 4 in every row, else 0."""
+        return int(self.rows.scalar) if self.rows.per_row is None and self.rows.scalar in (1, 2, 4) else 0
+
+    def ones(self, statistics: bool) -> int:
+        """Which sums at temperature 1 are wanted: see `row.student_fold`."""
+        assert isinstance(self.options, CUDOptions)
+        return 2 if statistics else 1 if self.options.ce_weight > 0 else 0
+
+    def fold_parts(self, statistics: bool) -> Tensor:
+        """States of the parts of every row."""
+        rows, plan = self.rows, self.plan
+        options = self.options
+        width = (student if isinstance(options, CUDOptions) else teacher).PART.value
+        found = torch.empty(rows.n, plan.parts, width, dtype=torch.float64, device=rows.logits.device)
+        if isinstance(options, CUDOptions):
+            assert rows.target is not None
+            self._launch(
+                student.student_parts, plan.parts,
+                rows.logits, rows.target, rows.labels, rows.weight, rows.per_row, found, rows.classes, plan.chunk,
+                *layout(rows.logits), *layout(rows.target), *self.special, float(rows.scalar),
+                P=self.power, ONES=self.ones(statistics),
+            )  # fmt: skip
+        else:
+            self._launch(
+                teacher.teacher_parts, plan.parts,
+                rows.logits, rows.labels, rows.weight, found, rows.classes, plan.chunk, *layout(rows.logits),
+                *self.special,
+            )  # fmt: skip
+        return found

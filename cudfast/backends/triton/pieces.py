@@ -1,0 +1,126 @@
+"""What the kernels of both losses share: where a row starts, what is known of it besides its logits, block maxima."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+from .row import NOTHING, row_weights
+
+fp64 = tl.float64  # annotates arguments that must arrive in double
+# The interpreter reduces pairs in Python, one element after the other.
+PAIRS = tl.constexpr(not knobs.runtime.interpret)
+
+
+@triton.jit
+def row_start(row, inner, outer, stride):
+    """Where row i of (..., V) starts: see `cudfast.rows.row_layout`."""
+    return (row // inner) * outer + (row % inner) * stride
+
+
+@triton.jit
+def f64(scalar):
+    """An argument in double; the interpreter hands over Python floats."""
+    return tl.zeros((), tl.float64) + scalar
+
+
+@triton.jit
+def put(pointer, value):
+    """Stores f64 by way of f32: the interpreter knows no other way to 16 bits."""
+    if pointer.dtype.element_ty == tl.float64:
+        tl.store(pointer, value)
+    else:
+        tl.store(pointer, value.to(tl.float32).to(pointer.dtype.element_ty))
+
+
+@triton.jit
+def clear(g_row, begin, end, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    for start in range(begin, end, BLOCK):
+        tl.store(g_row + start + lanes, tl.zeros((BLOCK,), g_row.dtype.element_ty), mask=start + lanes < end)
+
+
+@triton.jit
+def larger_of_both(a0, a1, b0, b1):
+    return tl.maximum(a0, b0), tl.maximum(a1, b1)
+
+
+@triton.jit
+def largest_of_both(x, y):
+    """The maxima of two blocks, with one synchronisation."""
+    if PAIRS:
+        a, b = tl.reduce((x, y), 0, larger_of_both)
+    else:
+        a, b = tl.max(x, 0), tl.max(y, 0)
+    return a, b
+
+
+@triton.jit
+def centre(m):
+    return tl.where(m == NOTHING, 0.0, m)
+
+
+# ---- what is known of a row besides its logits ----
+
+
+@triton.jit
+def marks(row, labels, weight, V, ignore_index, unlabeled_index):
+    """(ignored, labelled, y, kd, ce): y is a class wherever the row is labelled; weights NaN where the input is wrong.
+
+    Nothing of a call is read on the host. So a label that is no class makes its row's loss NaN instead of an error.
+    """
+    w = tl.full((), 1.0, tl.float64)
+    if weight is not None:
+        w = tl.load(weight + row)
+    y = tl.zeros((), tl.int64)
+    ignored = w == 0
+    labelled = tl.zeros((), tl.int1)
+    if labels is not None:
+        y = tl.load(labels + row)
+        ignored = ignored | (y == ignore_index)
+        labelled = (y != ignore_index) & (y != unlabeled_index)
+    wrong = (labelled & ((y < 0) | (y >= V))) | ((w >= 0) == 0) | (w == float("inf"))
+    y = tl.where(labelled & (y >= 0) & (y < V), y, 0)
+    kd, ce = row_weights(ignored, labelled, tl.where(wrong & (ignored == 0), float("nan"), w))
+    return ignored, labelled, y, kd, ce
+
+
+@triton.jit
+def shared(weight, divisor):
+    return tl.where(divisor > 0, weight / divisor, 0.0)
+
+
+@triton.jit
+def per_row_value(row, per_row, scalar, low, high):
+    """Temperature or alpha of a row in f64; NaN when it is out of range."""
+    value = f64(scalar)
+    if per_row is not None:
+        value = tl.load(per_row + row)
+        value = tl.where((value >= low) & (value <= high), value, float("nan"))
+    return value
+
+
+@triton.jit
+def count(labels, weight, divisors, N, ignore_index, unlabeled_index, BLOCK: tl.constexpr):
+    """Sums of the rows' weights: of the KD term, and of the terms that need a label. One program, in a fixed order."""
+    kd_sum = tl.zeros((BLOCK,), tl.float64)
+    ce_sum = tl.zeros((BLOCK,), tl.float64)
+    lanes = tl.arange(0, BLOCK)
+    for start in range(0, N, BLOCK):
+        row = start + lanes
+        inside = row < N
+        w = tl.full((BLOCK,), 1.0, tl.float64)
+        if weight is not None:
+            w = tl.load(weight + row, mask=inside, other=0.0)
+        ignored = (inside == 0) | (w == 0)
+        labelled = tl.zeros((BLOCK,), tl.int1)
+        if labels is not None:
+            y = tl.load(labels + row, mask=inside, other=0)
+            ignored = ignored | (y == ignore_index)
+            labelled = (y != ignore_index) & (y != unlabeled_index)
+        kd, ce = row_weights(ignored, labelled, w)
+        kd_sum += kd
+        ce_sum += ce
+    tl.store(divisors, tl.sum(kd_sum, 0))
+    tl.store(divisors + 1, tl.sum(ce_sum, 0))

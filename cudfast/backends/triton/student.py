@@ -1,0 +1,288 @@
+"""The kernels of the student loss. A row is folded and mapped by one program, or by several when rows are few and long.
+
+Offsets are int64. The first look at a row asks the cache to keep it, the second to let it go: while the rows in flight
+fit in L2, forward and backward cost two reads and one write of N V.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .pieces import centre, clear, f64, fp64, largest_of_both, marks, per_row_value, put, row_start, shared
+from .row import (
+    LOG2E,
+    NOTHING,
+    below,
+    student_coefficients,
+    student_element,
+    student_finish,
+    student_fold,
+    student_move,
+)
+
+PART = tl.constexpr(9)  # values of a part of a row
+
+
+@triton.jit
+def student_block(
+    s, t, start, m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, impossible, base, P: tl.constexpr, ONES: tl.constexpr
+):
+    """One block of columns: maxima first, then the sums around them. `first`: start of the block that has m_t."""
+    high_t, high_s = largest_of_both(t, s)
+    if (high_t > m_t) | (high_s > m_s):
+        new_t = tl.maximum(m_t, high_t)
+        new_s = tl.maximum(m_s, high_s)
+        down_t = below(m_t, new_t)
+        down_s = below(m_s, new_s)
+        z_tau, s_tau, a, s_one, z_one = student_move(z_tau, s_tau, a, s_one, z_one, down_t, down_s, base, 1.0)
+        first = tl.where(high_t > m_t, start, first)
+        m_t = new_t
+        m_s = new_s
+    z_tau, s_tau, a, s_one, z_one, impossible = student_fold(
+        z_tau, s_tau, a, s_one, z_one, impossible, t - centre(m_t), s - centre(m_s), base, P, ONES
+    )
+    return m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, impossible
+
+
+@triton.jit
+def student_fold_columns(
+    s_row, t_row, begin, end, tau, R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """State of the columns [begin, end) in f64, as csrc/row/state.h has it, and the first column that has m_t."""
+    lanes = tl.arange(0, BLOCK)
+    base = (f64(LOG2E) / tau).to(R)
+    m_t = tl.full((), float("-inf"), R)
+    m_s = tl.full((), float("-inf"), R)
+    first = begin
+    z_tau = tl.zeros((BLOCK,), R)
+    s_tau = tl.zeros((BLOCK,), R)
+    a = tl.zeros((BLOCK,), R)
+    s_one = tl.zeros((BLOCK,), R)
+    z_one = tl.zeros((BLOCK,), R)
+    impossible = tl.full((BLOCK,), float("-inf"), R)
+    whole = end - (end - begin) % BLOCK
+    for start in range(begin, whole, BLOCK):
+        t = tl.load(t_row + start + lanes, eviction_policy="evict_last").to(R)
+        s = tl.load(s_row + start + lanes, eviction_policy="evict_last").to(R)
+        m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, impossible = student_block(
+            s, t, start, m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, impossible, base, P, ONES
+        )
+    if whole < end:
+        inside = whole + lanes < end
+        t = tl.load(t_row + whole + lanes, mask=inside, other=float("-inf"), eviction_policy="evict_last").to(R)
+        s = tl.load(s_row + whole + lanes, mask=inside, other=float("-inf"), eviction_policy="evict_last").to(R)
+        m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, impossible = student_block(
+            s, t, whole, m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, impossible, base, P, ONES
+        )
+    column = first + lanes
+    t = tl.load(t_row + column, mask=column < end, other=float("nan")).to(R)
+    k = tl.min(tl.where(t == m_t, column, end), 0)
+    k = tl.where(k == end, begin, k)
+    excluded = tl.where(tl.max(impossible, 0) == float("inf"), 1.0, 0.0).to(tl.float64)
+    return (
+        m_t.to(tl.float64),
+        m_s.to(tl.float64),
+        tl.sum(z_tau, 0).to(tl.float64),
+        tl.sum(s_tau, 0).to(tl.float64),
+        tl.sum(a, 0).to(tl.float64) / tau,
+        tl.sum(s_one, 0).to(tl.float64),
+        tl.sum(z_one, 0).to(tl.float64),
+        excluded,
+        k,
+    )
+
+
+@triton.jit
+def student_pack(sums, top1, row, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, k):
+    """Columns in the order of `cudfast.rows.STUDENT_COLUMNS`."""
+    at = sums + row * 11
+    tl.store(at + 0, m_t)
+    tl.store(at + 1, s_k)
+    tl.store(at + 2, m_s)
+    tl.store(at + 3, z_tau)
+    tl.store(at + 4, s_tau)
+    tl.store(at + 5, a)
+    tl.store(at + 6, s_one)
+    tl.store(at + 7, z_one)
+    tl.store(at + 8, t_y)
+    tl.store(at + 9, s_y)
+    tl.store(at + 10, impossible)
+    tl.store(top1 + row, k)
+
+
+@triton.jit
+def student_map_columns(
+    s_row, t_row, g_row, begin, end, V, padded, m_t, m_s, tau, student_tau, teacher_tau, student_one,
+    R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the columns [begin, end), and zeros behind V when the part is the last."""
+    lanes = tl.arange(0, BLOCK)
+    base = (f64(LOG2E) / tau).to(R)
+    c_t = centre(m_t).to(R)
+    c_s = centre(m_s).to(R)
+    one = student_tau.to(R)
+    two = teacher_tau.to(R)
+    three = student_one.to(R)
+    whole = end - (end - begin) % BLOCK
+    for start in range(begin, whole, BLOCK):
+        t = tl.load(t_row + start + lanes, eviction_policy="evict_first").to(R)
+        s = tl.load(s_row + start + lanes, eviction_policy="evict_first").to(R)
+        g = student_element(one, two, three, t - c_t, s - c_s, base, P, ONES)
+        tl.store(g_row + start + lanes, g.to(g_row.dtype.element_ty))
+    if whole < end:
+        column = whole + lanes
+        t = tl.load(t_row + column, mask=column < end, other=0.0, eviction_policy="evict_first").to(R)
+        s = tl.load(s_row + column, mask=column < end, other=0.0, eviction_policy="evict_first").to(R)
+        g = student_element(one, two, three, t - c_t, s - c_s, base, P, ONES)
+        tl.store(g_row + column, g.to(g_row.dtype.element_ty), mask=column < end)
+    if end == V:
+        clear(g_row, V, padded, BLOCK)
+
+
+@triton.jit
+def student_rows(
+    s_ptr, t_ptr, g_ptr, labels, weight, per_row, divisors, upstream, parts, loss, sums, top1,
+    V, padded, chunk,
+    s_inner, s_outer, s_stride, t_inner, t_outer, t_stride, g_inner, g_outer, g_stride,
+    ignore_index, unlabeled_index, upstream_stride, count_of_parts,
+    temperature: fp64, kd_weight: fp64, ce_weight: fp64, budget: fp64, margin: fp64,
+    R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, CLIP: tl.constexpr,
+    FOLD: tl.constexpr, MERGE: tl.constexpr, MAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The columns [chunk i, chunk (i + 1)) of a row, program (row, i). FOLD makes the state, or MERGE does from parts,
+    or else it is read; MAP writes the gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(1).to(tl.int64) * chunk
+    end = tl.minimum(begin + chunk, V)
+    ignored, labelled, y, kd, ce = marks(row, labels, weight, V, ignore_index, unlabeled_index)
+    s_row = s_ptr + row_start(row, s_inner, s_outer, s_stride)
+    t_row = t_ptr + row_start(row, t_inner, t_outer, t_stride)
+    tau = per_row_value(row, per_row, temperature, 1e-4, 1e4)
+    kd = f64(kd_weight) * shared(kd, tl.load(divisors))
+    ce = f64(ce_weight) * shared(ce, tl.load(divisors + 1))
+    nothing = tl.full((), float("-inf"), tl.float64)
+    zero = tl.zeros((), tl.float64)
+    m_t, s_k, m_s, t_y, s_y = nothing, nothing, nothing, nothing, nothing
+    z_tau, s_tau, a, s_one, z_one, impossible = zero, zero, zero, zero, zero, zero
+    k = tl.zeros((), tl.int64)
+    if ignored == 0:
+        if FOLD:
+            m_t, m_s, z_tau, s_tau, a, s_one, z_one, impossible, k = student_fold_columns(
+                s_row, t_row, begin, end, tau, R, P, ONES, BLOCK
+            )
+        elif MERGE:
+            m_t, m_s, z_tau, s_tau, a, s_one, z_one, impossible, k = student_merge(parts, row, count_of_parts, tau)
+        else:
+            at = sums + row * 11
+            m_t = tl.load(at + 0).to(tl.float64)
+            s_k = tl.load(at + 1).to(tl.float64)
+            m_s = tl.load(at + 2).to(tl.float64)
+            z_tau = tl.load(at + 3).to(tl.float64)
+            s_tau = tl.load(at + 4).to(tl.float64)
+            a = tl.load(at + 5).to(tl.float64)
+            s_one = tl.load(at + 6).to(tl.float64)
+            t_y = tl.load(at + 8).to(tl.float64)
+            s_y = tl.load(at + 9).to(tl.float64)
+            impossible = tl.load(at + 10).to(tl.float64)
+            k = tl.load(top1 + row)
+        if FOLD or MERGE:
+            s_k = tl.load(s_row + k).to(tl.float64)
+            if labelled:
+                t_y = tl.load(t_row + y).to(tl.float64)
+                s_y = tl.load(s_row + y).to(tl.float64)
+    if FOLD or MERGE:
+        if sums is not None:
+            student_pack(sums, top1, row, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, k)
+    kd_loss, ce_loss, target_z, impossible, r, t_k, new_t_y = student_finish(
+        m_t, m_s, z_tau, s_tau, a, s_one, impossible, s_k, t_y, s_y, labelled, tau,
+        f64(kd_weight), f64(ce_weight), f64(budget), f64(margin), CLIP,
+    )  # fmt: skip
+    if FOLD or MERGE:
+        value = tl.where(kd != 0, kd * kd_loss, 0.0) + tl.where(ce != 0, ce * ce_loss, 0.0)
+        tl.store(loss + row, value)
+    if MAP:
+        g_row = g_ptr + row_start(row, g_inner, g_outer, g_stride)
+        if upstream is not None:
+            scale = tl.load(upstream + row * upstream_stride).to(tl.float64)
+            kd = kd * scale
+            ce = ce * scale
+        if ignored | ((kd == 0) & (ce == 0)):
+            clear(g_row, begin, tl.where(end == V, padded, end), BLOCK)
+        else:
+            student_tau, teacher_tau, student_one, label = student_coefficients(s_tau, s_one, target_z, tau, kd, ce)
+            student_map_columns(
+                s_row, t_row, g_row, begin, end, V, padded, m_t, m_s, tau, student_tau, teacher_tau, student_one,
+                R, P, ONES, BLOCK,
+            )  # fmt: skip
+            if labelled:
+                # What the sweep cannot know: the label, and the two that the clip changed. The student's logits may be
+                # overwritten by now.
+                tl.debug_barrier()
+                base = f64(LOG2E) / tau
+                if (y >= begin) & (y < end):
+                    dt = tl.where(r > 0, new_t_y, t_y - centre(m_t))
+                    g = student_element(student_tau, teacher_tau, student_one, dt, s_y - centre(m_s), base, 0, 1)
+                    g = tl.where(s_y == NOTHING, g, g - label)
+                    put(g_row + y, g)
+                if (r > 0) & (k >= begin) & (k < end):
+                    g = student_element(student_tau, teacher_tau, student_one, t_k, s_k - centre(m_s), base, 0, 1)
+                    put(g_row + k, g)
+
+
+@triton.jit
+def student_parts(
+    s_ptr, t_ptr, labels, weight, per_row, parts, V, chunk,
+    s_inner, s_outer, s_stride, t_inner, t_outer, t_stride,
+    ignore_index, unlabeled_index, temperature: fp64,
+    R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """State of the columns [chunk i, chunk (i + 1)) of a row, program (row, i)."""
+    row = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(1).to(tl.int64) * chunk
+    ignored = marks(row, labels, weight, V, ignore_index, unlabeled_index)[0]
+    if ignored == 0:
+        tau = per_row_value(row, per_row, temperature, 1e-4, 1e4)
+        m_t, m_s, z_tau, s_tau, a, s_one, z_one, impossible, k = student_fold_columns(
+            s_ptr + row_start(row, s_inner, s_outer, s_stride), t_ptr + row_start(row, t_inner, t_outer, t_stride),
+            begin, tl.minimum(begin + chunk, V), tau, R, P, ONES, BLOCK,
+        )  # fmt: skip
+        at = parts + (row * tl.num_programs(1) + tl.program_id(1)) * PART
+        tl.store(at + 0, m_t)
+        tl.store(at + 1, m_s)
+        tl.store(at + 2, z_tau)
+        tl.store(at + 3, s_tau)
+        tl.store(at + 4, a)
+        tl.store(at + 5, s_one)
+        tl.store(at + 6, z_one)
+        tl.store(at + 7, impossible)
+        tl.store(at + 8, k.to(tl.float64))  # exact: below 2^53
+
+
+@triton.jit
+def student_merge(parts, row, count_of_parts, tau):
+    """The state of a row from those of its parts, in their order: the lowest index keeps a tie."""
+    base = f64(LOG2E) / tau
+    m_t = tl.full((), float("-inf"), tl.float64)
+    m_s = tl.full((), float("-inf"), tl.float64)
+    zero = tl.zeros((), tl.float64)
+    z_tau, s_tau, a, s_one, z_one, impossible, k = zero, zero, zero, zero, zero, zero, zero
+    for part in range(0, count_of_parts):
+        at = parts + (row * count_of_parts + part) * PART
+        other_t = tl.load(at + 0)
+        other_s = tl.load(at + 1)
+        k = tl.where((other_t > m_t) | (part == 0), tl.load(at + 8), k)
+        new_t = tl.maximum(m_t, other_t)
+        new_s = tl.maximum(m_s, other_s)
+        z_tau, s_tau, a, s_one, z_one = student_move(
+            z_tau, s_tau, a, s_one, z_one, below(m_t, new_t), below(m_s, new_s), base, tau
+        )
+        z_2, s_2, a_2, s_one_2, z_one_2 = student_move(
+            tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), tl.load(at + 6),
+            below(other_t, new_t), below(other_s, new_s), base, tau,
+        )  # fmt: skip
+        z_tau, s_tau, a, s_one, z_one = z_tau + z_2, s_tau + s_2, a + a_2, s_one + s_one_2, z_one + z_one_2
+        impossible = tl.maximum(impossible, tl.load(at + 7))
+        m_t = new_t
+        m_s = new_s
+    return m_t, m_s, z_tau, s_tau, a, s_one, z_one, impossible, k.to(tl.int64)

@@ -1,0 +1,174 @@
+"""The kernels of the teacher loss; see student.py.
+
+Offsets are int64. The first look at a row asks the cache to keep it, the second to let it go: while the rows in flight
+fit in L2, forward and backward cost one read and one write of N V.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .pieces import centre, clear, f64, fp64, marks, per_row_value, put, row_start, shared
+from .row import (
+    LOG2E,
+    NOTHING,
+    below,
+    teacher_coefficients,
+    teacher_element,
+    teacher_finish,
+    teacher_fold,
+    teacher_move,
+)
+
+LN2 = tl.constexpr(0.6931471805599453)
+PART = tl.constexpr(3)  # values of a part of a row
+
+
+@triton.jit
+def teacher_block(z_j, m, z, e):
+    high = tl.max(z_j, 0)
+    if high > m:
+        z, e = teacher_move(z, e, below(m, high), LOG2E)
+        m = high
+    z, e = teacher_fold(z, e, z_j - centre(m))
+    return m, z, e
+
+
+@triton.jit
+def teacher_fold_columns(z_row, begin, end, R: tl.constexpr, BLOCK: tl.constexpr):
+    """State of the columns [begin, end) in f64: (m, z, e)."""
+    lanes = tl.arange(0, BLOCK)
+    m = tl.full((), float("-inf"), R)
+    z = tl.zeros((BLOCK,), R)
+    e = tl.zeros((BLOCK,), R)
+    whole = end - (end - begin) % BLOCK
+    for start in range(begin, whole, BLOCK):
+        z_j = tl.load(z_row + start + lanes, eviction_policy="evict_last").to(R)
+        m, z, e = teacher_block(z_j, m, z, e)
+    if whole < end:
+        inside = whole + lanes < end
+        z_j = tl.load(z_row + whole + lanes, mask=inside, other=float("-inf"), eviction_policy="evict_last").to(R)
+        m, z, e = teacher_block(z_j, m, z, e)
+    return m.to(tl.float64), tl.sum(z, 0).to(tl.float64), tl.sum(e, 0).to(tl.float64) * LN2
+
+
+@triton.jit
+def teacher_map_columns(
+    z_row, g_row, begin, end, V, padded, m, inv_z, log_z, one, log, R: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The gradient of the columns [begin, end), and zeros behind V when the part is the last."""
+    lanes = tl.arange(0, BLOCK)
+    c = centre(m).to(R)
+    one, log, inv_z, log_z = one.to(R), log.to(R), inv_z.to(R), log_z.to(R)
+    whole = end - (end - begin) % BLOCK
+    for start in range(begin, whole, BLOCK):
+        z_j = tl.load(z_row + start + lanes, eviction_policy="evict_first").to(R)
+        tl.store(g_row + start + lanes, teacher_element(one, log, z_j - c, inv_z, log_z).to(g_row.dtype.element_ty))
+    if whole < end:
+        column = whole + lanes
+        z_j = tl.load(z_row + column, mask=column < end, other=0.0, eviction_policy="evict_first").to(R)
+        g = teacher_element(one, log, z_j - c, inv_z, log_z).to(g_row.dtype.element_ty)
+        tl.store(g_row + column, g, mask=column < end)
+    if end == V:
+        clear(g_row, V, padded, BLOCK)
+
+
+@triton.jit
+def teacher_rows(
+    z_ptr, g_ptr, labels, weight, per_row, divisors, upstream, parts, loss, sums,
+    V, padded, chunk, z_inner, z_outer, z_stride, g_inner, g_outer, g_stride,
+    ignore_index, unlabeled_index, upstream_stride, count_of_parts,
+    alpha: fp64, ce_weight: fp64, focal_weight: fp64, entropy_weight: fp64,
+    gamma: fp64, threshold: fp64, gate_scale: fp64, gate_power: fp64,
+    R: tl.constexpr, DIFFERENTIATE: tl.constexpr,
+    FOLD: tl.constexpr, MERGE: tl.constexpr, MAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The columns [chunk i, chunk (i + 1)) of a row, program (row, i). See `student_rows`."""
+    row = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(1).to(tl.int64) * chunk
+    end = tl.minimum(begin + chunk, V)
+    ignored, labelled, y, _, ce = marks(row, labels, weight, V, ignore_index, unlabeled_index)
+    z_row = z_ptr + row_start(row, z_inner, z_outer, z_stride)
+    scale = shared(ce, tl.load(divisors + 1))
+    m = tl.full((), float("-inf"), tl.float64)
+    z_y = tl.full((), float("-inf"), tl.float64)
+    z = tl.zeros((), tl.float64)
+    e = tl.zeros((), tl.float64)
+    if ignored == 0:
+        if FOLD:
+            m, z, e = teacher_fold_columns(z_row, begin, end, R, BLOCK)
+        elif MERGE:
+            m, z, e = teacher_merge(parts, row, count_of_parts)
+        else:
+            at = sums + row * 4
+            m = tl.load(at + 0).to(tl.float64)
+            z = tl.load(at + 1).to(tl.float64)
+            e = tl.load(at + 2).to(tl.float64)
+            z_y = tl.load(at + 3).to(tl.float64)
+        if FOLD or MERGE:
+            if labelled:
+                z_y = tl.load(z_row + y).to(tl.float64)
+    if FOLD or MERGE:
+        if sums is not None:
+            at = sums + row * 4
+            tl.store(at + 0, m)
+            tl.store(at + 1, z)
+            tl.store(at + 2, e)
+            tl.store(at + 3, z_y)
+    value, entropy, slope, entropy_share, log_z = teacher_finish(
+        m, z, e, z_y, per_row_value(row, per_row, alpha, 5e-324, 1.7976931348623157e308),
+        f64(ce_weight), f64(focal_weight), f64(entropy_weight),
+        f64(gamma), f64(threshold), f64(gate_scale), f64(gate_power),
+        DIFFERENTIATE,
+    )  # fmt: skip
+    if FOLD or MERGE:
+        tl.store(loss + row, tl.where(scale != 0, scale * value, 0.0))
+    if MAP:
+        g_row = g_ptr + row_start(row, g_inner, g_outer, g_stride)
+        if upstream is not None:
+            scale = scale * tl.load(upstream + row * upstream_stride).to(tl.float64)
+        if ignored | (scale == 0):
+            clear(g_row, begin, tl.where(end == V, padded, end), BLOCK)
+        else:
+            one, log, label = teacher_coefficients(entropy, slope, entropy_share, scale)
+            teacher_map_columns(z_row, g_row, begin, end, V, padded, m, 1.0 / z, log_z, one, log, R, BLOCK)
+            if labelled & (y >= begin) & (y < end) & (label != 0):
+                tl.debug_barrier()
+                g = teacher_element(one, log, z_y - centre(m), 1.0 / z, log_z)
+                g = tl.where(z_y == NOTHING, g, g + label)
+                put(g_row + y, g)
+
+
+@triton.jit
+def teacher_parts(
+    z_ptr, labels, weight, parts, V, chunk, z_inner, z_outer, z_stride, ignore_index, unlabeled_index,
+    R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """State of the columns [chunk i, chunk (i + 1)) of a row, program (row, i)."""
+    row = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(1).to(tl.int64) * chunk
+    ignored = marks(row, labels, weight, V, ignore_index, unlabeled_index)[0]
+    if ignored == 0:
+        z_row = z_ptr + row_start(row, z_inner, z_outer, z_stride)
+        m, z, e = teacher_fold_columns(z_row, begin, tl.minimum(begin + chunk, V), R, BLOCK)
+        at = parts + (row * tl.num_programs(1) + tl.program_id(1)) * PART
+        tl.store(at + 0, m)
+        tl.store(at + 1, z)
+        tl.store(at + 2, e)
+
+
+@triton.jit
+def teacher_merge(parts, row, count_of_parts):
+    m = tl.full((), float("-inf"), tl.float64)
+    z = tl.zeros((), tl.float64)
+    e = tl.zeros((), tl.float64)
+    for part in range(0, count_of_parts):
+        at = parts + (row * count_of_parts + part) * PART
+        other = tl.load(at + 0)
+        new = tl.maximum(m, other)
+        z, e = teacher_move(z, e, below(m, new), 1.0)
+        z_2, e_2 = teacher_move(tl.load(at + 1), tl.load(at + 2), below(other, new), 1.0)
+        z, e = z + z_2, e + e_2
+        m = new
+    return m, z, e
