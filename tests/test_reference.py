@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -47,7 +49,10 @@ def test_teacher_loss_is_equation_3(backend: str, gamma: float, power: float, di
     torch.testing.assert_close(gradient(loss, logits), gradient(expected, logits), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize(
+    ("backend", "reduction"),
+    [("triton", "none"), *itertools.product(["native", "reference"], ["none", "sum", "mean"])],
+)
 def test_gradcheck(backend: str, reduction: str) -> None:
     teacher, labels = torch.randn(3, 5, dtype=f64), torch.tensor([1, -1, 4])
     student = torch.randn(3, 5, dtype=f64, requires_grad=True)

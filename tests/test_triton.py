@@ -1,0 +1,186 @@
+"""What only the Triton backend has: shared rows, inputs that nobody reads on the host. Under the interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cudfast import ClassSets, CUDLoss, CUDOptions, DUSLoss, DUSOptions, Projection
+from cudfast import backends as all_backends
+from cudfast.backends import triton as backend
+from cudfast.backends.triton import launch
+from cudfast.functional import cud_loss, dus_loss
+
+from .truth import cud_rows, dus_rows, gradient
+
+f32, f64 = torch.float32, torch.float64
+pytestmark = pytest.mark.skipif(not backend.interpreted(), reason="needs TRITON_INTERPRET=1")
+
+
+def batch(n: int, v: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    student, teacher = torch.randn(n, v).to(dtype), (3 * torch.randn(n, v)).to(dtype)
+    labels = torch.randint(v, (n,))
+    labels[0] = teacher[0].argmax()
+    labels[1:3] = torch.tensor([-100, -1])
+    return student, teacher, labels
+
+
+@pytest.mark.parametrize("dtype", [f32, f64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("v", [5_000, 17_000, 20_483])
+def test_rows_that_programs_share(monkeypatch: pytest.MonkeyPatch, v: int, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(launch, "processors", lambda device: 4)
+    student, teacher, labels = batch(4, v, dtype)
+    parts = launch.plan(4, v, dtype == f64, 4).parts
+    assert parts == {5_000: 1, 17_000: 2, 20_483: 2}[v] * (2 if dtype == f64 and v > 5000 else 1)
+    teacher[3, [100, v - 1]] = 30.0  # a tie over parts: the lowest index is the top-1
+    for tau in (2.0, 3.0):
+        found = []
+        for save in ("gradient", "state"):
+            x = student.clone().requires_grad_()
+            loss, stats = CUDLoss(tau, backend="triton", save=save)(x, teacher, labels, return_stats=True)
+            (2 * loss).backward()
+            found.append((loss, x.grad))
+            assert stats.teacher_top1[3] == 100
+        exact = student.double().clone().requires_grad_()
+        kd, ce = cud_rows(exact, teacher.double(), labels, tau=tau)
+        truth = kd.sum() / 3 + ce.sum() / 2
+        true_gradient = gradient(2 * truth, exact)
+        for loss, g in found:
+            assert g is not None
+            tolerance = 1e-12 if dtype == f64 else 2e-6
+            torch.testing.assert_close(loss.double(), truth, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(g.double(), true_gradient, rtol=torch.finfo(dtype).eps, atol=tolerance)
+    x = student.clone().requires_grad_()
+    labels[2] = 0
+    loss = DUSLoss(backend="triton")(x, labels)
+    truth = dus_rows(student.double(), labels).sum() / 3
+    torch.testing.assert_close(loss.double(), truth, rtol=2e-6, atol=2e-6)
+    exact = student.double().clone().requires_grad_()
+    true_gradient = gradient(dus_rows(exact, labels).sum() / 3, exact)
+    torch.testing.assert_close(gradient(loss, x).double(), true_gradient, rtol=torch.finfo(dtype).eps, atol=2e-6)
+
+
+def test_shared_rows_overwrite_their_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "processors", lambda device: 4)
+    student, teacher, labels = batch(3, 20_000, f32)
+    x = student.clone().requires_grad_()
+    wanted = gradient(CUDLoss(backend="triton")(x, teacher, labels), x)
+    given = torch.full_like(student, torch.nan)
+    x = student.clone().requires_grad_()
+    cud_loss(x, teacher, labels, CUDOptions(backend="triton"), grad_out=given).backward()
+    assert torch.equal(given, wanted)
+    inplace = student.clone().requires_grad_() * 1
+    CUDLoss(backend="triton", inplace=True)(inplace, teacher, labels).backward()
+    assert torch.equal(inplace.detach(), wanted)
+
+
+def test_plans() -> None:
+    """One block size for all that share V's power of two, whatever N is; a part is whole blocks and never empty."""
+    for wide in (False, True):
+        for v in (1, 77, 1000, 32_000, 50_257, 128_256, 2_812_281, 10**8, 10**9):
+            blocks = {launch.plan(n, v, wide, 132).block for n in (1, 7, 512, 100_000)}
+            assert len(blocks) == 1
+            for n in (1, 7, 200, 512, 100_000):
+                plan = launch.plan(n, v, wide, 132)
+                assert plan.chunk % plan.block == 0
+                assert (plan.parts - 1) * plan.chunk < v <= plan.parts * plan.chunk
+                assert plan.parts == 1 or (n < 264 and plan.chunk >= 4 * plan.block)
+    assert launch.plan(1, 10**8, False, 132).parts > 132
+
+
+@pytest.mark.parametrize("label", [21, -7])
+def test_what_is_wrong_makes_its_row_nan(label: int) -> None:
+    student, teacher, _ = batch(4, 21, f64)
+    student.requires_grad_()
+    labels = torch.tensor([1, label, 2, 3])
+    options = CUDOptions(reduction="none", backend="triton")
+    calls: list[dict[str, Any]] = [
+        {"labels": labels},
+        {"labels": labels.abs() % 21, "weight": torch.tensor([1.0, -1.0, 1.0, 1.0])},
+        {"labels": labels.abs() % 21, "temperature": torch.tensor([1.0, 0.0, 2.0, 3.0])},
+    ]
+    for call in calls:
+        rows = cud_loss(student, teacher, call.pop("labels"), options, **call)
+        assert rows.isnan().tolist() == [False, True, False, False]
+        assert gradient(rows.sum(), student).isnan().any(-1).tolist() == [False, True, False, False]
+    rows = dus_loss(student, labels, DUSOptions(reduction="none", backend="triton"))
+    assert rows.isnan().tolist() == [False, True, False, False]
+
+
+def test_maxima_of_pairs_are_those_of_each() -> None:
+    """On a device both maxima come from one reduction; the interpreter takes them apart to be fast."""
+    code = """
+import torch, triton, triton.language as tl
+from cudfast.backends.triton import pieces
+pieces.PAIRS = tl.constexpr(True)
+
+@triton.jit
+def both(x, y, out, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    a, b = pieces.largest_of_both(tl.load(x + lanes), tl.load(y + lanes))
+    tl.store(out, a)
+    tl.store(out + 1, b)
+
+x, y, out = torch.randn(64), torch.randn(64), torch.zeros(2)
+both[(1,)](x, y, out, BLOCK=64)
+assert out.tolist() == [x.max(), y.max()]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_projection_says_that_it_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_warned", set())
+    student, teacher, labels = batch(5, 30, f64)
+    projection = Projection(near=ClassSets.from_groups(torch.arange(30) // 3), min_near_mass=0.5)
+    losses = [CUDLoss(calibration=projection, backend=name) for name in ("reference", "triton")]
+    student.requires_grad_()
+    wanted = losses[0](student, teacher, labels)
+    with pytest.warns(RuntimeWarning, match="no Triton kernel yet; it goes through the reference backend on cpu"):
+        got = losses[1](student, teacher, labels)
+    assert torch.equal(got, wanted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(gradient(losses[1](student, teacher, labels), student), gradient(wanted, student))
+
+
+def test_on_the_cpu_it_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    all_backends.choose.cache_clear()
+    assert all_backends.choose("auto", torch.device("cpu")) is all_backends.load("native")
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    with pytest.raises(ValueError, match=r"backend 'triton' works on GPU tensors \(and on CPU tensors when TRITON_INT"):
+        all_backends.choose("triton", torch.device("cpu"))
+    all_backends.choose.cache_clear()
+
+
+def test_a_gpu_takes_triton_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    all_backends.choose.cache_clear()
+    assert all_backends.choose("auto", cuda) is backend
+    monkeypatch.setattr(
+        all_backends, "load", lambda name: "triton is not installed; ..." if name == "triton" else backend
+    )
+    all_backends.choose.cache_clear()
+    with pytest.warns(RuntimeWarning, match="CUDA tensors go through the reference backend.*: triton is not installed"):
+        assert all_backends.choose("auto", cuda) is backend
+    with pytest.raises(RuntimeError, match="backend 'triton' is not available: triton is not installed"):
+        all_backends.choose("triton", cuda)
+    all_backends.choose.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("version", "message"), [(None, "triton is not installed"), ("3.1.0", "triton 3.1.0 is too old: 3.4 or newer")]
+)
+def test_without_a_good_triton(version: str | None, message: str) -> None:
+    code = f"""
+import sys, types, cudfast
+sys.modules["triton"] = types.SimpleNamespace(__version__={version!r}) if {version!r} else None
+print(cudfast.backends.load("triton"))
+"""
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert message in found.stdout
