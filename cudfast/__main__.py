@@ -1,4 +1,4 @@
-"""python -m cudfast info"""
+"""python -m cudfast info | gpu-model | gpu-verify"""
 
 from __future__ import annotations
 
@@ -12,7 +12,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, backends, instruction set, threads, and a self-check")
-    parser.parse_args(arguments)
+    model = commands.add_parser("gpu-model", help="what the Triton kernels should take on GPUs: a model, no GPU needed")
+    model.add_argument("--json", action="store_true", help="JSON instead of a table")
+    asked = parser.parse_args(arguments)
+    if asked.command == "gpu-model":
+        from .backends import load
+
+        if isinstance(reason := load("triton"), str):
+            print(reason, file=sys.stderr)
+            return 2
+        from .gpu_model import main as model_main
+
+        print(model_main(asked.json))
+        return 0
     from .info import describe
 
     text, good = describe()

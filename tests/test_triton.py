@@ -37,7 +37,7 @@ def test_rows_that_programs_share(monkeypatch: pytest.MonkeyPatch, v: int, dtype
     monkeypatch.setattr(launch, "processors", lambda device: 4)
     student, teacher, labels = batch(4, v, dtype)
     parts = launch.plan(4, v, dtype == f64, 4).parts
-    assert parts == {5_000: 1, 17_000: 2, 20_483: 2}[v] * (2 if dtype == f64 and v > 5000 else 1)
+    assert parts == ({5_000: 2, 17_000: 4, 20_483: 4} if dtype == f64 else {5_000: 1, 17_000: 2, 20_483: 2})[v]
     teacher[3, [100, v - 1]] = 30.0  # a tie over parts: the lowest index is the top-1
     for tau in (2.0, 3.0):
         found = []

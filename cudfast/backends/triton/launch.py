@@ -23,27 +23,29 @@ class Plan(NamedTuple):
     """How the columns of a row are cut."""
 
     block: int  # columns that one program holds at a time
-    warps: int
+    threads: int
     parts: int  # programs that share a row
     chunk: int  # columns of a part, a multiple of block
 
 
 def plan(n: int, classes: int, wide: bool, processors: int) -> Plan:
-    """8 columns a thread (16 bytes of bf16), 256 threads. Keyed by V's power of two, so that nothing recompiles when N
-    changes. A row is shared when there are fewer rows than could be in flight and each part still has 4 blocks.
+    """8 columns a thread (16 bytes of bf16; of f64: 2), up to 256 threads.
+
+    Keyed by V's power of two, so that nothing recompiles when N changes. Programs share a row when there are fewer rows
+    than could be in flight, as long as each has 4 blocks of it.
 
     Example:
         >>> plan(8192, 32_000, wide=False, processors=132)
-        Plan(block=2048, warps=8, parts=1, chunk=32768)
+        Plan(block=2048, threads=256, parts=1, chunk=32768)
         >>> plan(4, 1_000_000, wide=False, processors=132).parts
-        123
+        98
     """
-    block = min(max(triton.next_power_of_2(classes), 128), 1024 if wide else 2048)
+    block = min(max(triton.next_power_of_2(classes), 256), 512 if wide else 2048)
     parts = 1
     if n < 2 * processors:
         parts = max(1, min(classes // (4 * block), triton.cdiv(4 * processors, max(n, 1))))
     chunk = triton.cdiv(triton.cdiv(classes, parts), block) * block
-    return Plan(block, max(1, block // 256), triton.cdiv(classes, chunk), chunk)
+    return Plan(block, block // (2 if wide else 8), triton.cdiv(classes, chunk), chunk)
 
 
 @functools.lru_cache(maxsize=16)
@@ -53,6 +55,14 @@ def processors(device: torch.device) -> int:
         return 4
     found = torch.get_device_module(device).get_device_properties(device)
     return int(getattr(found, "multi_processor_count", 0) or getattr(found, "gpu_eu_count", 64))
+
+
+@functools.lru_cache(maxsize=16)
+def lanes(device: torch.device) -> int:
+    """Threads of a warp: 64 on AMD's data centre GPUs."""
+    if device.type == "cpu":
+        return 32
+    return int(getattr(torch.get_device_module(device).get_device_properties(device), "warp_size", 32))
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -135,7 +145,7 @@ class Call(NamedTuple):
             *arguments,
             R=tl.float64 if self.wide else tl.float32,
             BLOCK=plan.block,
-            num_warps=plan.warps,
+            num_warps=max(1, plan.threads // lanes(self.rows.logits.device)),
             enable_fp_fusion=True,
             **constants,
         )

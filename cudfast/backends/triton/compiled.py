@@ -1,0 +1,231 @@
+"""The kernels as machine code, for devices that need not be there: what the compiler made of the main loops."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import student, teacher
+from .launch import plan
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}  # bytes
+
+
+class Variant(NamedTuple):
+    """A kernel with its constants and the arguments that are absent; all others are there."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, object]
+    absent: tuple[str, ...]
+    exponentials: int  # that the method takes per element
+    rows_read: int  # arrays of N V elements that the main loops read in all
+    rows_written: int
+
+
+_VECTORS = ("weight", "per_row", "upstream", "parts")
+_READ = ("weight", "per_row", "parts")  # absent where the state is read
+_STUDENT = {"P": 2, "ONES": 1, "CLIP": True}
+_TEACHER = {"DIFFERENTIATE": False}
+
+
+def _flags(fold: bool, write: bool) -> dict[str, object]:
+    return {"FOLD": fold, "MERGE": False, "MAP": write}
+
+
+VARIANTS = (
+    Variant(
+        "student, fused", student.student_rows, _STUDENT | _flags(True, True), (*_VECTORS, "sums", "top1"), 4, 4, 1
+    ),
+    Variant("student, state", student.student_rows, _STUDENT | _flags(True, False), _VECTORS, 2, 2, 0),
+    Variant("student, gradient", student.student_rows, _STUDENT | _flags(False, True), _READ, 2, 2, 1),
+    Variant("student, part of a row", student.student_parts, {"P": 2, "ONES": 1}, ("weight", "per_row"), 2, 2, 0),
+    Variant("teacher, fused", teacher.teacher_rows, _TEACHER | _flags(True, True), (*_VECTORS, "sums"), 2, 2, 1),
+    Variant("teacher, state", teacher.teacher_rows, _TEACHER | _flags(True, False), _VECTORS, 1, 1, 0),
+    Variant("teacher, gradient", teacher.teacher_rows, _TEACHER | _flags(False, True), _READ, 1, 1, 1),
+    Variant("teacher, part of a row", teacher.teacher_parts, {}, ("weight", "per_row"), 1, 1, 0),
+)
+
+_POINTERS = {"labels": "i64", "top1": "i64", "weight": "fp64", "per_row": "fp64", "divisors": "fp64", "loss": "fp64"}
+_POINTERS |= {"parts": "fp64"}
+
+
+def compile(variant: Variant, dtype: str, target: str, classes: int = 32_000) -> Any:
+    """The compiled kernel for logits of `dtype` with aligned rows of `classes` columns."""
+    wide = dtype == "fp64"
+    cut = plan(8192, classes, wide, 132)
+    compute = "fp64" if wide else "fp32"
+    constants = {
+        **variant.constants,
+        "R": tl.float64 if wide else tl.float32,
+        "BLOCK": cut.block,
+    }
+    constants |= {name: None for name in variant.absent if name in variant.kernel.arg_names}
+    signature, attributes = {}, {}
+    for index, name in enumerate(variant.kernel.arg_names):
+        annotation = variant.kernel.params[index].annotation_type
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in ("s_ptr", "t_ptr", "z_ptr", "g_ptr"):
+            signature[name] = f"*{dtype}"
+        elif name in ("sums", "upstream"):
+            signature[name] = f"*{compute}"
+        elif name in _POINTERS:
+            signature[name] = f"*{_POINTERS[name]}"
+        elif annotation:
+            signature[name] = annotation
+        else:
+            signature[name] = "i32"
+        rows = name in ("V", "padded", "chunk") or name[1:] in ("_outer", "_stride")
+        if name not in constants and (rows or signature[name].startswith("*")):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(variant.kernel, signature, constexprs=constants, attrs=attributes)
+    warps = max(1, cut.threads // TARGETS[target].warp_size)
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "enable_fp_fusion": True})
+
+
+class Loop(NamedTuple):
+    """One innermost loop that makes exponentials: counts per iteration of a thread (a wave's lane)."""
+
+    instructions: int  # without those behind a jump that is mostly taken: a new maximum is rare
+    exponentials: int
+    bytes_read: int
+    bytes_written: int
+    narrowest: int  # bytes of the narrowest access of global memory
+
+
+class Machine(NamedTuple):
+    """What the compiler made of a kernel."""
+
+    registers: int
+    stack: int  # bytes, spills among them
+    shared: int  # bytes
+    threads: int  # per program
+    loops: tuple[Loop, ...]  # whole blocks; the loop over what is left of a row is not one
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _loops(code: list[tuple[int, str]], jumps: Iterable[tuple[int, int]]) -> list[list[str]]:
+    """Bodies of the innermost loops without what they mostly skip; `jumps` are (from, to)."""
+    jumps = list(jumps)
+    kept: list[tuple[int, int]] = []
+    for low, high in sorted(((to, at) for at, to in jumps if to <= at), key=lambda span: span[1] - span[0]):
+        if not any(low <= a and b <= high for a, b in kept):
+            kept.append((low, high))
+
+    def skipped(at: int, low: int, high: int) -> bool:
+        return any(low <= start < at < end <= high for start, end in jumps)
+
+    return [
+        [text for at, text in code if low <= at <= high and not skipped(at, low, high)] for low, high in sorted(kept)
+    ]
+
+
+def _nvidia_width(access: str) -> int:
+    """Bytes of an access such as LDG.E.128."""
+    found = re.search(r"\.[US]?(8|16|64|128)\b", access)
+    return int(found[1]) // 8 if found else 4
+
+
+def _nvidia_loop(body: list[str]) -> Loop:
+    counts = Counter[str]()
+    widths = []
+    for text in body:
+        if found := re.search(r"\b(LDG|STG)\.\S+", text):
+            widths.append(_nvidia_width(found[0]))
+            counts[found[1]] += widths[-1]
+        counts["EX2"] += "MUFU.EX2" in text
+    return Loop(len(body), counts["EX2"], counts["LDG"], counts["STG"], min(widths, default=0))
+
+
+def nvidia(compiled: Any) -> Machine:
+    """From the cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, listing = (
+            subprocess.run([_tool(name), option, file.name], capture_output=True, text=True, check=True).stdout
+            for name, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    labels: dict[str, int] = {}
+    code: list[tuple[int, str]] = []
+    jumps: list[tuple[int, str]] = []
+    waiting: list[str] = []
+    for line in listing.splitlines():
+        if label := re.match(r"^(\.L_\S+):", line):
+            waiting.append(label[1])
+        elif instruction := re.match(r"\s+/\*([0-9a-f]+)\*/\s+(.*?)\s*;", line):
+            at = int(instruction[1], 16)
+            labels |= dict.fromkeys(waiting, at)
+            waiting = []
+            code.append((at, instruction[2]))
+            if branch := re.search(r"\bBRA\b.*?`\((\.L_\S+)\)", instruction[2]):
+                jumps.append((at, branch[1]))
+    bodies = _loops(code, ((at, labels[to]) for at, to in jumps if to in labels))
+    loops = tuple(loop for body in bodies if (loop := _nvidia_loop(body)).exponentials)
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
+    return Machine(registers, stack, compiled.metadata.shared, compiled.metadata.num_warps * 32, loops)
+
+
+_AMD_WIDTHS = {"ubyte": 1, "byte": 1, "ushort": 2, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+
+
+def _amd_loop(body: list[str]) -> Loop:
+    counts = Counter[str]()
+    widths = []
+    for text in body:
+        if found := re.match(
+            r"(?:global|buffer)_(load|store)_(?:\w+?_)?(ubyte|byte|ushort|short|dword(?:x\d)?)\b", text
+        ):
+            counts[found[1]] += _AMD_WIDTHS[found[2]]
+            widths.append(_AMD_WIDTHS[found[2]])
+        counts["exp"] += text.startswith("v_exp_f32")
+    return Loop(len(body), counts["exp"], counts["load"], counts["store"], min(widths, default=0))
+
+
+def amd(compiled: Any) -> Machine:
+    """From the assembly."""
+    labels: dict[str, int] = {}
+    code: list[tuple[int, str]] = []
+    jumps: list[tuple[int, str]] = []
+    text = compiled.asm["amdgcn"]
+    for line in text.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\t([a-z]\w+.*)", line):
+            if branch := re.match(r"s_c?branch\w*\s+(\.LBB\w+)", instruction[1]):
+                jumps.append((len(code), branch[1]))
+            code.append((len(code), instruction[1]))
+    bodies = _loops(code, ((at, labels[to]) for at, to in jumps))
+    loops = tuple(loop for body in bodies if (loop := _amd_loop(body)).exponentials)
+
+    def number(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # type: ignore[index]
+
+    stack = number("private_segment_fixed_size") + number("vgpr_spill_count")
+    return Machine(number("vgpr_count"), stack, compiled.metadata.shared, compiled.metadata.num_warps * 64, loops)
+
+
+def machine(variant: Variant, dtype: str, target: str, classes: int = 32_000) -> Machine:
+    """Compiles, and reads the machine code."""
+    compiled = compile(variant, dtype, target, classes)
+    return amd(compiled) if TARGETS[target].backend == "hip" else nvidia(compiled)

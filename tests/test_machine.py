@@ -1,0 +1,67 @@
+"""The Triton kernels as machine code for GPUs that are not there: no stack, wide accesses, no exponential too many."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+# Kernels are either interpreted or compiled in a process, so this is another one.
+CODE = """
+import json
+from cudfast.backends.triton.compiled import DTYPES, TARGETS, VARIANTS, machine
+cases = [(v, dtype, target, 32_000) for v in VARIANTS for dtype in ("bf16", "fp16", "fp32") for target in TARGETS
+         if dtype != "fp16" or target == "sm_90"]
+cases += [(v, "bf16", "sm_90", classes) for v in VARIANTS[::4] for classes in (256, 512, 1024)]
+cases += [(v, "fp64", "sm_90", 32_000) for v in VARIANTS[::4]]
+for v, dtype, target, classes in cases:
+    found = machine(v, dtype, target, classes)
+    print(json.dumps({"name": v.name, "dtype": dtype, "target": target, "classes": classes, "size": DTYPES[dtype],
+        "exponentials": v.exponentials, "read": v.rows_read, "written": v.rows_written, **found._asdict(),
+        "loops": [loop._asdict() for loop in found.loops]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def machines() -> list[dict[str, Any]]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    found = subprocess.run([sys.executable, "-c", CODE], check=True, capture_output=True, text=True, env=environment)
+    return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+def test_every_kernel_compiles_for_every_target(machines: list[dict[str, Any]]) -> None:
+    found = {(m["name"], m["target"]) for m in machines}
+    assert len({name for name, _ in found}) == 8
+    assert {target for _, target in found} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert len(found) == 32
+
+
+def test_no_stack_and_at_most_128_registers(machines: list[dict[str, Any]]) -> None:
+    for m in machines:
+        assert m["stack"] == 0, m
+        assert m["registers"] <= (160 if m["dtype"] == "fp64" else 128), m
+
+
+def test_accesses_are_16_bytes_wide(machines: list[dict[str, Any]]) -> None:
+    for m in machines:
+        for loop in m["loops"]:
+            assert loop["narrowest"] == 16, m
+
+
+def test_bytes_and_exponentials_are_those_of_the_method(machines: list[dict[str, Any]]) -> None:
+    """Per element: every look reads each array once; one exponential for each array and look."""
+    for m in machines:
+        if m["dtype"] == "fp64":
+            continue  # whose exponentials are code, not an instruction
+        fused = "fused" in m["name"]
+        assert len(m["loops"]) == (2 if fused else 1), m
+        arrays = m["read"] // len(m["loops"])
+        elements = [loop["bytes_read"] / m["size"] / arrays for loop in m["loops"]]
+        assert sum(loop["exponentials"] / n for loop, n in zip(m["loops"], elements)) == m["exponentials"], m
+        assert sum(loop["bytes_written"] / n / m["size"] for loop, n in zip(m["loops"], elements)) == m["written"], m
