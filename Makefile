@@ -2,6 +2,7 @@
 # make test   set up .venv, run every test
 # make check  linters and types
 # make bench  benchmarks
+# make gpu-verify  the Triton kernels on this machine's GPU: proof, times, a report in gpu_verify/
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test core sanitize check bench clean
+.PHONY: demo test core sanitize check bench gpu-verify clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +50,9 @@ check: $(VENV)/.cudfast
 bench: $(VENV)/.cudfast
 	mkdir -p bench_results
 	$(if $(QUICK),QUICK=1) $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=bench_results/bench.json
+
+gpu-verify: $(VENV)/.cudfast
+	$(BIN)/python -m benchmarks.gpu_verify
 
 clean:
 	rm -rf build $(VENV) *.egg-info cudfast/_native*.so cudfast/_native_missing.txt

@@ -44,16 +44,16 @@ class Inputs:
 def labels_for(teacher: Tensor) -> Tensor:
     """(N,) labels for logits (N, V): random in rows 0, 2, ..., for W-Clip; the teacher's top-1 in the others."""
     count, classes = teacher.shape
-    labels = torch.randint(classes, (count,))
+    labels = torch.randint(classes, (count,), device=teacher.device)
     labels[1::2] = teacher[1::2].argmax(-1)
     return labels
 
 
-def make(shape: Shape, dtype: torch.dtype = torch.float32) -> Inputs:
+def make(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Inputs:
     """A student that has learned part of its teacher."""
     torch.manual_seed(0)
-    teacher = torch.randn(shape.rows, shape.classes) * 3
-    student = (teacher * 0.5 + torch.randn(shape.rows, shape.classes) * 2).to(dtype)
+    teacher = torch.randn(shape.rows, shape.classes, device=device) * 3
+    student = (teacher * 0.5 + torch.randn(shape.rows, shape.classes, device=device) * 2).to(dtype)
     teacher = teacher.to(dtype)
     return Inputs(
         student.requires_grad_(),
@@ -121,10 +121,10 @@ def cud_cases(data: Inputs, **fields: Any) -> dict[str, Forward]:
     }
 
 
-def dus_cases(data: Inputs) -> dict[str, Forward]:
-    """Every way to call the teacher loss."""
-    given, inplace = DUSOptions(), DUSOptions(inplace=True)
-    fresh, state = DUSLoss(), DUSLoss(save="state")
+def dus_cases(data: Inputs, **fields: Any) -> dict[str, Forward]:
+    """Every way to call the teacher loss; `fields` are options."""
+    given, inplace = DUSOptions(**fields), DUSOptions(inplace=True, **fields)
+    fresh, state = DUSLoss(**fields), DUSLoss(save="state", **fields)
     x, labels = data.student, data.labels
 
     return {

@@ -87,8 +87,8 @@ def truth(loss: Loss, logits: Tensor, *others: Tensor) -> Outcome:
     """
     count, classes = logits.shape
     step = max(1, 2**24 // classes)
-    total = torch.zeros((), dtype=torch.float64)
-    gradient = torch.empty(logits.shape, dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    gradient = torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
     for start in range(0, count, step):
         part = slice(start, start + step)
         x = logits[part].double().requires_grad_()

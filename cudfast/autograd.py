@@ -151,7 +151,7 @@ class _Loss(torch.autograd.Function):
             )
         if upstream.dim() == 0 and upstream.is_cpu and upstream.item() == 1:
             return gradient
-        return _scale(gradient, upstream)
+        return ctx.plain[1].scale(gradient, upstream)  # type: ignore[no-any-return]
 
     @staticmethod
     def _made_now(ctx: Any, upstream: Tensor) -> Tensor:
@@ -176,16 +176,6 @@ class _Loss(torch.autograd.Function):
         _wrote(rows, call, out)
         ctx.spent = options.inplace
         return out
-
-
-def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """The saved gradient (..., V) times the upstream one, in its own memory."""
-    if upstream.dim():
-        scale = upstream.reshape(*gradient.shape[:-1], 1)
-        if upstream.is_cpu and not bool(upstream.isfinite().all()):  # 0 stays 0 where a row does not count
-            return torch.where(gradient == 0, 0, gradient * scale)
-        return gradient.mul_(scale)
-    return gradient.mul_(upstream)
 
 
 def evaluate(rows: Rows, call: Call) -> tuple[Tensor, State | None]:

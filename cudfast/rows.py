@@ -58,7 +58,7 @@ class State(NamedTuple):
 
 
 class Backend(Protocol):
-    """Two sweeps. Everything else about a loss is shared."""
+    """Two sweeps, and a product. Everything else about a loss is shared."""
 
     def row_state(
         self,
@@ -87,6 +87,12 @@ class Backend(Protocol):
         fresh: bool,
     ) -> None:
         """Second sweep: writes `gradient` (..., >= V) for `upstream` () or (N,)."""
+
+    def scale(self, gradient: Tensor, upstream: Tensor) -> Tensor:
+        """A gradient (..., >= V) for an upstream gradient of 1, in its own memory times `upstream` () or (...).
+
+        0 stays 0 in rows that do not count.
+        """
 
 
 def columns_of(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[str, ...]:

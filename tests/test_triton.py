@@ -80,6 +80,19 @@ def test_shared_rows_overwrite_their_logits(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(inplace.detach(), wanted)
 
 
+@pytest.mark.parametrize("dtype", [f32, torch.float16, f64])
+def test_a_kept_gradient_is_scaled(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(launch, "processors", lambda device: 4)
+    for shape in ((3, 50), (2, 3, 33), (2, 20_000)):
+        gradient = torch.randn(shape).to(dtype)
+        gradient[0] = 0
+        for upstream in (torch.tensor(1.0), torch.tensor(-0.5), torch.tensor(torch.inf), torch.rand(shape[:-1])):
+            by = upstream.to(dtype) if upstream.dim() == 0 else upstream.to(dtype).unsqueeze(-1)
+            wanted = torch.where(gradient == 0, gradient, gradient * by)
+            got = backend.scale(gradient.clone(), upstream.to(dtype))
+            torch.testing.assert_close(got, wanted, rtol=torch.finfo(dtype).eps, atol=0, equal_nan=True)
+
+
 def test_plans() -> None:
     """One block size for all that share V's power of two, whatever N is; a part is whole blocks and never empty."""
     for wide in (False, True):

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..calibration import refuse_row
 from ..options import CUDOptions, DUSOptions, WClip
 from ..rows import Rows, State, columns_of, compute_dtype, dense, refuse_label, refuse_value
+from .reference import scale as scale
 
 try:
     import cudfast._native as _native

@@ -196,6 +196,15 @@ def _write(rows: Rows, marks: _Marks, values: Tensor, gradient: Tensor) -> None:
     gradient[..., rows.classes :].zero_()
 
 
+def scale(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """See `cudfast.rows.Backend`."""
+    if upstream.dim():
+        upstream = upstream.reshape(*gradient.shape[:-1], 1)
+        if upstream.is_cpu and not bool(upstream.isfinite().all()):
+            return torch.where(gradient == 0, 0, gradient * upstream)
+    return gradient.mul_(upstream)
+
+
 def row_state(
     rows: Rows,
     options: CUDOptions | DUSOptions,

@@ -27,6 +27,7 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
         "install a newer PyTorch, or triton itself with pip install -U triton"
     )
 
+from . import launch  # noqa: E402
 from .launch import Call, on  # noqa: E402
 
 _warned = set[str]()
@@ -97,3 +98,11 @@ def row_gradient(
         return
     with on(rows.logits.device):
         Call.of(rows, options).sweep(state, gradient=gradient, upstream=upstream.contiguous())
+
+
+def scale(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """See `cudfast.rows.Backend`."""
+    if gradient.numel():
+        with on(gradient.device):
+            launch.scale(gradient, upstream.reshape(-1).contiguous() if upstream.dim() else upstream)
+    return gradient

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...options import CUDOptions, DUSOptions, WClip
 from ...rows import Rows, State, columns_of, compute_dtype, dense, row_layout
 from . import student, teacher
-from .pieces import count
+from .pieces import count, scale_rows
 
 _COUNT_BLOCK = 1024
 
@@ -78,6 +78,18 @@ def layout(logits: Tensor) -> tuple[int, int, int]:
     found = row_layout(logits)
     assert found is not None
     return found
+
+
+def scale(gradient: Tensor, upstream: Tensor) -> None:
+    """gradient (..., V) times upstream () or (N,), in its own memory."""
+    wide, columns = gradient.dtype == torch.float64, gradient.shape[-1]
+    n = gradient.shape[:-1].numel()
+    cut = plan(n, columns, wide, processors(gradient.device))
+    scale_rows[(n, cut.parts)](
+        gradient, upstream, columns, cut.chunk, *layout(gradient), int(upstream.dim() > 0),
+        R=tl.float64 if wide else tl.float32, BLOCK=cut.block,
+        num_warps=max(1, cut.threads // lanes(gradient.device)), enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 class Call(NamedTuple):

@@ -9,6 +9,7 @@ from triton import knobs
 from .row import NOTHING, row_weights
 
 fp64 = tl.float64  # annotates arguments that must arrive in double
+SPECIAL = ("ignore_index", "unlabeled_index")  # arguments whose values compile nothing anew
 # The interpreter reduces pairs in Python, one element after the other.
 PAIRS = tl.constexpr(not knobs.runtime.interpret)
 
@@ -17,6 +18,23 @@ PAIRS = tl.constexpr(not knobs.runtime.interpret)
 def row_start(row, inner, outer, stride):
     """Where row i of (..., V) starts: see `cudfast.rows.row_layout`."""
     return (row // inner) * outer + (row % inner) * stride
+
+
+@triton.jit(do_not_specialize=["inner", "upstream_stride"])
+def scale_rows(
+    g_ptr, upstream, padded, chunk, inner, outer, stride, upstream_stride, R: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A gradient times the upstream one. Where that is 1, nothing is read; 0 stays 0, whatever it meets."""
+    row = tl.program_id(0).to(tl.int64)
+    by = tl.load(upstream + row * upstream_stride).to(R)
+    if by != 1:
+        begin = tl.program_id(1).to(tl.int64) * chunk
+        end = tl.minimum(begin + chunk, padded)
+        g_row = g_ptr + row_start(row, inner, outer, stride)
+        for start in range(begin, end, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            g = tl.load(g_row + column, mask=column < end, other=0.0).to(R)
+            tl.store(g_row + column, tl.where(g == 0, g, g * by).to(g_row.dtype.element_ty), mask=column < end)
 
 
 @triton.jit
@@ -101,7 +119,7 @@ def per_row_value(row, per_row, scalar, low, high):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SPECIAL, "N"])
 def count(labels, weight, divisors, N, ignore_index, unlabeled_index, BLOCK: tl.constexpr):
     """Sums of the rows' weights: of the KD term, and of the terms that need a label. One program, in a fixed order."""
     kd_sum = tl.zeros((BLOCK,), tl.float64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pieces import centre, clear, f64, fp64, largest_of_both, marks, per_row_value, put, row_start, shared
+from .pieces import SPECIAL, centre, clear, f64, fp64, largest_of_both, marks, per_row_value, put, row_start, shared
 from .row import (
     LOG2E,
     NOTHING,
@@ -140,7 +140,7 @@ def student_map_columns(
         clear(g_row, V, padded, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SPECIAL, "s_inner", "t_inner", "g_inner", "upstream_stride", "count_of_parts"])
 def student_rows(
     s_ptr, t_ptr, g_ptr, labels, weight, per_row, divisors, upstream, parts, loss, sums, top1,
     V, padded, chunk,
@@ -230,7 +230,7 @@ def student_rows(
                     put(g_row + k, g)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SPECIAL, "s_inner", "t_inner"])
 def student_parts(
     s_ptr, t_ptr, labels, weight, per_row, parts, V, chunk,
     s_inner, s_outer, s_stride, t_inner, t_outer, t_stride,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pieces import centre, clear, f64, fp64, marks, per_row_value, put, row_start, shared
+from .pieces import SPECIAL, centre, clear, f64, fp64, marks, per_row_value, put, row_start, shared
 from .row import (
     LOG2E,
     NOTHING,
@@ -74,7 +74,7 @@ def teacher_map_columns(
         clear(g_row, V, padded, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SPECIAL, "z_inner", "g_inner", "upstream_stride", "count_of_parts"])
 def teacher_rows(
     z_ptr, g_ptr, labels, weight, per_row, divisors, upstream, parts, loss, sums,
     V, padded, chunk, z_inner, z_outer, z_stride, g_inner, g_outer, g_stride,
@@ -140,7 +140,7 @@ def teacher_rows(
                 put(g_row + y, g)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SPECIAL, "z_inner"])
 def teacher_parts(
     z_ptr, labels, weight, parts, V, chunk, z_inner, z_outer, z_stride, ignore_index, unlabeled_index,
     R: tl.constexpr, BLOCK: tl.constexpr,

@@ -1,0 +1,309 @@
+"""`make gpu-verify`: the Triton kernels on the GPU of this machine, proven and timed; one JSON and one markdown report.
+
+Every result is compared with float64 first, under the gate of the benchmarks. Without a GPU it says so and exits
+with 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cudfast import CUDLoss, CUDOptions, DUSOptions, __version__
+from cudfast.autograd import row_state_op
+from cudfast.functional import cud_loss
+from cudfast.options import text_of
+
+from .cases import compiled, cud_cases, dus_cases, eager_cud, eager_dus, make, through, with_gradient
+from .measure import Contestant, Errors, Loss, Shape, gate, truth
+
+WIDTHS = (1, 77, 1000, 2048, 4097, 32_000, 50_257, 128_256, 1_000_000)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+RACES = tuple(itertools.product((32_000, 128_256, 151_936, 262_144), (512, 2048, 16_384)))
+BUDGET = 40e9  # bytes that the tensors of a race may take
+
+
+class Line(NamedTuple):
+    """One check."""
+
+    what: str
+    verdict: str  # "ok", or what went wrong, or why it was left out
+    seconds: float
+
+
+class Time(NamedTuple):
+    """One way to do the work at one shape, forward and backward."""
+
+    shape: str
+    dtype: str
+    name: str
+    milliseconds: float
+    gigabytes_per_second: float  # of 2 reads and 1 write of (N, V)
+    of_copy: float  # that, over what a copy of the same bytes reaches in the same run
+    peak_bytes: int  # beyond the inputs
+
+
+def checked(what: str, run: Callable[[], str | None]) -> Line:
+    """Runs a check; what it raises is the verdict. A string says why it was left out."""
+    start = time.perf_counter()
+    try:
+        verdict = run() or "ok"
+    except Exception as error:  # every failure belongs in the report
+        verdict = f"FAILED: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return Line(what, verdict, time.perf_counter() - start)
+
+
+# ---- Correctness ----
+
+
+def agrees(shape: Shape, dtype: torch.dtype, device: str) -> None:
+    """Every way to call both losses, against float64."""
+    data = make(shape, dtype, device)
+    for plain, cases, rest in (
+        (eager_cud, cud_cases(data, backend="triton"), (data.teacher, data.labels)),
+        (eager_dus, dus_cases(data, backend="triton"), (data.labels,)),
+    ):
+        loss: Loss = plain
+        true = truth(loss, data.plain, *rest)
+        eager = Errors.of(with_gradient(through(loss, data.student, *rest))(), true)
+        for name, forward in cases.items():
+            data.restore()
+            gate(name, with_gradient(forward)(), true, eager, 2.0)
+
+
+def options_agree(device: str) -> None:
+    """Weights, temperatures, masks and reductions, against the reference backend in float64."""
+    torch.manual_seed(0)
+    n, v = 64, 5000
+    student, teacher = torch.randn(n, v, device=device), 3 * torch.randn(n, v, device=device)
+    student[:, 7], teacher[:, 7] = -torch.inf, -torch.inf
+    labels = torch.randint(8, v, (n,), device=device)
+    labels[:8], labels[8:16] = -100, -1
+    weight, tau = torch.rand(n, device=device), 1 + torch.rand(n, device=device)
+    for reduction, save in itertools.product(("none", "sum", "mean"), ("gradient", "state")):
+        found = []
+        for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+            x = student.to(dtype, copy=True).requires_grad_()
+            loss = CUDLoss(reduction=reduction, save=save, backend=backend)  # type: ignore[arg-type]
+            value, stats = loss(x, teacher.to(dtype), labels, weight=weight, temperature=tau, return_stats=True)
+            (g,) = torch.autograd.grad(value.sum(), x)
+            found.append((value, g, *(s for s in stats if s.is_floating_point())))
+        for wanted, got in zip(*found):
+            torch.testing.assert_close(got.double(), wanted.double(), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def ops_check(device: str) -> None:
+    """torch.library.opcheck of the op that torch.compile sees."""
+    student = torch.randn(8, 300, device=device, requires_grad=True)
+    labels = torch.randint(300, (8,), device=device)
+    for options in (CUDOptions(backend="triton"), DUSOptions(backend="triton")):
+        target = student.detach() * 2 if isinstance(options, CUDOptions) else None
+        arguments = (student, target, labels, None, None, None, 2.0, 300, text_of(options), False)
+        torch.library.opcheck(row_state_op, arguments)
+
+
+def compiles(device: str) -> None:
+    """torch.compile(fullgraph=True) gives the numbers of eager."""
+    loss = CUDLoss(backend="triton")
+    teacher, labels = torch.randn(32, 4000, device=device), torch.randint(4000, (32,), device=device)
+    found = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        x = torch.linspace(-3, 3, 32 * 4000, device=device).reshape(32, 4000).requires_grad_()
+        value = function(x * 2, teacher, labels)
+        found.append((value, *torch.autograd.grad(value, x)))
+    for got, wanted in zip(found[1], found[0]):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-8)
+
+
+def captures(device: str) -> str | None:
+    """A CUDA graph holds forward and backward, and follows its inputs."""
+    if device != "cuda":
+        return "left out: needs CUDA"
+    student = torch.randn(256, 32_000, device=device, dtype=torch.bfloat16, requires_grad=True)
+    teacher, labels = torch.randn_like(student), torch.randint(32_000, (256,), device=device)
+    memory, options = torch.empty_like(student), CUDOptions(backend="triton")
+
+    def step() -> tuple[Tensor, Tensor]:
+        value = cud_loss(student, teacher, labels, options, grad_out=memory)
+        return value, *torch.autograd.grad(value, student)  # type: ignore[return-value]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value, gradient = step()
+    with torch.no_grad():
+        teacher.copy_(torch.randn_like(teacher) * 3)
+    graph.replay()
+    torch.cuda.synchronize()
+    held = value.clone(), gradient.clone()
+    for got, wanted in zip(held, step()):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    return None
+
+
+SANITIZED = """
+import torch
+from cudfast import CUDLoss, DUSLoss
+for n, v in ((3, 77), (5, 4097), (2, 300000)):
+    x = torch.randn(n, v, device="cuda", requires_grad=True)
+    y = torch.randint(v, (n,), device="cuda")
+    CUDLoss()(x, torch.randn(n, v, device="cuda"), y).backward()
+    DUSLoss()(x, y).backward()
+torch.cuda.synchronize()
+"""
+
+
+def sanitized(tool: str) -> str | None:
+    """compute-sanitizer over both losses, whole rows and shared ones."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return "left out: compute-sanitizer is not on the PATH"
+    found = subprocess.run(
+        [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED],
+        capture_output=True,
+        text=True,
+    )
+    if found.returncode:
+        raise AssertionError(found.stdout[-500:].replace("\n", " "))
+    return None
+
+
+def checks(device: str, widths: tuple[int, ...] = WIDTHS) -> Iterator[Line]:
+    """The whole table."""
+    for v, dtype in itertools.product(widths, DTYPES):
+        n = max(2, min(512, 2**24 // v))
+        yield checked(f"{n} x {v:,} {dtype}", lambda n=n, v=v, d=dtype: agrees(Shape(n, v), d, device))  # type: ignore[misc]
+    yield checked("options, masks, statistics", lambda: options_agree(device))
+    yield checked("opcheck", lambda: ops_check(device))
+    yield checked("torch.compile(fullgraph=True)", lambda: compiles(device))
+    yield checked("CUDA graph", lambda: captures(device))
+    for tool in ("memcheck", "racecheck"):
+        yield checked(f"compute-sanitizer {tool}", lambda t=tool: sanitized(t) if device == "cuda" else "left out")  # type: ignore[misc]
+
+
+# ---- Times ----
+
+
+def liger(data: Any) -> Contestant | str:
+    """Liger's KL kernel on log probabilities, as one would write distillation with it; or why it is not there."""
+    try:
+        found = importlib.import_module("liger_kernel.ops.kl_div").LigerKLDivLossFunction
+    except ImportError as error:
+        return f"Liger: {error}"
+
+    def loss() -> tuple[Tensor, Tensor]:
+        target = (data.teacher / 2).log_softmax(-1)
+        value = found.apply((data.student / 2).log_softmax(-1), target, "batchmean", True)
+        return value * 4, data.student
+
+    return Contestant("Liger KL (no clip, no CE)", with_gradient(loss))
+
+
+def race(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Time]:
+    """All ways at one shape, each timed by `triton.testing.do_bench`, the copy last."""
+    from triton.testing import do_bench
+
+    data = make(shape, dtype, device)
+    ours = cud_cases(data, backend="triton")
+    ways = [
+        Contestant(name, with_gradient(ours[name])) for name in ("given gradient", "fresh gradient", 'save="state"')
+    ]
+    rest = (data.teacher, data.labels)
+    peers = [("eager PyTorch", eager_cud), ("torch.compile", compiled(eager_cud))]
+    ways += [Contestant(name, with_gradient(through(loss, data.student, *rest))) for name, loss in peers]
+    other = liger(data)
+    ways += [] if isinstance(other, str) else [other]
+    moved = ways[0].traffic(shape, dtype)
+    source, target = data.plain, data.gradient
+    copy_rate = (
+        2 * source.numel() * source.element_size() / do_bench(lambda: target.copy_(source), return_mode="median")
+    )
+    for way in ways:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            way.call()
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() - before
+            milliseconds = do_bench(way.call, return_mode="median")
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            continue
+        rate = moved / milliseconds
+        yield Time(str(shape), str(dtype)[6:], way.name, milliseconds, rate / 1e6, rate / copy_rate, peak)
+
+
+# ---- Report ----
+
+
+def markdown(machine: dict[str, str], lines: list[Line], times: list[Time]) -> str:
+    """What a person reads."""
+    bad = sum(line.verdict.startswith("FAILED") for line in lines)
+    text = [f"# gpu-verify: {len(lines)} checks, {bad} failed", ""]
+    text += [f"- {key}: {value}" for key, value in machine.items()]
+    text += ["", "| check | verdict | s |", "|---|---|---|"]
+    text += [f"| {line.what} | {line.verdict} | {line.seconds:.1f} |" for line in lines]
+    text += ["", "Forward and backward; GB/s of two reads and one write of (N, V).", ""]
+    text += ["| N x V | dtype | way | ms | GB/s | of a copy | peak MB |", "|---|---|---|---|---|---|---|"]
+    text += [
+        f"| {t.shape} | {t.dtype} | {t.name} | {t.milliseconds:.3f} | {t.gigabytes_per_second:.0f} | {t.of_copy:.0%} | "
+        f"{t.peak_bytes / 1e6:.0f} |"
+        for t in times
+    ]
+    return "\n".join(text) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_verify", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("gpu_verify"), help="folder of the report")
+    parser.add_argument("--no-times", action="store_true", help="checks only")
+    asked = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu-verify: torch sees no CUDA or ROCm GPU here; nothing was verified", file=sys.stderr)
+        return 2
+    properties = torch.cuda.get_device_properties(0)
+    machine = {
+        "device": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB",
+        "torch": str(torch.__version__),
+        "triton": importlib.import_module("triton").__version__,
+        "cudfast": __version__,
+    }
+    lines: list[Line] = []
+    for line in checks("cuda"):
+        print(f"{line.what:<44} {line.verdict}", flush=True)
+        lines.append(line)
+    times: list[Time] = []
+    for (v, n), dtype in itertools.product(() if asked.no_times else RACES, (torch.bfloat16, torch.float32)):
+        if 5 * n * v * dtype.itemsize > min(BUDGET, 0.5 * properties.total_memory):
+            continue
+        for found in race(Shape(n, v), dtype, "cuda"):
+            print(f"{found.shape:<18} {found.dtype:<9} {found.name:<26} {found.milliseconds:8.3f} ms "
+                  f"{found.gigabytes_per_second:6.0f} GB/s {found.of_copy:6.0%} of a copy", flush=True)  # fmt: skip
+            times.append(found)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine, "checks": [x._asdict() for x in lines], "times": [x._asdict() for x in times]}
+    (asked.out / "report.json").write_text(json.dumps(report, indent=1))
+    (asked.out / "report.md").write_text(markdown(machine, lines, times))
+    print(f"Written: {asked.out / 'report.md'}, {asked.out / 'report.json'}")
+    return 1 if any(line.verdict.startswith("FAILED") for line in lines) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
