@@ -9,6 +9,7 @@ L2.
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import NamedTuple
 
@@ -71,10 +72,11 @@ def estimate(variant: Variant, found: Machine, dtype: str, classes: int, name: s
     arrays = variant.rows_read // looks
     in_flight = gpu.processors * resident * classes * size * arrays
     read = arrays * (1 if in_flight <= gpu.cache else looks)
-    moved = size * (read + variant.rows_written)
-    # Columns per iteration of a thread, from what it reads.
-    instructions = sum(loop.instructions * arrays * size / loop.bytes_read for loop in found.loops)
-    exponentials = sum(loop.exponentials * arrays * size / loop.bytes_read for loop in found.loops)
+    # Per element: a loop's counts over the columns of a thread's iteration, which what it reads gives away.
+    per_element = [arrays * size / loop.bytes_read for loop in found.loops]
+    moved = size * read + sum(loop.bytes_written * each for loop, each in zip(found.loops, per_element))
+    instructions = sum(loop.instructions * each for loop, each in zip(found.loops, per_element))
+    exponentials = sum(loop.exponentials * each for loop, each in zip(found.loops, per_element))
     times = {
         "memory": moved / gpu.bandwidth,
         "instructions": instructions / gpu.instructions,
@@ -87,22 +89,54 @@ def estimate(variant: Variant, found: Machine, dtype: str, classes: int, name: s
     )  # fmt: skip
 
 
-def estimates(
-    dtypes: tuple[str, ...] = ("bf16", "fp32"), widths: tuple[int, ...] = (32_000, 128_256)
-) -> list[Estimate]:
+def liger() -> tuple[Variant, ...]:
+    """Liger's kernels of the same kind, with the blocks and threads that it launches; none when it is not installed.
+
+    Its divergences take log probabilities, which somebody has to make first: a read and a write of each side. Modelled
+    for NVIDIA only: on AMD its masked accesses are branches, which `compiled` takes for rare ones.
+    """
+    try:
+        ops = [importlib.import_module(f"liger_kernel.ops.{name}") for name in ("kl_div", "jsd", "cross_entropy")]
+    except ImportError:
+        return ()
+    kl, jsd, ce = ops
+    names = ("y_ptr", "gt_ptr", "target_ptr", "new_grads_ptr", "X_ptr", "Y_ptr", "dX_ptr")
+    types = {**dict.fromkeys(names, "*logits"), "loss_ptr": "*fp32", "label_ptr": "*i64", "eps": "fp32"}
+    divergence: dict[str, object] = {"BLOCK_SIZE": 8192, "log_target": True}
+    joint: dict[str, object] = {"BLOCK_SIZE": 32768, "beta": 0.5, "ignore_index": -100, "HAS_LABEL": False}
+    labels: dict[str, object] = {
+        "BLOCK_SIZE": 32768, "lse_square_scale": 0.0, "label_smoothing": 0.0, "reduction": "mean",
+        "RETURN_Z_LOSS": False, "RETURN_TOKEN_ACCURACY": False, "RETURN_PREDICTED_TOKENS": False,
+        "HAS_WEIGHT": False, "HAS_SOFTCAPPING": False, "HAS_GRADIENTS": True,
+    }  # fmt: skip
+    without = ("weight_ptr", "z_loss_ptr", "token_accuracy_ptr", "predicted_tokens_ptr", "softcap")
+    of_labels = {**types, "Y_ptr": "*i64", "sum_non_ignore_weight": "fp32", "weight_sum": "fp32"}
+    forward = {**divergence, "reduction": 3}
+    return (
+        Variant("Liger KL, forward", kl._kldiv_kernel_forward, forward, (), 1, 2, 0, types, 512),
+        Variant("Liger KL, backward", kl._kldiv_kernel_backward, divergence, (), 1, 1, 1, types, 512),
+        Variant("Liger JSD, fused", jsd._jsd_kernel, joint, without, 2, 2, 1, types, 1024),
+        Variant("Liger CE, fused", ce.liger_cross_entropy_kernel, labels, without, 2, 2, 1, of_labels, 1024),
+    )
+
+
+def estimates() -> list[Estimate]:
     """Every kernel on every GPU."""
+    dtypes, widths = ("bf16", "fp32"), (32_000, 128_256)
+    peers = liger()
+    variants = {name: VARIANTS if target.backend == "hip" else (*VARIANTS, *peers) for name, target in TARGETS.items()}
     code = {
         (variant.name, dtype, target): machine(variant, dtype, target)
-        for variant in VARIANTS
-        for dtype in dtypes
         for target in TARGETS
+        for variant in variants[target]
+        for dtype in dtypes
     }
     return [
         estimate(variant, code[variant.name, dtype, gpu.target], dtype, classes, name)
         for name, gpu in GPUS.items()
         for dtype in dtypes
         for classes in widths
-        for variant in VARIANTS
+        for variant in variants[gpu.target]
     ]
 
 

@@ -35,6 +35,27 @@ def machines() -> list[dict[str, Any]]:
     return [json.loads(line) for line in found.stdout.splitlines()]
 
 
+def test_the_model_is_bound_by_memory_on_an_h100() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "cudfast", "gpu-model"]
+    found = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True, env=environment)
+    estimates = [e for e in json.loads(found.stdout) if not e["kernel"].startswith("Liger")]
+    assert len(estimates) == 5 * 2 * 2 * 8
+    for e in estimates:
+        if (e["gpu"], e["dtype"]) == ("H100", "bf16"):
+            assert e["bound"] == "memory", e
+    (fused,) = (
+        e
+        for e in estimates
+        if (e["gpu"], e["dtype"], e["classes"], e["kernel"]) == ("H100", "bf16", 32_000, "student, fused")
+    )
+    assert fused["bytes_per_element"] == 6
+    assert fused["picoseconds"] == pytest.approx(6 / 3.35, rel=1e-6)
+    text = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    assert text.startswith("A model, not a measurement")
+    assert "- H100: NVIDIA H100 SXM data sheet" in text
+
+
 def test_every_kernel_compiles_for_every_target(machines: list[dict[str, Any]]) -> None:
     found = {(m["name"], m["target"]) for m in machines}
     assert len({name for name, _ in found}) == 8

@@ -37,8 +37,13 @@ class Variant(NamedTuple):
     exponentials: int  # that the method takes per element
     rows_read: int  # arrays of N V elements that the main loops read in all
     rows_written: int
+    types: dict[str, str]  # of arguments; "*logits" points to logits, what is not named is an i32
+    threads: int = 0  # of a program; 0 leaves it to the plan
 
 
+_TYPES = dict.fromkeys(("s_ptr", "t_ptr", "z_ptr", "g_ptr"), "*logits")
+_TYPES |= dict.fromkeys(("weight", "per_row", "divisors", "loss", "parts"), "*fp64")
+_TYPES |= {"labels": "*i64", "top1": "*i64", "sums": "*compute", "upstream": "*compute"}
 _VECTORS = ("weight", "per_row", "upstream", "parts")
 _READ = ("weight", "per_row", "parts")  # absent where the state is read
 _STUDENT = {"P": 2, "ONES": 1, "CLIP": True}
@@ -49,54 +54,40 @@ def _flags(fold: bool, write: bool) -> dict[str, object]:
     return {"FOLD": fold, "MERGE": False, "MAP": write}
 
 
-VARIANTS = (
-    Variant(
-        "student, fused", student.student_rows, _STUDENT | _flags(True, True), (*_VECTORS, "sums", "top1"), 4, 4, 1
-    ),
-    Variant("student, state", student.student_rows, _STUDENT | _flags(True, False), _VECTORS, 2, 2, 0),
-    Variant("student, gradient", student.student_rows, _STUDENT | _flags(False, True), _READ, 2, 2, 1),
-    Variant("student, part of a row", student.student_parts, {"P": 2, "ONES": 1}, ("weight", "per_row"), 2, 2, 0),
-    Variant("teacher, fused", teacher.teacher_rows, _TEACHER | _flags(True, True), (*_VECTORS, "sums"), 2, 2, 1),
-    Variant("teacher, state", teacher.teacher_rows, _TEACHER | _flags(True, False), _VECTORS, 1, 1, 0),
-    Variant("teacher, gradient", teacher.teacher_rows, _TEACHER | _flags(False, True), _READ, 1, 1, 1),
-    Variant("teacher, part of a row", teacher.teacher_parts, {}, ("weight", "per_row"), 1, 1, 0),
+_WHOLE, _WITHOUT_STATE = student.student_rows, (*_VECTORS, "sums")
+VARIANTS = tuple(
+    Variant(*fields, _TYPES)  # type: ignore[call-arg]
+    for fields in (
+        ("student, fused", _WHOLE, _STUDENT | _flags(True, True), _WITHOUT_STATE, 4, 4, 1),
+        ("student, state", _WHOLE, _STUDENT | _flags(True, False), _VECTORS, 2, 2, 0),
+        ("student, gradient", _WHOLE, _STUDENT | _flags(False, True), _READ, 2, 2, 1),
+        ("student, part of a row", student.student_parts, {"P": 2, "ONES": 1}, ("weight", "per_row"), 2, 2, 0),
+        ("teacher, fused", teacher.teacher_rows, _TEACHER | _flags(True, True), _WITHOUT_STATE, 2, 2, 1),
+        ("teacher, state", teacher.teacher_rows, _TEACHER | _flags(True, False), _VECTORS, 1, 1, 0),
+        ("teacher, gradient", teacher.teacher_rows, _TEACHER | _flags(False, True), _READ, 1, 1, 1),
+        ("teacher, part of a row", teacher.teacher_parts, {}, ("weight", "per_row"), 1, 1, 0),
+    )
 )
-
-_POINTERS = {"labels": "i64", "top1": "i64", "weight": "fp64", "per_row": "fp64", "divisors": "fp64", "loss": "fp64"}
-_POINTERS |= {"parts": "fp64"}
 
 
 def compile(variant: Variant, dtype: str, target: str, classes: int = 32_000) -> Any:
     """The compiled kernel for logits of `dtype` with aligned rows of `classes` columns."""
     wide = dtype == "fp64"
     cut = plan(8192, classes, wide, 132)
-    compute = "fp64" if wide else "fp32"
-    constants = {
-        **variant.constants,
-        "R": tl.float64 if wide else tl.float32,
-        "BLOCK": cut.block,
-    }
-    constants |= {name: None for name in variant.absent if name in variant.kernel.arg_names}
+    names = variant.kernel.arg_names
+    known = {"R": tl.float64 if wide else tl.float32, "BLOCK": cut.block}
+    constants = {name: known[name] for name in names if name in known}
+    constants |= variant.constants | {name: None for name in variant.absent if name in names}
     signature, attributes = {}, {}
-    for index, name in enumerate(variant.kernel.arg_names):
-        annotation = variant.kernel.params[index].annotation_type
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in ("s_ptr", "t_ptr", "z_ptr", "g_ptr"):
-            signature[name] = f"*{dtype}"
-        elif name in ("sums", "upstream"):
-            signature[name] = f"*{compute}"
-        elif name in _POINTERS:
-            signature[name] = f"*{_POINTERS[name]}"
-        elif annotation:
-            signature[name] = annotation
-        else:
-            signature[name] = "i32"
-        rows = name in ("V", "padded", "chunk") or name[1:] in ("_outer", "_stride")
-        if name not in constants and (rows or signature[name].startswith("*")):
+    for index, name in enumerate(names):
+        given = variant.types.get(name) or variant.kernel.params[index].annotation_type or "i32"
+        given = given.replace("logits", dtype).replace("compute", "fp64" if wide else "fp32")
+        signature[name] = "constexpr" if name in constants else given
+        rows = name in ("V", "padded", "chunk", "n_cols") or name.endswith(("_outer", "_stride"))
+        if signature[name].startswith("*") or (rows and signature[name] == "i32" and name != "upstream_stride"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, constexprs=constants, attrs=attributes)
-    warps = max(1, cut.threads // TARGETS[target].warp_size)
+    warps = max(1, (variant.threads or cut.threads) // TARGETS[target].warp_size)
     return triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "enable_fp_fusion": True})
 
 
