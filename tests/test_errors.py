@@ -251,7 +251,7 @@ CASES: list[tuple[type[Exception], str, Callable[[], object]]] = [
     (ValueError, "CUDOptions(save='all'): expected one of 'auto', 'state', 'gradient'", lambda: CUDLoss(save="all")),
     (
         ValueError,
-        "CUDOptions(backend='gpu'): expected one of 'auto', 'reference', 'native'",
+        "CUDOptions(backend='gpu'): expected one of 'auto', 'reference', 'native', 'triton'",
         lambda: CUDLoss(backend="gpu"),
     ),
     (
@@ -332,5 +332,7 @@ def test_the_environment_sets_the_default(monkeypatch: pytest.MonkeyPatch) -> No
     assert backends.choose("native", torch.device("cpu")) is backends.load("native")
     backends.choose.cache_clear()
     monkeypatch.setenv("CUDFAST_BACKEND", "cublas")
-    with pytest.raises(ValueError, match=r"^CUDFAST_BACKEND='cublas': expected one of auto, native, reference$"):
+    with pytest.raises(
+        ValueError, match=r"^CUDFAST_BACKEND='cublas': expected one of auto, native, triton, reference$"
+    ):
         backends.choose("auto", torch.device("cpu"))

@@ -44,12 +44,10 @@ def f64(scalar):
 
 
 @triton.jit
-def put(pointer, value):
-    """Stores f64 by way of f32: the interpreter knows no other way to 16 bits."""
-    if pointer.dtype.element_ty == tl.float64:
-        tl.store(pointer, value)
-    else:
-        tl.store(pointer, value.to(tl.float32).to(pointer.dtype.element_ty))
+def replaced(block, start, column, value, BLOCK: tl.constexpr):
+    """The block that begins at column `start`, with `value` in one column if that is in it."""
+    at = tl.where((column >= start) & (column < start + BLOCK), (column - start).to(tl.int32), -1)
+    return tl.where(tl.arange(0, BLOCK) == at, value, block)
 
 
 @triton.jit

@@ -9,7 +9,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pieces import SPECIAL, centre, clear, f64, fp64, largest_of_both, marks, per_row_value, put, row_start, shared
+from .pieces import (
+    SPECIAL,
+    centre,
+    clear,
+    f64,
+    fp64,
+    largest_of_both,
+    marks,
+    per_row_value,
+    replaced,
+    row_start,
+    shared,
+)
 from .row import (
     LOG2E,
     NOTHING,
@@ -113,10 +125,13 @@ def student_pack(sums, top1, row, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, 
 
 @triton.jit
 def student_map_columns(
-    s_row, t_row, g_row, begin, end, V, padded, m_t, m_s, tau, student_tau, teacher_tau, student_one,
+    s_row, t_row, g_row, begin, end, V, padded, m_t, m_s, tau, student_tau, teacher_tau, student_one, y, g_y, k, g_k,
     R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the columns [begin, end), and zeros behind V when the part is the last."""
+    """The gradient of the columns [begin, end), and zeros behind V when the part is the last.
+
+    g_y and g_k are what columns y and k get: the label, and the top-1 that the clip changed; -1 is no column.
+    """
     lanes = tl.arange(0, BLOCK)
     base = (f64(LOG2E) / tau).to(R)
     c_t = centre(m_t).to(R)
@@ -129,12 +144,14 @@ def student_map_columns(
         t = tl.load(t_row + start + lanes, eviction_policy="evict_first").to(R)
         s = tl.load(s_row + start + lanes, eviction_policy="evict_first").to(R)
         g = student_element(one, two, three, t - c_t, s - c_s, base, P, ONES)
+        g = replaced(replaced(g, start, y, g_y, BLOCK), start, k, g_k, BLOCK)
         tl.store(g_row + start + lanes, g.to(g_row.dtype.element_ty))
     if whole < end:
         column = whole + lanes
         t = tl.load(t_row + column, mask=column < end, other=0.0, eviction_policy="evict_first").to(R)
         s = tl.load(s_row + column, mask=column < end, other=0.0, eviction_policy="evict_first").to(R)
         g = student_element(one, two, three, t - c_t, s - c_s, base, P, ONES)
+        g = replaced(replaced(g, whole, y, g_y, BLOCK), whole, k, g_k, BLOCK)
         tl.store(g_row + column, g.to(g_row.dtype.element_ty), mask=column < end)
     if end == V:
         clear(g_row, V, padded, BLOCK)
@@ -211,23 +228,15 @@ def student_rows(
             clear(g_row, begin, tl.where(end == V, padded, end), BLOCK)
         else:
             student_tau, teacher_tau, student_one, label = student_coefficients(s_tau, s_one, target_z, tau, kd, ce)
+            base = f64(LOG2E) / tau
+            dt = tl.where(r > 0, new_t_y, t_y - centre(m_t))
+            g_y = student_element(student_tau, teacher_tau, student_one, dt, s_y - centre(m_s), base, 0, 1)
+            g_y = tl.where(s_y == NOTHING, g_y, g_y - label)
+            g_k = student_element(student_tau, teacher_tau, student_one, t_k, s_k - centre(m_s), base, 0, 1)
             student_map_columns(
                 s_row, t_row, g_row, begin, end, V, padded, m_t, m_s, tau, student_tau, teacher_tau, student_one,
-                R, P, ONES, BLOCK,
+                tl.where(labelled, y, -1), g_y.to(R), tl.where(r > 0, k, -1), g_k.to(R), R, P, ONES, BLOCK,
             )  # fmt: skip
-            if labelled:
-                # What the sweep cannot know: the label, and the two that the clip changed. The student's logits may be
-                # overwritten by now.
-                tl.debug_barrier()
-                base = f64(LOG2E) / tau
-                if (y >= begin) & (y < end):
-                    dt = tl.where(r > 0, new_t_y, t_y - centre(m_t))
-                    g = student_element(student_tau, teacher_tau, student_one, dt, s_y - centre(m_s), base, 0, 1)
-                    g = tl.where(s_y == NOTHING, g, g - label)
-                    put(g_row + y, g)
-                if (r > 0) & (k >= begin) & (k < end):
-                    g = student_element(student_tau, teacher_tau, student_one, t_k, s_k - centre(m_s), base, 0, 1)
-                    put(g_row + k, g)
 
 
 @triton.jit(do_not_specialize=[*SPECIAL, "s_inner", "t_inner"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pieces import SPECIAL, centre, clear, f64, fp64, marks, per_row_value, put, row_start, shared
+from .pieces import SPECIAL, centre, clear, f64, fp64, marks, per_row_value, replaced, row_start, shared
 from .row import (
     LOG2E,
     NOTHING,
@@ -55,21 +55,22 @@ def teacher_fold_columns(z_row, begin, end, R: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def teacher_map_columns(
-    z_row, g_row, begin, end, V, padded, m, inv_z, log_z, one, log, R: tl.constexpr, BLOCK: tl.constexpr
+    z_row, g_row, begin, end, V, padded, m, inv_z, log_z, one, log, y, g_y, R: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The gradient of the columns [begin, end), and zeros behind V when the part is the last."""
+    """The gradient of the columns [begin, end), g_y in column y, and zeros behind V when the part is the last."""
     lanes = tl.arange(0, BLOCK)
     c = centre(m).to(R)
     one, log, inv_z, log_z = one.to(R), log.to(R), inv_z.to(R), log_z.to(R)
     whole = end - (end - begin) % BLOCK
     for start in range(begin, whole, BLOCK):
         z_j = tl.load(z_row + start + lanes, eviction_policy="evict_first").to(R)
-        tl.store(g_row + start + lanes, teacher_element(one, log, z_j - c, inv_z, log_z).to(g_row.dtype.element_ty))
+        g = replaced(teacher_element(one, log, z_j - c, inv_z, log_z), start, y, g_y, BLOCK)
+        tl.store(g_row + start + lanes, g.to(g_row.dtype.element_ty))
     if whole < end:
         column = whole + lanes
         z_j = tl.load(z_row + column, mask=column < end, other=0.0, eviction_policy="evict_first").to(R)
-        g = teacher_element(one, log, z_j - c, inv_z, log_z).to(g_row.dtype.element_ty)
-        tl.store(g_row + column, g, mask=column < end)
+        g = replaced(teacher_element(one, log, z_j - c, inv_z, log_z), whole, y, g_y, BLOCK)
+        tl.store(g_row + column, g.to(g_row.dtype.element_ty), mask=column < end)
     if end == V:
         clear(g_row, V, padded, BLOCK)
 
@@ -132,12 +133,12 @@ def teacher_rows(
             clear(g_row, begin, tl.where(end == V, padded, end), BLOCK)
         else:
             one, log, label = teacher_coefficients(entropy, slope, entropy_share, scale)
-            teacher_map_columns(z_row, g_row, begin, end, V, padded, m, 1.0 / z, log_z, one, log, R, BLOCK)
-            if labelled & (y >= begin) & (y < end) & (label != 0):
-                tl.debug_barrier()
-                g = teacher_element(one, log, z_y - centre(m), 1.0 / z, log_z)
-                g = tl.where(z_y == NOTHING, g, g + label)
-                put(g_row + y, g)
+            g_y = teacher_element(one, log, z_y - centre(m), 1.0 / z, log_z)
+            g_y = tl.where(z_y == NOTHING, g_y, g_y + label)
+            teacher_map_columns(
+                z_row, g_row, begin, end, V, padded, m, 1.0 / z, log_z, one, log,
+                tl.where(labelled & (label != 0), y, -1), g_y.to(R), R, BLOCK,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*SPECIAL, "z_inner"])
