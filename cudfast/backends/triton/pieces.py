@@ -34,13 +34,21 @@ def scale_rows(
         for start in range(begin, end, BLOCK):
             column = start + tl.arange(0, BLOCK)
             g = tl.load(g_row + column, mask=column < end, other=0.0).to(R)
-            tl.store(g_row + column, tl.where(g == 0, g, g * by).to(g_row.dtype.element_ty), mask=column < end)
+            tl.store(g_row + column, stored(tl.where(g == 0, g, g * by), g_row), mask=column < end)
 
 
 @triton.jit
 def f64(scalar):
     """An argument in double; the interpreter hands over Python floats."""
     return tl.zeros((), tl.float64) + scalar
+
+
+@triton.jit
+def stored(block, pointer):
+    """The block in the type that it is stored in; by way of f32, since the interpreter knows no other to 16 bits."""
+    if pointer.dtype.element_ty == tl.float64:
+        return block
+    return block.to(tl.float32).to(pointer.dtype.element_ty)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from .pieces import (
     replaced,
     row_start,
     shared,
+    stored,
 )
 from .row import (
     LOG2E,
@@ -145,14 +146,14 @@ def student_map_columns(
         s = tl.load(s_row + start + lanes, eviction_policy="evict_first").to(R)
         g = student_element(one, two, three, t - c_t, s - c_s, base, P, ONES)
         g = replaced(replaced(g, start, y, g_y, BLOCK), start, k, g_k, BLOCK)
-        tl.store(g_row + start + lanes, g.to(g_row.dtype.element_ty))
+        tl.store(g_row + start + lanes, stored(g, g_row))
     if whole < end:
         column = whole + lanes
         t = tl.load(t_row + column, mask=column < end, other=0.0, eviction_policy="evict_first").to(R)
         s = tl.load(s_row + column, mask=column < end, other=0.0, eviction_policy="evict_first").to(R)
         g = student_element(one, two, three, t - c_t, s - c_s, base, P, ONES)
         g = replaced(replaced(g, whole, y, g_y, BLOCK), whole, k, g_k, BLOCK)
-        tl.store(g_row + column, g.to(g_row.dtype.element_ty), mask=column < end)
+        tl.store(g_row + column, stored(g, g_row), mask=column < end)
     if end == V:
         clear(g_row, V, padded, BLOCK)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pieces import SPECIAL, centre, clear, f64, fp64, marks, per_row_value, replaced, row_start, shared
+from .pieces import SPECIAL, centre, clear, f64, fp64, marks, per_row_value, replaced, row_start, shared, stored
 from .row import (
     LOG2E,
     NOTHING,
@@ -65,12 +65,12 @@ def teacher_map_columns(
     for start in range(begin, whole, BLOCK):
         z_j = tl.load(z_row + start + lanes, eviction_policy="evict_first").to(R)
         g = replaced(teacher_element(one, log, z_j - c, inv_z, log_z), start, y, g_y, BLOCK)
-        tl.store(g_row + start + lanes, g.to(g_row.dtype.element_ty))
+        tl.store(g_row + start + lanes, stored(g, g_row))
     if whole < end:
         column = whole + lanes
         z_j = tl.load(z_row + column, mask=column < end, other=0.0, eviction_policy="evict_first").to(R)
         g = replaced(teacher_element(one, log, z_j - c, inv_z, log_z), whole, y, g_y, BLOCK)
-        tl.store(g_row + column, g.to(g_row.dtype.element_ty), mask=column < end)
+        tl.store(g_row + column, stored(g, g_row), mask=column < end)
     if end == V:
         clear(g_row, V, padded, BLOCK)
 
