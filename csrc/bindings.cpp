@@ -145,8 +145,8 @@ double* divisors_in(const py::object& state) {
 
 // ---- The two sweeps ----
 
-Divisors divisors_of(const Rows& rows, Reduction reduction, double num_items) {
-  if (!std::isnan(num_items)) return {num_items, num_items};
+Divisors divisors_of(const Rows& rows, Reduction reduction, Divisors given) {
+  if (!std::isnan(given.kd)) return given;
   if (reduction == Reduction::mean) return count(rows);
   return {};
 }
@@ -167,7 +167,7 @@ void gradient_of(const Rows& rows, const TeacherOptions& options, Divisors d, Up
 
 template <class Options>
 Answer row_state(const py::tuple& fields, const Options& options, int64_t ignore_index, int64_t unlabeled_index,
-                 int threads, int reduction, double num_items, bool statistics, const py::object& loss,
+                 int threads, int reduction, double kd_items, double ce_items, bool statistics, const py::object& loss,
                  const py::object& state, const py::object& gradient, bool fresh) try {
   const Rows rows = make_rows(fields, ignore_index, unlabeled_index, threads);
   Outputs out;
@@ -181,7 +181,7 @@ Answer row_state(const py::tuple& fields, const Options& options, int64_t ignore
   const py::gil_scoped_release unlocked;
   const Check fault = check(rows);
   if (fault.fault != Fault::none) return {static_cast<int>(fault.fault), fault.row};
-  const Divisors d = divisors_of(rows, static_cast<Reduction>(reduction), num_items);
+  const Divisors d = divisors_of(rows, static_cast<Reduction>(reduction), {kd_items, ce_items});
   const Check unmet = state_of(rows, options, statistics, d, out);
   if (divisors) {
     divisors[0] = d.kd;
@@ -335,6 +335,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("teacher_state", row_state<TeacherOptions>);
   m.def("student_gradient", row_gradient<StudentOptions>);
   m.def("teacher_gradient", row_gradient<TeacherOptions>);
+
+  m.def("ask_for_huge_pages", [](const py::object& tensor, int64_t bytes) {
+    const char* const begin = address<const char>(tensor);
+    ask_for_huge_pages(begin, begin + bytes);
+  });
 
   m.attr("STUDENT_COLUMNS") = kStudentColumns;
   m.attr("PROJECTED_COLUMNS") = kProjectedColumns;

@@ -3,8 +3,9 @@
 from . import functional
 from ._version import __version__
 from .calibration import calibrate
+from .linear import FusedLinearCUDLoss, FusedLinearDUSLoss
 from .losses import CUDLoss, DUSLoss
-from .options import CUDOptions, DUSOptions, WClip
+from .options import CUDOptions, DUSOptions, LinearOptions, WClip
 from .projection import Projection
 from .sets import ClassSets
 
@@ -14,6 +15,9 @@ __all__ = [
     "ClassSets",
     "DUSLoss",
     "DUSOptions",
+    "FusedLinearCUDLoss",
+    "FusedLinearDUSLoss",
+    "LinearOptions",
     "Projection",
     "WClip",
     "__version__",

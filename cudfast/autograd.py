@@ -25,7 +25,7 @@ class Call(NamedTuple):
     grad_out: Tensor | None  # where the gradient goes, instead of fresh memory
 
 
-def _keeps_gradient(rows: Rows, options: CUDOptions | DUSOptions) -> bool:
+def keeps_gradient(rows: Rows, options: CUDOptions | DUSOptions) -> bool:
     """Whether the gradient is made in forward. A float16 gradient made before the loss scale arrives rounds to 0."""
     if options.inplace and options.check_finite:  # the check comes before anything is overwritten
         return False
@@ -43,7 +43,7 @@ def _gradient_memory(rows: Rows, call: Call) -> tuple[Tensor, bool]:
     return torch.empty_like(rows.logits, memory_format=torch.contiguous_format), True
 
 
-def _check_finite(rows: Rows, options: CUDOptions | DUSOptions, state: State) -> None:
+def check_finite(rows: Rows, options: CUDOptions | DUSOptions, state: State) -> None:
     bad = state.sums.isnan().any(-1)
     for maximum in (0, 2) if isinstance(options, CUDOptions) else (0,):
         bad = bad | (state.sums[:, maximum] == -torch.inf)
@@ -70,7 +70,7 @@ def _wrote(rows: Rows, call: Call, gradient: Tensor) -> None:
 _Work = tuple[Rows, Call, Backend, list[State] | None]
 
 
-class _Once(torch.autograd.Function):
+class Once(torch.autograd.Function):
     """The gradient, with a second derivative that is an error."""
 
     @staticmethod
@@ -92,7 +92,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, work: _Work) -> Tensor:
         rows, call, backend, kept = work
         options = call.options
-        gradient, fresh = _gradient_memory(rows, call) if _keeps_gradient(rows, options) else (None, False)
+        gradient, fresh = _gradient_memory(rows, call) if keeps_gradient(rows, options) else (None, False)
         loss, state = backend.row_state(
             rows,
             options,
@@ -129,7 +129,7 @@ class _Loss(torch.autograd.Function):
         logits = ctx.saved_tensors[0]  # create_graph=True
         with torch.no_grad():
             gradient = _Loss._gradient(ctx, upstream)
-        return _Once.apply(logits, upstream, gradient), None  # type: ignore[no-untyped-call]
+        return Once.apply(logits, upstream, gradient), None  # type: ignore[no-untyped-call]
 
     @classmethod
     def node(cls, logits: Tensor, work: _Work) -> Tensor:
@@ -194,7 +194,7 @@ def evaluate(rows: Rows, call: Call) -> tuple[Tensor, State | None]:
             rows, options, statistics=call.statistics, keep=reads_state, gradient=call.grad_out, fresh=False
         )
     if options.check_finite and state is not None:
-        _check_finite(rows, options, state)
+        check_finite(rows, options, state)
     return loss, state
 
 
@@ -221,7 +221,7 @@ def row_state_op(
     loss, state = backend.row_state(rows, parsed, statistics=statistics, keep=True, gradient=None, fresh=False)
     assert state is not None
     if parsed.check_finite:
-        _check_finite(rows, parsed, state)
+        check_finite(rows, parsed, state)
     return loss, *state
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .autograd import Call
-from .options import NUMBERS
+from .options import NUMBERS, TEMPERATURES
 from .projection import BOUNDS, Projection
 from .rows import DTYPES, Constraints, Rows, row_layout, vector_dtype
 from .sets import ClassSets
@@ -42,7 +42,7 @@ def classes_of(student: Tensor, teacher: Tensor | None, num_classes: int | None,
     if num_classes is not None:
         for name, columns in widths.items():
             if num_classes > columns:
-                raise ValueError(f"num_classes={num_classes} is more than the {columns} columns of {name}")
+                raise ValueError(f"num_classes={num_classes} is more than the {columns} classes of {name}")
         return num_classes
     first, second = widths.values()
     raise ValueError(
@@ -93,6 +93,21 @@ def weight_of(weight: object, logits: Tensor, name: str) -> Tensor | None:
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a torch.Tensor with one weight per row, got {type(weight).__name__}")
     return vector_of(weight, "weight", logits, name)
+
+
+def temperature_of(temperature: object, default: float, logits: Tensor, name: str) -> tuple[float, Tensor | None]:
+    """One temperature for all rows, and (N,) f64 where there is one for each."""
+    if temperature is None:
+        return default, None
+    if isinstance(temperature, Tensor):
+        if temperature.dim() == 0 and logits.dim() != 1:
+            temperature = temperature.expand(logits.shape[:-1])
+        return default, vector_of(temperature, "temperature", logits, name)
+    if isinstance(temperature, bool) or not isinstance(temperature, NUMBERS):
+        raise TypeError(f"temperature: expected a number or a tensor (...), got {type(temperature).__name__}")
+    if not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
+        raise ValueError(f"temperature={temperature}: expected a number in [{TEMPERATURES[0]:g}, {TEMPERATURES[1]:g}]")
+    return float(temperature), None
 
 
 def num_items_of(num_items: object) -> float | Tensor | None:

@@ -17,10 +17,10 @@ from .checks import (
     labels_of,
     logits_of,
     num_items_of,
-    vector_of,
+    temperature_of,
     weight_of,
 )
-from .options import NUMBERS, TEMPERATURES, CUDOptions, DUSOptions
+from .options import CUDOptions, DUSOptions
 from .projection import Projection
 from .rows import Rows
 from .statistics import StudentStatistics, TeacherStatistics, student_statistics, teacher_statistics
@@ -135,23 +135,10 @@ def cud_loss(
     flat_labels = labels_of(labels, student, "student_logits")
     flat_weight = weight_of(weight, student, "student_logits") if weight is not None else None
     items = num_items_of(num_items) if num_items is not None else None
-    scalar, per_row = options.temperature, None
-    if isinstance(temperature, Tensor):
-        if temperature.dim() == 0 and student.dim() != 1:
-            temperature = temperature.expand(student.shape[:-1])
-        per_row = vector_of(temperature, "temperature", student, "student_logits")
-    elif temperature is not None:
-        if isinstance(temperature, bool) or not isinstance(temperature, NUMBERS):
-            raise TypeError(f"temperature: expected a number or a tensor (...), got {type(temperature).__name__}")
-        if not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
-            raise ValueError(
-                f"temperature={temperature}: expected a number in [{TEMPERATURES[0]:g}, {TEMPERATURES[1]:g}]"
-            )
-        scalar = float(temperature)
-
+    scalar, per_row = temperature_of(temperature, options.temperature, student, "student_logits")
     if options.kd_weight == 0 and not return_stats:  # plain cross-entropy needs one matrix and one exponential
         rows = Rows(student, None, flat_labels, flat_weight, None, 1.0, items, classes)
-        call = Call(_cross_entropy(options), False, grad_out)
+        call = Call(cross_entropy(options), False, grad_out)
     else:
         constraints = None
         if isinstance(options.calibration, Projection) and flat_labels is not None:
@@ -169,7 +156,7 @@ def cud_loss(
 
 
 @functools.lru_cache(maxsize=64)
-def _cross_entropy(options: CUDOptions) -> DUSOptions:
+def cross_entropy(options: CUDOptions) -> DUSOptions:
     """The teacher loss with cross-entropy alone is what is left of the student loss at kd_weight=0."""
     return DUSOptions(
         ce_weight=options.ce_weight,

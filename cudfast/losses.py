@@ -7,12 +7,12 @@ import dataclasses
 from torch import Tensor, nn
 
 from .functional import cud_loss, dus_loss
-from .options import BackendName, CUDOptions, DUSOptions, LossOptions, Reduction, Save, WClip
+from .options import BackendName, CUDOptions, DUSOptions, LinearOptions, LossOptions, Reduction, Save, WClip
 from .projection import Projection
 from .statistics import StudentStatistics, TeacherStatistics
 
 
-def _changed(options: LossOptions) -> str:
+def changed(options: LossOptions | LinearOptions) -> str:
     """The fields that differ from their defaults, for repr."""
     fields = ((f.name, getattr(options, f.name), f.default) for f in dataclasses.fields(options))
     return ", ".join(f"{name}={value!r}" for name, value, default in fields if value != default)
@@ -120,7 +120,7 @@ class CUDLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return _changed(self.options)
+        return changed(self.options)
 
 
 class DUSLoss(nn.Module):
@@ -220,4 +220,4 @@ class DUSLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return _changed(self.options)
+        return changed(self.options)

@@ -228,10 +228,66 @@ class DUSOptions(LossOptions):
         _flag(self, "differentiate_gate")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinearOptions:
+    """How logits come from hidden states, and what memory that may take: ``softcap * tanh(scale * z / softcap)``.
+
+    z = hidden @ weight.T + bias; without a soft cap the logits are ``scale * z``.
+
+    Args:
+        memory_budget: bytes that a call may take beyond its inputs and the gradients that it returns, or "auto": 256
+            MiB. It decides how many rows and classes of the logits exist at a time. Default "auto".
+        accumulate_dtype: dtype in which weight gradients are summed over chunks of rows where it is wider than the
+            weight's own; float32, float64, or a 16-bit dtype to save that memory. Default float32.
+        scale: factor of the (student) logits, > 0. Default 1.0 (Cohere's logit_scale).
+        softcap: c of c * tanh(z / c), > 0; None: no cap. Default None (Gemma's final_logit_softcapping).
+        teacher_scale, teacher_softcap: the same for the teacher's.
+
+    Raises:
+        TypeError, ValueError: a field out of its range, named with what was expected.
+
+    Example:
+        >>> LinearOptions(memory_budget=64 << 20, softcap=30.0).bytes
+        67108864
+    """
+
+    memory_budget: int | Literal["auto"] = "auto"
+    accumulate_dtype: torch.dtype = torch.float32
+    scale: float = 1.0
+    softcap: float | None = None
+    teacher_scale: float = 1.0
+    teacher_softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory_budget != "auto":
+            _integer(self, "memory_budget")
+            if self.memory_budget < 1:
+                raise ValueError(f"memory_budget={self.memory_budget}: expected a number of bytes >= 1, or 'auto'")
+        if not isinstance(self.accumulate_dtype, torch.dtype) or not self.accumulate_dtype.is_floating_point:
+            raise TypeError(f"accumulate_dtype={self.accumulate_dtype!r}: expected a floating point torch.dtype")
+        for name in ("scale", "softcap", "teacher_scale", "teacher_softcap"):
+            if getattr(self, name) is not None:
+                _number(self, name, 0, open_low=True)
+
+    @property
+    def bytes(self) -> int:
+        """The budget."""
+        return 256 << 20 if self.memory_budget == "auto" else self.memory_budget
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def text_of(options: LossOptions) -> str:
+def text_of(options: LossOptions | LinearOptions) -> str:
     """The options as JSON: how they pass through a torch.library op."""
-    return json.dumps({"kind": type(options).__name__, **dataclasses.asdict(options)})
+    return json.dumps({"kind": type(options).__name__, **dataclasses.asdict(options)}, default=str)
+
+
+@functools.lru_cache(maxsize=256)
+def parse_linear(text: str) -> LinearOptions:
+    """Inverse of `text_of` for `LinearOptions`."""
+    fields: dict[str, Any] = json.loads(text)
+    del fields["kind"]
+    fields["accumulate_dtype"] = getattr(torch, fields["accumulate_dtype"].removeprefix("torch."))
+    return LinearOptions(**fields)
 
 
 @functools.lru_cache(maxsize=256)

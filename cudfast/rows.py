@@ -30,6 +30,13 @@ class Constraints(NamedTuple):
     relax: bool
 
 
+class Part(NamedTuple):
+    """Which rows of a larger call: errors name them as its caller wrote them."""
+
+    rows: Tensor  # (N,) int64, flat
+    shape: torch.Size  # leading shape of the whole
+
+
 class Rows(NamedTuple):
     """One call, checked and flattened: N rows of V classes."""
 
@@ -39,9 +46,10 @@ class Rows(NamedTuple):
     weight: Tensor | None  # (N,) f64
     per_row: Tensor | None  # (N,) f64: temperature of the student loss, alpha of the teacher loss
     scalar: float  # stands for per_row where that is absent
-    num_items: float | Tensor | None  # replaces both divisors of reduction="mean"
+    num_items: float | Tensor | None  # replaces both divisors of reduction="mean"; (2,) f64: one each
     classes: int  # V
     constraints: Constraints | None = None  # of the student loss's target, instead of W-Clip
+    part: Part | None = None  # when these are some rows of a larger call
 
     @property
     def n(self) -> int:
@@ -127,6 +135,18 @@ def masks(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[Tensor, Tensor]
     return counts, labelled
 
 
+def divisors_of(rows: Rows, options: CUDOptions | DUSOptions) -> Tensor:
+    """(2,) f64: what the distillation term and the label terms of a row are divided by."""
+    dtype, device = vector_dtype(rows.logits.device), rows.logits.device
+    if rows.num_items is not None:
+        items: Tensor = torch.as_tensor(rows.num_items, dtype=dtype, device=device)
+        return items.expand(2).clone()
+    if options.reduction != "mean":
+        return torch.ones(2, dtype=dtype, device=device)
+    weight = rows.weight if rows.weight is not None else torch.ones(rows.n, dtype=dtype, device=device)
+    return torch.stack([torch.where(mask, weight, 0).sum() for mask in masks(rows, options)])
+
+
 def row_layout(logits: Tensor) -> tuple[int, int, int] | None:
     """How rows of (..., V) lie in memory: (inner rows, outer stride, inner stride) in elements.
 
@@ -167,7 +187,10 @@ def dense(logits: Tensor, name: str) -> Tensor:
 
 def row_name(rows: Rows, row: int) -> str:
     """Index of flat row `row` as the caller wrote it: "3", or "1, 3"."""
-    index = torch.unravel_index(torch.tensor(row), rows.logits.shape[:-1] or (1,))
+    shape = rows.logits.shape[:-1]
+    if rows.part is not None:
+        row, shape = int(rows.part.rows[row]), rows.part.shape
+    index = torch.unravel_index(torch.tensor(row), shape or (1,))
     return ", ".join(str(int(i)) for i in index)
 
 
@@ -187,3 +210,24 @@ def refuse_value(rows: Rows, options: CUDOptions | DUSOptions, name: str, row: i
         low, high = TEMPERATURES
         return ValueError(f"temperature[{row_name(rows, row)}] = {value}: expected a number in [{low:g}, {high:g}]")
     return ValueError(f"alpha of the label of row {row_name(rows, row)} is {value}: expected a finite number > 0")
+
+
+def check_vectors(rows: Rows, options: CUDOptions | DUSOptions) -> None:
+    """Raises for the first label, weight, temperature or alpha out of range, before any sweep; the host waits."""
+
+    def first(bad: Tensor) -> int | None:
+        return int(bad.nonzero()[0]) if bool(bad.any()) else None
+
+    if rows.labels is not None:
+        _, labelled = masks(rows._replace(weight=None), options)
+        outside = labelled & ((rows.labels < 0) | (rows.labels >= rows.classes))
+        if (row := first(outside)) is not None:
+            raise refuse_label(rows, options, row, int(rows.labels[row]))
+    low, high = TEMPERATURES if isinstance(options, CUDOptions) else (5e-324, torch.finfo(torch.float64).max)
+    limits = {"weight": (0.0, torch.finfo(torch.float64).max), "per_row": (low, high)}
+    for name, values in (("weight", rows.weight), ("per_row", rows.per_row)):
+        if values is None:
+            continue
+        good = (values >= limits[name][0]) & (values <= limits[name][1])
+        if (row := first(~good)) is not None:
+            raise refuse_value(rows, options, name, row, float(values[row]))

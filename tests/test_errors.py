@@ -57,7 +57,7 @@ CASES: list[tuple[type[Exception], str, Callable[[], object]]] = [
     ),
     (
         ValueError,
-        "num_classes=9 is more than the 7 columns of student_logits",
+        "num_classes=9 is more than the 7 classes of student_logits",
         lambda: cud_loss(S, T, Y, CUDOptions(num_classes=9)),
     ),
     (

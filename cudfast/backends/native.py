@@ -100,6 +100,16 @@ def _native_options(options: CUDOptions | DUSOptions) -> _native.StudentOptions 
     )
 
 
+def _divisors(num_items: float | Tensor | None) -> tuple[float, float]:
+    """Of the distillation term and of the label terms; NaN: to be counted."""
+    if num_items is None:
+        return math.nan, math.nan
+    if isinstance(num_items, Tensor) and num_items.dim() == 1:
+        kd, ce = num_items.tolist()
+        return kd, ce
+    return float(num_items), float(num_items)
+
+
 def row_state(
     rows: Rows,
     options: CUDOptions | DUSOptions,
@@ -128,7 +138,7 @@ def row_state(
         kernels.unlabeled_index,
         torch.get_num_threads(),
         kernels.reduction,
-        math.nan if rows.num_items is None else float(rows.num_items),
+        *_divisors(rows.num_items),
         statistics,
         loss,
         state,
@@ -183,3 +193,8 @@ def row_gradient(
         row_gradient(_copied(rows, kernels.logits), options, state, upstream, gradient, fresh=fresh)
     elif fault:  # memory shared with another library may have changed since the forward pass
         raise _refusal(rows, options, fault, row)
+
+
+def ask_for_huge_pages(memory: Tensor) -> None:
+    """For dense memory that nobody has touched: faults of 4 KiB would cost as much as the arithmetic."""
+    _native.ask_for_huge_pages(memory, memory.nbytes)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..calibration import Projected, project, refuse_relaxed
-from ..options import TEMPERATURES, CUDOptions, DUSOptions
+from ..options import CUDOptions, DUSOptions
 from ..reference import (
     NOTHING,
     RowWeights,
@@ -27,7 +27,7 @@ from ..reference import (
     teacher_finish,
     teacher_fold,
 )
-from ..rows import STUDENT_COLUMNS, Rows, State, compute_dtype, refuse_label, refuse_value, vector_dtype
+from ..rows import STUDENT_COLUMNS, Rows, State, check_vectors, compute_dtype, divisors_of, vector_dtype
 
 
 def _flat(logits: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -39,14 +39,14 @@ def _column(values: Tensor) -> Tensor:
     return values.unsqueeze(-1)
 
 
-class _Marks(NamedTuple):
+class Marks(NamedTuple):
     ignored: Tensor  # (N,) bool
     labelled: Tensor  # (N,) bool
     column: Tensor  # (N, 1) int64, a valid column even where there is no label
     weights: RowWeights
 
 
-def _mark(rows: Rows, options: CUDOptions | DUSOptions) -> _Marks:
+def mark(rows: Rows, options: CUDOptions | DUSOptions) -> Marks:
     device = rows.logits.device
     weight = rows.weight
     if weight is None:
@@ -60,35 +60,8 @@ def _mark(rows: Rows, options: CUDOptions | DUSOptions) -> _Marks:
         if options.unlabeled_index is not None:
             labelled = labelled & (rows.labels != options.unlabeled_index)
         index = torch.where(labelled, rows.labels, 0)
-    _check(rows, options, index)
-    return _Marks(ignored, labelled, _column(index), row_weights(ignored, labelled, weight))
-
-
-def _check(rows: Rows, options: CUDOptions | DUSOptions, index: Tensor) -> None:
-    """The vectors of a call, before any sweep. Reads them on the host: this backend is not the fast one."""
-
-    def first(bad: Tensor) -> int | None:
-        return int(bad.nonzero()[0]) if bool(bad.any()) else None
-
-    if rows.labels is not None and (row := first((index < 0) | (index >= rows.classes))) is not None:
-        raise refuse_label(rows, options, row, int(rows.labels[row]))
-    low, high = TEMPERATURES if isinstance(options, CUDOptions) else (5e-324, torch.finfo(torch.float64).max)
-    limits = {"weight": (0.0, torch.finfo(torch.float64).max), "per_row": (low, high)}
-    for name, values in (("weight", rows.weight), ("per_row", rows.per_row)):
-        if values is None:
-            continue
-        good = (values >= limits[name][0]) & (values <= limits[name][1])
-        if (row := first(~good)) is not None:
-            raise refuse_value(rows, options, name, row, float(values[row]))
-
-
-def _divisors(rows: Rows, options: CUDOptions | DUSOptions, weights: RowWeights) -> Tensor:
-    if rows.num_items is not None:
-        items = torch.as_tensor(rows.num_items, dtype=weights.kd.dtype, device=weights.kd.device)
-        return torch.stack([items, items])
-    if options.reduction == "mean":
-        return torch.stack([weights.kd.sum(), weights.ce.sum()])
-    return torch.ones(2, dtype=weights.kd.dtype, device=weights.kd.device)
+    check_vectors(rows, options)
+    return Marks(ignored, labelled, _column(index), row_weights(ignored, labelled, weight))
 
 
 def _share(weight: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,7 +79,7 @@ def _centre(logits: Tensor, m: Tensor) -> Tensor:
     return logits - _column(torch.where(m == NOTHING, 0, m))
 
 
-def _projected(rows: Rows, marks: _Marks, dtype: torch.dtype) -> Projected:
+def _projected(rows: Rows, marks: Marks, dtype: torch.dtype) -> Projected:
     assert rows.target is not None
     assert rows.constraints is not None
     found = project(_flat(rows.target, rows, dtype), marks.labelled, marks.column.squeeze(-1), rows.constraints)
@@ -114,13 +87,13 @@ def _projected(rows: Rows, marks: _Marks, dtype: torch.dtype) -> Projected:
     return found
 
 
-def _target(rows: Rows, marks: _Marks, dtype: torch.dtype) -> Tensor:
+def _target(rows: Rows, marks: Marks, dtype: torch.dtype) -> Tensor:
     """(N, V) teacher logits, calibrated where that takes more than a clip."""
     assert rows.target is not None
     return _flat(rows.target, rows, dtype) if rows.constraints is None else _projected(rows, marks, dtype).logits
 
 
-def _extra(rows: Rows, marks: _Marks, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+def _extra(rows: Rows, marks: Marks, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """The projected columns of a packed state, and the teacher's own top-1."""
     assert rows.target is not None
     found, t = _projected(rows, marks, dtype), _flat(rows.target, rows, dtype)
@@ -131,7 +104,7 @@ def _extra(rows: Rows, marks: _Marks, dtype: torch.dtype) -> tuple[list[Tensor],
     return [found.beta, zero, zero, zero, zero, *at, found.moved, found.relaxed.any(-1).to(dtype)], k
 
 
-def _student_state(rows: Rows, marks: _Marks, dtype: torch.dtype) -> StudentState:
+def _student_state(rows: Rows, marks: Marks, dtype: torch.dtype) -> StudentState:
     s, t = _flat(rows.logits, rows, dtype), _target(rows, marks, dtype)
     m_t, m_s = t.amax(-1), s.amax(-1)
     k = first_top1(t)
@@ -142,17 +115,32 @@ def _student_state(rows: Rows, marks: _Marks, dtype: torch.dtype) -> StudentStat
     )
 
 
-def _teacher_state(rows: Rows, marks: _Marks, dtype: torch.dtype) -> TeacherState:
+def _teacher_state(rows: Rows, marks: Marks, dtype: torch.dtype) -> TeacherState:
     z = _flat(rows.logits, rows, dtype)
     m = z.amax(-1)
     z_y = torch.where(marks.labelled, z.gather(-1, marks.column).squeeze(-1), NOTHING)
     return TeacherState(m, *teacher_fold(_centre(z, m)), z_y)
 
 
-def _student_rows(
-    rows: Rows, options: CUDOptions, marks: _Marks, state: StudentState, divisors: Tensor, upstream: Tensor | None
+def _placed(index: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
+    """Where classes (N, 1) lie among the columns [first, first + width): a valid column, and whether it is theirs."""
+    inside = (index >= first) & (index < first + width)
+    return torch.where(inside, index - first, 0), inside
+
+
+def student_rows(
+    rows: Rows,
+    options: CUDOptions,
+    marks: Marks,
+    state: StudentState,
+    divisors: Tensor,
+    upstream: Tensor | None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss (N,) of every row, and the gradient (N, V) for `upstream` (N,) or () when that is given."""
+    """Loss (N,) of every row, and the gradient (N, V) for `upstream` (N,) or () when that is given.
+
+    With `first`, rows.logits hold the classes [first, first + V) only, and the state is that of all of them.
+    """
     dtype = state.m_t.dtype
     tau = _values(rows, dtype)
     kd = options.kd_weight * _share(marks.weights.kd, divisors[0], dtype)
@@ -165,17 +153,26 @@ def _student_rows(
     dt, ds = _centre(t, state.m_t), s - _column(state.m_s)
     clipped = _column(marks.labelled & (loss.clip.r > 0))
     for index, new in ((_column(state.k), loss.clip.t_k), (marks.column, loss.clip.t_y)):
-        dt = dt.scatter(-1, index, torch.where(clipped, _column(new), dt.gather(-1, index)))
+        at, inside = _placed(index, first, rows.classes)
+        dt = dt.scatter(-1, at, torch.where(clipped & inside, _column(new), dt.gather(-1, at)))
     c = student_coefficients(state, loss, tau, kd * upstream, ce * upstream)
     g = student_element(StudentGradient(*map(_column, c)), dt, ds, _column(1 / tau))
-    at_label = torch.where(_column(marks.labelled & (state.s_y > NOTHING)), -_column(c.label), 0)
-    g = g.scatter_add(-1, marks.column, at_label)
+    at, inside = _placed(marks.column, first, rows.classes)
+    at_label = torch.where(_column(marks.labelled & (state.s_y > NOTHING)) & inside, -_column(c.label), 0)
+    g = g.scatter_add(-1, at, at_label)
     return value, torch.where(_column((kd * upstream == 0) & (ce * upstream == 0)), 0, g)
 
 
-def _teacher_rows(
-    rows: Rows, options: DUSOptions, marks: _Marks, state: TeacherState, divisors: Tensor, upstream: Tensor | None
+def teacher_rows(
+    rows: Rows,
+    options: DUSOptions,
+    marks: Marks,
+    state: TeacherState,
+    divisors: Tensor,
+    upstream: Tensor | None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
+    """The same for the teacher loss."""
     dtype = state.m.dtype
     scale = _share(marks.weights.ce, divisors[1], dtype)
     loss = teacher_finish(state, _values(rows, dtype), options)
@@ -185,11 +182,12 @@ def _teacher_rows(
     c = teacher_coefficients(loss, scale * upstream)
     x = _flat(rows.logits, rows, dtype) - _column(state.m)
     g = teacher_element(TeacherGradient(*map(_column, c)), x, _column(1 / state.z), _column(loss.log_z))
-    at_label = torch.where(_column(marks.labelled & (state.z_y > NOTHING)), _column(c.label), 0)
-    return value, torch.where(_column(scale * upstream == 0), 0, g.scatter_add(-1, marks.column, at_label))
+    at, inside = _placed(marks.column, first, rows.classes)
+    at_label = torch.where(_column(marks.labelled & (state.z_y > NOTHING)) & inside, _column(c.label), 0)
+    return value, torch.where(_column(scale * upstream == 0), 0, g.scatter_add(-1, at, at_label))
 
 
-def _write(rows: Rows, marks: _Marks, values: Tensor, gradient: Tensor) -> None:
+def _write(rows: Rows, marks: Marks, values: Tensor, gradient: Tensor) -> None:
     """values (N, V) into gradient (..., >= V): exactly 0 in rows that do not count and in padding."""
     counted = torch.where(_column(marks.weights.kd == 0), 0, values)
     gradient[..., : rows.classes].copy_(counted.reshape(*gradient.shape[:-1], rows.classes))
@@ -216,13 +214,13 @@ def row_state(
 ) -> tuple[Tensor, State | None]:
     """See `cudfast.rows.Backend`. Statistics cost nothing more here; `fresh` says nothing to PyTorch."""
     dtype = compute_dtype(rows)
-    marks = _mark(rows, options)
-    divisors = _divisors(rows, options, marks.weights)
+    marks = mark(rows, options)
+    divisors = divisors_of(rows, options)
     upstream = None if gradient is None else torch.ones((), dtype=dtype, device=rows.logits.device)
     top1 = torch.empty(0, dtype=torch.int64, device=rows.logits.device)
     if isinstance(options, CUDOptions):
         student = _student_state(rows, marks, dtype)
-        value, g = _student_rows(rows, options, marks, student, divisors, upstream)
+        value, g = student_rows(rows, options, marks, student, divisors, upstream)
         columns, top1 = list(student[:-1]), student.k
         if rows.constraints is not None:
             extra, top1 = _extra(rows, marks, dtype)
@@ -230,7 +228,7 @@ def row_state(
         sums = torch.stack(columns, -1)
     else:
         teacher = _teacher_state(rows, marks, dtype)
-        value, g = _teacher_rows(rows, options, marks, teacher, divisors, upstream)
+        value, g = teacher_rows(rows, options, marks, teacher, divisors, upstream)
         sums = torch.stack(teacher, -1)
     if gradient is not None and g is not None:
         _write(rows, marks, g, gradient)
@@ -248,12 +246,12 @@ def row_gradient(
     fresh: bool,
 ) -> None:
     """See `cudfast.rows.Backend`."""
-    marks = _mark(rows, options)
+    marks = mark(rows, options)
     columns = state.sums.unbind(-1)
     if isinstance(options, CUDOptions):
         student = StudentState._make((*columns[: len(STUDENT_COLUMNS)], state.top1))
-        _, g = _student_rows(rows, options, marks, student, state.divisors, upstream)
+        _, g = student_rows(rows, options, marks, student, state.divisors, upstream)
     else:
-        _, g = _teacher_rows(rows, options, marks, TeacherState(*columns), state.divisors, upstream)
+        _, g = teacher_rows(rows, options, marks, TeacherState(*columns), state.divisors, upstream)
     assert g is not None
     _write(rows, marks, g, gradient)

@@ -1,0 +1,274 @@
+"""From sweeps to a differentiable loss: an autograd function in eager mode, torch.library ops under torch.compile.
+
+For scalar reductions the gradients are made in forward, where the logits are, and scaled in backward where the upstream
+gradient is not 1. With save="state", or one loss per row, backward makes the logits again, from the row states.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..autograd import Once, keeps_gradient
+from ..options import parse, parse_linear, text_of
+from ..rows import STUDENT_COLUMNS, TEACHER_COLUMNS, State, compute_dtype, vector_dtype
+from .gradients import Found
+from .layers import NOTHING_NEEDED, Needs, Problem, Tensors, problem_of, tensors_of
+from .sweep import sweep
+
+
+def _made_in_forward(p: Problem) -> bool:
+    return p.options.reduction != "none" and keeps_gradient(p.rows, p.options)
+
+
+def _reduced(p: Problem, losses: Tensor) -> Tensor:
+    if p.options.reduction == "none":
+        return losses
+    return losses.sum(dtype=vector_dtype(losses.device)).to(losses.dtype)
+
+
+def _needs(p: Problem) -> Needs:
+    """Of a call, by what requires grad."""
+    if not torch.is_grad_enabled():
+        return NOTHING_NEEDED
+    bias = p.student.bias
+    return Needs(p.rows.logits.requires_grad, p.student.weight.requires_grad, bias is not None and bias.requires_grad)
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Differentiable in the student's hidden states, weight and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, p: Problem, statistics: bool, kept: list[State]
+    ) -> Tensor:
+        made = _made_in_forward(p)
+        ctx.needs = Needs(*ctx.needs_input_grad[:3])
+        found = sweep(p, ctx.needs if made else NOTHING_NEEDED, statistics=statistics)
+        kept.append(found.state)
+        ctx.made = found.gradients if made else None
+        rows = p.rows
+        ctx.plain = (rows.scalar, rows.num_items, rows.classes, rows.constraints, p.options, p.linear)
+        ctx.save_for_backward(*tensors_of(p), *(() if made else found.state))
+        ctx.set_materialize_grads(False)
+        assert found.losses is not None
+        return _reduced(p, found.losses)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> Any:
+        gradients: Found = (None, None, None)
+        if upstream is not None and not torch.is_grad_enabled():
+            gradients = _LinearLoss._gradients(ctx, upstream)
+        elif upstream is not None:  # create_graph=True
+            inputs = ctx.saved_tensors[:3]
+            with torch.no_grad():
+                made = _LinearLoss._gradients(ctx, upstream)
+            once = (
+                None if g is None else Once.apply(x, upstream, g)  # type: ignore[no-untyped-call]
+                for x, g in zip(inputs, made)
+            )
+            gradients = cast(Found, tuple(once))
+        return (*gradients, None, None, None)
+
+    @staticmethod
+    def _gradients(ctx: Any, upstream: Tensor) -> Found:
+        if ctx.made is not None:
+            made: Found = ctx.made
+            ctx.made = None  # handed over once; a second backward makes them again
+            if upstream.is_cpu and upstream.item() == 1:
+                return made
+            return cast(Found, tuple(None if g is None else g.mul_(upstream) for g in made))
+        saved = ctx.saved_tensors
+        p = problem_of(Tensors(*saved[: len(Tensors._fields)]), *ctx.plain)
+        packed = saved[len(Tensors._fields) :]
+        state = State(*packed) if packed else sweep(p, NOTHING_NEEDED, statistics=False).state
+        return sweep(p, ctx.needs, statistics=False, state=state, upstream=_flat(upstream)).gradients
+
+
+def _flat(upstream: Tensor) -> Tensor:
+    return upstream.reshape(-1) if upstream.dim() else upstream
+
+
+def evaluate(p: Problem, *, statistics: bool) -> tuple[Tensor, State]:
+    """The loss () or (N,), differentiable where that is wanted, and the row states."""
+    if torch.compiler.is_compiling():
+        return _evaluate_op(p, statistics=statistics)
+    if any(_needs(p)):
+        kept: list[State] = []
+        student = p.student
+        loss = _LinearLoss.apply(p.rows.logits, student.weight, student.bias, p, statistics, kept)  # type: ignore[no-untyped-call]
+        return loss, kept[0]
+    found = sweep(p, NOTHING_NEEDED, statistics=statistics)
+    assert found.losses is not None
+    return _reduced(p, found.losses), found.state
+
+
+# ---- torch.library: the same sweeps, traceable ----
+
+
+@torch.library.custom_op("cudfast::linear_state", mutates_args=())
+def linear_state_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    row_weight: Tensor | None,
+    per_row: Tensor | None,
+    num_items: Tensor | None,
+    scalar: float,
+    classes: int,
+    options: str,
+    linear: str,
+    statistics: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss () or (N,); states (N, columns), top-1 (N,) and divisors (2,); gradients of hidden, weight and bias for an
+    upstream gradient of 1, (0,) where they are not needed or are made in backward."""
+    x = Tensors(hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, per_row)
+    p = problem_of(x, scalar, num_items, classes, None, parse(options), parse_linear(linear))
+    made = _made_in_forward(p)
+    found = sweep(p, Needs(*needs) if made else NOTHING_NEEDED, statistics=statistics)
+    assert found.losses is not None
+    gradients = (hidden.new_empty(0) if g is None else g for g in found.gradients)
+    return _reduced(p, found.losses), *found.state, *gradients  # type: ignore[return-value]
+
+
+@linear_state_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    row_weight: Tensor | None,
+    per_row: Tensor | None,
+    num_items: Tensor | None,
+    scalar: float,
+    classes: int,
+    options: str,
+    linear: str,
+    statistics: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x = Tensors(hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, per_row)
+    p = problem_of(x, scalar, num_items, classes, None, parse(options), parse_linear(linear))
+    dtype, student = compute_dtype(p.rows), target is not None
+    count = hidden.numel() // hidden.shape[-1]
+    made = _made_in_forward(p)
+    gradients = (
+        hidden.new_empty(0) if g is None or not (needed and made) else torch.empty_like(g).contiguous()
+        for g, needed in zip((hidden, weight, bias), needs)
+    )
+    return (  # type: ignore[return-value]
+        hidden.new_empty((count,) if p.options.reduction == "none" else (), dtype=dtype),
+        hidden.new_empty((count, len(STUDENT_COLUMNS if student else TEACHER_COLUMNS)), dtype=dtype),
+        hidden.new_empty((count if student else 0,), dtype=torch.int64),
+        hidden.new_empty((2,), dtype=vector_dtype(hidden.device)),
+        *gradients,
+    )
+
+
+@torch.library.custom_op("cudfast::linear_gradient", mutates_args=())
+def linear_gradient_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    row_weight: Tensor | None,
+    per_row: Tensor | None,
+    scalar: float,
+    classes: int,
+    options: str,
+    linear: str,
+    needs: list[bool],
+    sums: Tensor,
+    top1: Tensor,
+    divisors: Tensor,
+    upstream: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias for `upstream` () or (N,), (0,) where they are not needed."""
+    x = Tensors(hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, per_row)
+    p = problem_of(x, scalar, None, classes, None, parse(options), parse_linear(linear))
+    found = sweep(p, Needs(*needs), statistics=False, state=State(sums, top1, divisors), upstream=_flat(upstream))
+    first, second, third = (hidden.new_empty(0) if g is None else g for g in found.gradients)
+    return first, second, third
+
+
+@linear_gradient_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    row_weight: Tensor | None,
+    per_row: Tensor | None,
+    scalar: float,
+    classes: int,
+    options: str,
+    linear: str,
+    needs: list[bool],
+    sums: Tensor,
+    top1: Tensor,
+    divisors: Tensor,
+    upstream: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, third = (
+        hidden.new_empty(0) if g is None or not needed else torch.empty_like(g).contiguous()
+        for g, needed in zip((hidden, weight, bias), needs)
+    )
+    return first, second, third
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, scalar, classes, options, linear, _, needs = inputs
+    ctx.plain = (scalar, classes, options, linear, needs)
+    ctx.made = any(g.numel() for g in output[4:])
+    ctx.save_for_backward(*((*tensors[:3], *output[4:]) if ctx.made else (*tensors, *output[1:4])))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    found: list[Tensor | None] = [None, None, None]
+    if upstream is not None:
+        needs = ctx.plain[-1]
+        saved = ctx.saved_tensors
+        if ctx.made:
+            gradients = [(g * upstream).to(g.dtype) for g in saved[3:]]
+        else:
+            count = len(Tensors._fields)
+            gradients = list(linear_gradient_op(*saved[:count], *ctx.plain, *saved[count:], upstream))
+        found = [g if needed else None for g, needed in zip(gradients, needs)]
+    return (*found, *(None,) * 13)
+
+
+linear_state_op.register_autograd(_backward, setup_context=_setup)
+
+
+def _evaluate_op(p: Problem, *, statistics: bool) -> tuple[Tensor, State]:
+    rows, items = p.rows, p.rows.num_items
+    if items is not None:
+        items = torch.as_tensor(items, dtype=vector_dtype(rows.logits.device), device=rows.logits.device)
+    loss, sums, top1, divisors, *_ = linear_state_op(
+        *tensors_of(p),
+        items,
+        rows.scalar,
+        rows.classes,
+        text_of(p.options),
+        text_of(p.linear),
+        statistics,
+        list(_needs(p)),
+    )
+    return loss, State(sums, top1, divisors)

@@ -1,0 +1,92 @@
+"""Checks of hidden states and the weights that turn them into logits, and their error messages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..rows import DTYPES
+
+Layer = tuple[Tensor, Tensor | None]
+"""Weight (V, D) and bias (V,)."""
+
+
+def autocast(x: object) -> object:
+    """What a linear layer would read: under torch.autocast, float32 tensors in the dtype of that region."""
+    if not isinstance(x, Tensor) or x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def hidden_of(value: object, name: str) -> Tensor:
+    """Hidden states (..., D)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor of hidden states (..., D), got {type(value).__name__}")
+    _check_dtype(value, name)
+    if not value.shape or value.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected (..., D) with at least one feature")
+    return value
+
+
+def _check_dtype(value: Tensor, name: str) -> None:
+    if value.dtype not in DTYPES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"{name} has dtype {value.dtype}: expected one of {known}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}: expected a dense (strided) tensor; call .to_dense() first")
+
+
+def layer_of(weight: object, bias: object, hidden: Tensor, names: tuple[str, str, str]) -> Layer:
+    """Weight (V, D) and bias (V,) for hidden states (..., D). names: of weight, bias and hidden states."""
+    w_name, b_name, h_name = names
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{w_name}: expected a torch.Tensor (V, D), as nn.Linear has it, got {type(weight).__name__}")
+    _check_dtype(weight, w_name)
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"{w_name} has shape {tuple(weight.shape)}: expected (V, D) with at least one class")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{w_name} has shape {tuple(weight.shape)} and {h_name} {tuple(hidden.shape)}: expected (V, D) and "
+            "(..., D) with the same D"
+        )
+    if 1 not in weight.stride() and weight.numel() > 1:
+        raise ValueError(
+            f"{w_name} has strides {weight.stride()}: expected dense rows or columns; call .contiguous() first"
+        )
+    if not isinstance(bias, Tensor):
+        if bias is not None:
+            raise TypeError(f"{b_name}: expected a torch.Tensor (V,) or None, got {type(bias).__name__}")
+    elif bias.shape != weight.shape[:1]:
+        raise ValueError(f"{b_name} has shape {tuple(bias.shape)}: expected {tuple(weight.shape[:1])}, as {w_name}")
+    for name, x in ((w_name, weight), (b_name, bias)):
+        if not isinstance(x, Tensor):
+            continue
+        if x.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name} has dtype {x.dtype} and {h_name} {hidden.dtype}: expected the same; cast one of them, or call "
+                "the loss under torch.autocast as the model"
+            )
+        if x.device != hidden.device:
+            raise ValueError(f"{name} is on {x.device} and {h_name} on {hidden.device}: move them to one device")
+    return weight, bias
+
+
+def check_frozen(names: dict[str, object]) -> None:
+    """No gradient flows to the teacher: whoever expects one is told."""
+    for name, value in names.items():
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires grad, and no gradient flows to the teacher: run the teacher under "
+                f"torch.no_grad(), or pass {name}.detach()"
+            )
+
+
+def check_alike(hidden: Tensor, other: Tensor, names: tuple[str, str]) -> None:
+    """Leading shape and device of both sides."""
+    if other.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"{names[0]} has shape {tuple(hidden.shape)} and {names[1]} {tuple(other.shape)}: expected the same "
+            "leading shape"
+        )
+    if other.device != hidden.device:
+        raise ValueError(f"{names[0]} is on {hidden.device} and {names[1]} on {other.device}: move them to one device")

@@ -1,0 +1,88 @@
+"""Some of the rows that count: their part of every vector and matrix of a call, without a copy where that can be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..rows import Part, Rows
+
+
+def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """New memory, in huge pages where that can be."""
+    memory = torch.empty(shape, dtype=dtype, device=device)
+    native = backends.load("native")
+    if device.type == "cpu" and not isinstance(native, str):
+        native.ask_for_huge_pages(memory)  # type: ignore[attr-defined]
+    return memory
+
+
+def flat(x: Tensor) -> Tensor | None:
+    """(N, width) as a view of (..., width), where there is one."""
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows [begin, end) of those that count."""
+
+    begin: int
+    end: int
+    index: Tensor | None  # (R,) flat rows; None when every row of the call counts
+
+    @property
+    def count(self) -> int:
+        """R."""
+        return self.end - self.begin
+
+    def vector(self, x: Tensor) -> Tensor:
+        """Its part (R, ...) of (N, ...)."""
+        return x[self.begin : self.end] if self.index is None else x[self.index]
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """Its rows (R, width) of (..., width)."""
+        rows = flat(x)
+        if rows is not None:
+            return rows[self.begin : self.end] if self.index is None else rows.index_select(0, self.index)
+        return x[torch.unravel_index(self._index(x.device), x.shape[:-1])]
+
+    def put(self, to: Tensor, values: Tensor) -> None:
+        """Writes values (R, ...) into its part of (N, ...)."""
+        if self.index is None:
+            to[self.begin : self.end] = values
+        else:
+            to[self.index] = values
+
+    def rows(self, rows: Rows, divisors: Tensor) -> Rows:
+        """The call for these rows alone; its logits are still to come."""
+        constraints = rows.constraints
+        if constraints is not None:
+            constraints = constraints._replace(bounds=self.vector(constraints.bounds))
+        return rows._replace(
+            labels=self._optional(rows.labels),
+            weight=self._optional(rows.weight),
+            per_row=self._optional(rows.per_row),
+            num_items=divisors,
+            constraints=constraints,
+            part=Part(self._index(rows.logits.device), rows.logits.shape[:-1]),
+        )
+
+    def _optional(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else self.vector(x)
+
+    def _index(self, device: torch.device) -> Tensor:
+        return torch.arange(self.begin, self.end, device=device) if self.index is None else self.index
+
+
+def chunks(count: int, index: Tensor | None, size: int) -> Iterator[Chunk]:
+    """`count` rows, all of a call or those of `index`, `size` at a time."""
+    for begin in range(0, count, size):
+        end = min(begin + size, count)
+        yield Chunk(begin, end, None if index is None else index[begin:end])

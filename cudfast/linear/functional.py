@@ -1,0 +1,301 @@
+"""The losses from hidden states as functions: arguments checked and flattened."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from ..autograd import Call
+from ..checks import (
+    alpha_of,
+    check_call,
+    classes_of,
+    constraints_of,
+    labels_of,
+    logits_of,
+    num_items_of,
+    temperature_of,
+    weight_of,
+)
+from ..functional import cross_entropy
+from ..options import CUDOptions, DUSOptions, LinearOptions
+from ..projection import Projection
+from ..rows import Rows, State
+from ..statistics import StudentStatistics, TeacherStatistics, student_statistics, teacher_statistics
+from .autograd import evaluate
+from .checks import Layer, autocast, check_alike, check_frozen, hidden_of, layer_of
+from .layers import Problem, problem
+
+_TEACHER = ("teacher_hidden", "teacher_weight", "teacher_bias")
+
+
+def _options(options: CUDOptions | DUSOptions, kind: type, linear: LinearOptions) -> None:
+    if not isinstance(options, kind):
+        raise TypeError(f"options: expected {kind.__name__}, got {type(options).__name__}")
+    if not isinstance(linear, LinearOptions):
+        raise TypeError(f"linear: expected LinearOptions, got {type(linear).__name__}")
+    if options.inplace:
+        raise ValueError("inplace=True has no meaning here: there are no logits to overwrite; leave it out")
+    if options.save == "gradient" and options.reduction == "none":
+        raise ValueError(
+            "save='gradient' does not go with reduction='none': gradients of the weights are sums over rows, whose "
+            "upstream gradients arrive with backward; use save='auto' or 'state'"
+        )
+
+
+def _teacher(
+    given: tuple[object, object, object], logits: object, linear: LinearOptions, hidden: Tensor, needed: str
+) -> tuple[Tensor | None, Layer | None]:
+    """The teacher's hidden states and layer, or its logits; needed: why there must be one, or ""."""
+    check_frozen(dict(zip(_TEACHER, given)))
+    check_frozen({"teacher_logits": logits})
+    if logits is not None:
+        for name, value in zip(_TEACHER, given):
+            if value is not None:
+                raise TypeError(f"teacher_logits and {name} were both given: expected one of them")
+        if linear.teacher_scale != 1 or linear.teacher_softcap is not None:
+            raise ValueError(
+                "teacher_logits were given with a teacher scale or soft cap, which belong to teacher_hidden and "
+                "teacher_weight: pass logits that are final, and leave both out"
+            )
+        found = logits_of(logits, "teacher_logits")
+        check_alike(hidden, found, ("student_hidden", "teacher_logits"))
+        return found, None
+    if given[0] is None and given[1] is None:
+        if needed:
+            raise TypeError(
+                "no teacher: expected teacher_hidden (..., Dt) and teacher_weight (V, Dt), or teacher_logits (..., V), "
+                f"{needed}"
+            )
+        return None, None
+    for name, value in zip(_TEACHER[:2], given[:2]):
+        if value is None:
+            raise TypeError(f"{name} is None: expected teacher_hidden and teacher_weight together, or teacher_logits")
+    found = hidden_of(autocast(given[0]), "teacher_hidden")
+    check_alike(hidden, found, ("student_hidden", "teacher_hidden"))
+    layer = layer_of(
+        autocast(given[1]), autocast(given[2]), found, ("teacher_weight", "teacher_bias", "teacher_hidden")
+    )
+    return found, layer
+
+
+@overload
+def fused_linear_cud_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    labels: Tensor | None = ...,
+    options: CUDOptions = ...,
+    linear: LinearOptions = ...,
+    *,
+    student_bias: Tensor | None = ...,
+    teacher_hidden: Tensor | None = ...,
+    teacher_weight: Tensor | None = ...,
+    teacher_bias: Tensor | None = ...,
+    teacher_logits: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    temperature: float | Tensor | None = ...,
+    num_items: float | Tensor | None = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def fused_linear_cud_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    labels: Tensor | None = ...,
+    options: CUDOptions = ...,
+    linear: LinearOptions = ...,
+    *,
+    student_bias: Tensor | None = ...,
+    teacher_hidden: Tensor | None = ...,
+    teacher_weight: Tensor | None = ...,
+    teacher_bias: Tensor | None = ...,
+    teacher_logits: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    temperature: float | Tensor | None = ...,
+    num_items: float | Tensor | None = ...,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, StudentStatistics]: ...
+
+
+def fused_linear_cud_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    labels: Tensor | None = None,
+    options: CUDOptions = CUDOptions(),  # noqa: B008 (frozen)
+    linear: LinearOptions = LinearOptions(),  # noqa: B008 (frozen)
+    *,
+    student_bias: Tensor | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
+    weight: Tensor | None = None,
+    temperature: float | Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, StudentStatistics]:
+    """`cud_loss` (Eq. 9) of logits that are never all in memory. See `cudfast.FusedLinearCUDLoss`.
+
+    Args:
+        student_hidden: (..., Ds) float32, float64, bfloat16 or float16.
+        student_weight: (V, Ds) in the same dtype (under torch.autocast both are cast as a linear layer casts them).
+        labels: (...) integer class indices, `ignore_index` or `unlabeled_index`; None: every row is unlabelled.
+        options: what the loss is made of; see `CUDOptions`. `inplace` does not apply.
+        linear: logit scales and soft caps, and the memory budget; see `LinearOptions`.
+        student_bias: (V,), the student's dtype.
+        teacher_hidden: (..., Dt) in a dtype of its own; must not require grad, nor may what follows.
+        teacher_weight: (V, Dt), the dtype of teacher_hidden.
+        teacher_bias: (V,), the same.
+        teacher_logits: (..., V) instead of these three. No teacher at all is allowed when kd_weight is 0.
+        weight: (...) one weight per row, as in `cud_loss`.
+        temperature: overrides options.temperature, as in `cud_loss`.
+        num_items: replaces both divisors, as in `cud_loss`.
+        return_stats: also return `StudentStatistics` of every row.
+
+    Returns:
+        The loss: () or, for reduction="none", (...); float32, or float64 when the inputs that count are. With
+        return_stats, a pair. Differentiable in the student's hidden states, weight and bias.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `cud_loss`; ValueError for a memory budget that is too small, with the
+            smallest that works.
+
+    Example:
+        >>> hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
+        >>> teacher = {"teacher_hidden": torch.randn(4, 16), "teacher_weight": torch.randn(1000, 16)}
+        >>> loss = fused_linear_cud_loss(hidden, weight, torch.tensor([1, 2, -1, -100]), **teacher)
+        >>> loss.backward()
+        >>> hidden.grad[3].abs().sum().item(), weight.grad.shape  # the ignored row
+        (0.0, torch.Size([1000, 8]))
+    """
+    _options(options, CUDOptions, linear)
+    hidden = hidden_of(autocast(student_hidden), "student_hidden")
+    names = ("student_weight", "student_bias", "student_hidden")
+    student = layer_of(autocast(student_weight), autocast(student_bias), hidden, names)
+    plain = options.kd_weight == 0 and not return_stats
+    needed = "" if plain else "unless kd_weight=0 and return_stats=False"
+    given = (teacher_hidden, teacher_weight, teacher_bias)
+    target, teacher = _teacher(given, teacher_logits, linear, hidden, needed)
+    other, other_name = (target, "teacher_logits") if teacher is None else (teacher[0].t(), "teacher_weight")
+    classes = classes_of(student[0].t(), other, options.num_classes, ("student_weight", other_name))
+    flat_labels = labels_of(labels, hidden, "student_hidden")
+    scalar, per_row = temperature_of(temperature, options.temperature, hidden, "student_hidden")
+    constraints = None
+    if isinstance(options.calibration, Projection) and flat_labels is not None and not plain:
+        constraints = constraints_of(options.calibration, hidden, classes, "student_weight")
+    rows = Rows(
+        hidden,
+        None if plain else target,
+        flat_labels,
+        weight_of(weight, hidden, "student_hidden"),
+        None if plain else per_row,
+        1.0 if plain else scalar,
+        num_items_of(num_items),
+        classes,
+        constraints,
+    )
+    made = cross_entropy(options) if plain else options
+    found = _evaluated(problem(rows, student, None if plain else teacher, made, linear), return_stats)
+    if not return_stats:
+        return found[0]
+    return found[0], student_statistics(rows, options, found[1])
+
+
+@overload
+def fused_linear_dus_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    options: DUSOptions = ...,
+    linear: LinearOptions = ...,
+    *,
+    head_bias: Tensor | None = ...,
+    alpha: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    num_items: float | Tensor | None = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def fused_linear_dus_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    options: DUSOptions = ...,
+    linear: LinearOptions = ...,
+    *,
+    head_bias: Tensor | None = ...,
+    alpha: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    num_items: float | Tensor | None = ...,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, TeacherStatistics]: ...
+
+
+def fused_linear_dus_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    options: DUSOptions = DUSOptions(),  # noqa: B008 (frozen)
+    linear: LinearOptions = LinearOptions(),  # noqa: B008 (frozen)
+    *,
+    head_bias: Tensor | None = None,
+    alpha: Tensor | None = None,
+    weight: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, TeacherStatistics]:
+    """`dus_loss` (Eq. 3) of logits that are never all in memory. See `cudfast.FusedLinearDUSLoss`.
+
+    Args:
+        hidden: (..., D) float32, float64, bfloat16 or float16.
+        head_weight: (V, D) of the classes, in the same dtype.
+        labels: (...) integer class indices, or `ignore_index`.
+        options: what the loss is made of; see `DUSOptions`. `inplace` does not apply.
+        linear: logit scale and soft cap, and the memory budget; see `LinearOptions`.
+        head_bias: (V,), the same dtype.
+        alpha: (V,) focal scale per class, > 0; overrides options.alpha.
+        weight: (...) one weight per row, finite and >= 0.
+        num_items: as in `dus_loss`.
+        return_stats: also return `TeacherStatistics` of every row.
+
+    Returns:
+        The loss: () or, for reduction="none", (...). With return_stats, a pair.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `fused_linear_cud_loss`.
+
+    Example:
+        >>> hidden, weight = torch.randn(4, 8), torch.randn(1000, 8, requires_grad=True)
+        >>> fused_linear_dus_loss(hidden, weight, torch.tensor([1, 2, 3, -100])).backward()
+        >>> weight.grad.shape
+        torch.Size([1000, 8])
+    """
+    _options(options, DUSOptions, linear)
+    if labels is None:
+        raise TypeError("labels is None: the teacher loss needs a label (or ignore_index) for every row")
+    hidden = hidden_of(autocast(hidden), "hidden")
+    layer = layer_of(autocast(head_weight), autocast(head_bias), hidden, ("head_weight", "head_bias", "hidden"))
+    classes = classes_of(layer[0].t(), None, options.num_classes, ("head_weight", ""))
+    flat_labels = labels_of(labels, hidden, "hidden")
+    assert flat_labels is not None
+    rows = Rows(
+        hidden,
+        None,
+        flat_labels,
+        weight_of(weight, hidden, "hidden"),
+        None if alpha is None else alpha_of(alpha, flat_labels, classes),
+        options.alpha,
+        num_items_of(num_items),
+        classes,
+    )
+    loss, state = _evaluated(problem(rows, layer, None, options, linear), return_stats)
+    if not return_stats:
+        return loss
+    return loss, teacher_statistics(rows, options, state)
+
+
+def _evaluated(p: Problem, statistics: bool) -> tuple[Tensor, State]:
+    check_call(p.rows, "hidden", Call(p.options, statistics, None))
+    loss, state = evaluate(p, statistics=statistics)
+    return (loss.reshape(p.rows.logits.shape[:-1]) if p.options.reduction == "none" else loss), state

@@ -1,0 +1,163 @@
+"""The last layers of student and teacher: what a call holds, and how logits of some classes come from hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..options import CUDOptions, DUSOptions, LinearOptions
+from ..rows import Constraints, Rows
+
+
+class Head(NamedTuple):
+    """softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), or without the tanh."""
+
+    weight: Tensor  # (>= V, D)
+    bias: Tensor | None  # (>= V,)
+    scale: float
+    softcap: float | None
+    block: int  # classes whose weights are widened at a time
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits, and of the products that make them.
+
+        16-bit weights are widened on the CPU: the f32 product is more accurate, and several times faster wherever the
+        processor has no matrix unit for them.
+        """
+        narrow = self.weight.dtype.itemsize == 2 and self.weight.device.type == "cpu"
+        return torch.float32 if narrow else self.weight.dtype
+
+    @property
+    def widens(self) -> bool:
+        """Whether the weights are widened, a block of classes at a time."""
+        return self.dtype != self.weight.dtype
+
+    def blocks(self, first: int, last: int) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of the classes [first, last): where they lie in that range, and their weights (block, D)."""
+        step = self.block if self.widens else max(1, last - first)
+        for begin in range(first, last, step):
+            end = min(begin + step, last)
+            yield slice(begin - first, end - first), self.weight[begin:end].to(self.dtype)
+
+    def logits(self, hidden: Tensor, first: int, out: Tensor) -> None:
+        """Writes the logits (R, C) of the classes from `first` on for hidden (R, D) in the logits' dtype."""
+        for columns, weight in self.blocks(first, first + out.shape[1]):
+            into = out[:, columns]
+            if self.bias is None:
+                into.addmm_(hidden, weight.t(), beta=0, alpha=self.scale)
+            else:
+                bias = self.bias[first + columns.start : first + columns.stop].to(out.dtype)
+                torch.addmm(bias, hidden, weight.t(), beta=self.scale, alpha=self.scale, out=into)
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def uncap(self, gradient: Tensor, logits: Tensor) -> None:
+        """From the gradient of capped logits (R, C) to that of uncapped ones, in place; the logits are spent."""
+        if self.softcap is not None:
+            torch.ops.aten.tanh_backward.grad_input(gradient, logits.div_(self.softcap), grad_input=gradient)
+
+
+class Problem(NamedTuple):
+    """One call, checked."""
+
+    rows: Rows  # with hidden states (..., D) as its logits, and as its target unless `teacher` is None
+    student: Head
+    teacher: Head | None  # None: rows.target are logits (..., >= V), or there is no teacher
+    options: CUDOptions | DUSOptions
+    linear: LinearOptions
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """The layers that make logits."""
+        return (self.student,) if self.teacher is None else (self.student, self.teacher)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """In which sums over tiles are held."""
+        return torch.promote_types(self.linear.accumulate_dtype, self.student.weight.dtype)
+
+
+def problem(
+    rows: Rows,
+    student: tuple[Tensor, Tensor | None],
+    teacher: tuple[Tensor, Tensor | None] | None,
+    options: CUDOptions | DUSOptions,
+    linear: LinearOptions,
+) -> Problem:
+    """From weights and biases."""
+
+    def head(layer: tuple[Tensor, Tensor | None], scale: float, softcap: float | None) -> Head:
+        block = max(64, linear.bytes // 16 // (4 * layer[0].shape[1]))
+        return Head(*layer, scale, softcap, block)
+
+    return Problem(
+        rows,
+        head(student, linear.scale, linear.softcap),
+        None if teacher is None else head(teacher, linear.teacher_scale, linear.teacher_softcap),
+        options,
+        linear,
+    )
+
+
+class Tensors(NamedTuple):
+    """Every tensor of a call that autograd should keep an eye on, or an op takes."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor | None
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    labels: Tensor | None
+    row_weight: Tensor | None
+    per_row: Tensor | None
+
+
+def tensors_of(p: Problem) -> Tensors:
+    """In the order of `Tensors`."""
+    rows, teacher = p.rows, p.teacher
+    return Tensors(
+        rows.logits,
+        p.student.weight,
+        p.student.bias,
+        rows.target,
+        None if teacher is None else teacher.weight,
+        None if teacher is None else teacher.bias,
+        rows.labels,
+        rows.weight,
+        rows.per_row,
+    )
+
+
+def problem_of(
+    x: Tensors,
+    scalar: float,
+    num_items: float | Tensor | None,
+    classes: int,
+    constraints: Constraints | None,
+    options: CUDOptions | DUSOptions,
+    linear: LinearOptions,
+) -> Problem:
+    """Inverse of `tensors_of`, with everything else."""
+    return problem(
+        Rows(x.hidden, x.target, x.labels, x.row_weight, x.per_row, scalar, num_items, classes, constraints),
+        (x.weight, x.bias),
+        None if x.teacher_weight is None else (x.teacher_weight, x.teacher_bias),
+        options,
+        linear,
+    )
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+NOTHING_NEEDED = Needs(False, False, False)

@@ -1,0 +1,237 @@
+"""FusedLinearCUDLoss and FusedLinearDUSLoss: the losses of hidden states as modules."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import changed
+from ..options import BackendName, CUDOptions, DUSOptions, LinearOptions, Reduction, Save, WClip
+from ..projection import Projection
+from ..statistics import StudentStatistics, TeacherStatistics
+from .functional import fused_linear_cud_loss, fused_linear_dus_loss
+
+
+class FusedLinearCUDLoss(nn.Module):
+    """`CUDLoss` (Eq. 9) of the last hidden states and the class weights: the logits never exist all at once.
+
+    With s = student_hidden @ student_weight.T + student_bias and t likewise, the loss and the gradients of the
+    student's hidden states, weight and bias are those of ``CUDLoss`` on s and t. Chunks of rows (and, for very large V,
+    tiles of classes) pass through buffers that fit `memory_budget`; ignored rows never do.
+
+    Args:
+        temperature, kd_weight, ce_weight, calibration, ignore_index, unlabeled_index, reduction, num_classes, backend,
+            check_finite: as in `CUDLoss`.
+        save: "gradient": the gradients are made in forward, four products in all. "state": in backward, six products;
+            nothing is kept but the row states. "auto": "gradient" for scalar reductions, "state" for reduction="none"
+            and for float16.
+        memory_budget: bytes that a call may take beyond its inputs and the gradients it returns; "auto": 256 MiB.
+        accumulate_dtype: in which weight gradients are summed over chunks, if wider than the weight. Default float32.
+        student_logit_scale, teacher_logit_scale: factors of the logits, > 0 (Cohere). Default 1.0.
+        student_logit_softcap, teacher_logit_softcap: c of c tanh(z / c), > 0 (Gemma); None: no cap. Default None.
+
+    Shapes:
+        student_hidden (..., Ds), student_weight (V, Ds), labels (...), student_bias (V,), teacher_hidden (..., Dt),
+        teacher_weight (V, Dt), teacher_bias (V,) or teacher_logits (..., V), weight (...), temperature () or (...);
+        returns () or (...) for reduction="none".
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `cudfast.linear.fused_linear_cud_loss`.
+
+    Example:
+        >>> loss = FusedLinearCUDLoss(temperature=2.0)
+        >>> student, teacher = nn.Linear(16, 30522), nn.Linear(32, 30522).requires_grad_(False)
+        >>> hidden, labels = torch.randn(8, 16), torch.randint(30522, (8,))
+        >>> value = loss(
+        ...     hidden, student.weight, labels, student_bias=student.bias,
+        ...     teacher_hidden=torch.randn(8, 32), teacher_weight=teacher.weight, teacher_bias=teacher.bias,
+        ... )
+        >>> value.backward()
+        >>> student.weight.grad.shape
+        torch.Size([30522, 16])
+    """
+
+    def __init__(
+        self,
+        temperature: float = 2.0,
+        kd_weight: float = 0.8,
+        ce_weight: float = 0.2,
+        *,
+        calibration: WClip | Projection | None = WClip(),  # noqa: B008 (frozen)
+        ignore_index: int = -100,
+        unlabeled_index: int | None = -1,
+        reduction: Reduction = "mean",
+        num_classes: int | None = None,
+        save: Save = "auto",
+        backend: BackendName = "auto",
+        check_finite: bool = False,
+        memory_budget: int | Literal["auto"] = "auto",
+        accumulate_dtype: torch.dtype = torch.float32,
+        student_logit_scale: float = 1.0,
+        student_logit_softcap: float | None = None,
+        teacher_logit_scale: float = 1.0,
+        teacher_logit_softcap: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.options = CUDOptions(
+            temperature=temperature,
+            kd_weight=kd_weight,
+            ce_weight=ce_weight,
+            calibration=calibration,
+            ignore_index=ignore_index,
+            unlabeled_index=unlabeled_index,
+            reduction=reduction,
+            num_classes=num_classes,
+            save=save,
+            backend=backend,
+            check_finite=check_finite,
+        )
+        self.linear = LinearOptions(
+            memory_budget=memory_budget,
+            accumulate_dtype=accumulate_dtype,
+            scale=student_logit_scale,
+            softcap=student_logit_softcap,
+            teacher_scale=teacher_logit_scale,
+            teacher_softcap=teacher_logit_softcap,
+        )
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_hidden: Tensor | None = None,
+        teacher_weight: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
+        weight: Tensor | None = None,
+        temperature: float | Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, StudentStatistics]:
+        """The loss; arguments as in `cudfast.linear.fused_linear_cud_loss`."""
+        return fused_linear_cud_loss(
+            student_hidden,
+            student_weight,
+            labels,
+            self.options,
+            self.linear,
+            student_bias=student_bias,
+            teacher_hidden=teacher_hidden,
+            teacher_weight=teacher_weight,
+            teacher_bias=teacher_bias,
+            teacher_logits=teacher_logits,
+            weight=weight,
+            temperature=temperature,
+            num_items=num_items,
+            return_stats=return_stats,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (changed(self.options), changed(self.linear))))
+
+
+class FusedLinearDUSLoss(nn.Module):
+    """`DUSLoss` (Eq. 3) of the last hidden states and the class weights of the teacher that is being fine-tuned.
+
+    Args:
+        ce_weight, focal_weight, entropy_weight, gamma, alpha, gate_threshold, gate_scale, gate_power,
+            differentiate_gate, ignore_index, reduction, num_classes, backend, check_finite: as in `DUSLoss`.
+        save, memory_budget, accumulate_dtype: as in `FusedLinearCUDLoss`.
+        logit_scale: factor of the logits, > 0. Default 1.0.
+        logit_softcap: c of c tanh(z / c), > 0; None: no cap. Default None.
+
+    Shapes:
+        hidden (..., D), head_weight (V, D), labels (...), head_bias (V,), weight (...); returns () or (...) for
+        reduction="none".
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `cudfast.linear.fused_linear_dus_loss`.
+
+    Example:
+        >>> loss, layer = FusedLinearDUSLoss(), nn.Linear(16, 30522, bias=False)
+        >>> loss(torch.randn(8, 16), layer.weight, torch.randint(30522, (8,))).backward()
+        >>> layer.weight.grad.shape
+        torch.Size([30522, 16])
+    """
+
+    alpha: Tensor | None
+
+    def __init__(
+        self,
+        ce_weight: float = 1.0,
+        focal_weight: float = 1.0,
+        entropy_weight: float = 0.1,
+        *,
+        gamma: float = 10.0,
+        alpha: float | Tensor = 1.0,
+        gate_threshold: float = 0.5,
+        gate_scale: float = 1.0,
+        gate_power: float = 1.0,
+        differentiate_gate: bool = False,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        num_classes: int | None = None,
+        save: Save = "auto",
+        backend: BackendName = "auto",
+        check_finite: bool = False,
+        memory_budget: int | Literal["auto"] = "auto",
+        accumulate_dtype: torch.dtype = torch.float32,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+    ) -> None:
+        super().__init__()
+        per_class = alpha.detach() if isinstance(alpha, Tensor) and alpha.dim() > 0 else None
+        self.register_buffer("alpha", per_class, persistent=False)
+        self.options = DUSOptions(
+            ce_weight=ce_weight,
+            focal_weight=focal_weight,
+            entropy_weight=entropy_weight,
+            gamma=gamma,
+            alpha=1.0 if per_class is not None else float(alpha),
+            gate_threshold=gate_threshold,
+            gate_scale=gate_scale,
+            gate_power=gate_power,
+            differentiate_gate=differentiate_gate,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            num_classes=num_classes,
+            save=save,
+            backend=backend,
+            check_finite=check_finite,
+        )
+        self.linear = LinearOptions(
+            memory_budget=memory_budget, accumulate_dtype=accumulate_dtype, scale=logit_scale, softcap=logit_softcap
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        head_weight: Tensor,
+        labels: Tensor,
+        *,
+        head_bias: Tensor | None = None,
+        weight: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, TeacherStatistics]:
+        """The loss; arguments as in `cudfast.linear.fused_linear_dus_loss`."""
+        return fused_linear_dus_loss(
+            hidden,
+            head_weight,
+            labels,
+            self.options,
+            self.linear,
+            head_bias=head_bias,
+            alpha=self.alpha,
+            weight=weight,
+            num_items=num_items,
+            return_stats=return_stats,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (changed(self.options), changed(self.linear))))

@@ -1,0 +1,187 @@
+"""The work itself: chunks of rows, the logits of a tile in buffers that are used again, and their gradients.
+
+for each chunk of the rows that count
+    student = hidden @ weight.T                      a product
+    teacher = teacher_hidden @ teacher_weight.T      a product, unless logits were given
+    student = loss(student, teacher)                 its gradient, in place of the student's logits
+    d_hidden = student @ weight                      a product
+    d_weight += student.T @ hidden                   a product
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..autograd import check_finite
+from ..options import CUDOptions, DUSOptions
+from ..rows import Backend, State, check_vectors, columns_of, compute_dtype, divisors_of, masks
+from . import tiles
+from .chunks import Chunk, chunks, flat, fresh
+from .columns import Filled, Work, gradients, merged_state
+from .gradients import Found, Gradients
+from .layers import Needs, Problem
+
+_CALL = 256  # bytes a row of the call: packed states, losses, labels, weights
+_MERGE = 1024  # bytes a row of a tile while states merge, in f64
+_REFERENCE = 14  # (R, C) matrices of the compute dtype that the reference backend makes for itself, at most
+
+
+class Swept(NamedTuple):
+    """What a sweep finds."""
+
+    losses: Tensor | None  # (N,) in the compute dtype, 0 in rows that do not count; None when the states were given
+    state: State  # of all N rows
+    gradients: Found
+
+
+@functools.lru_cache(maxsize=256)
+def _per_row(options: CUDOptions | DUSOptions) -> CUDOptions | DUSOptions:
+    """The options of a chunk: what a reduction divides by comes with its rows."""
+    return dataclasses.replace(options, reduction="none", num_classes=None)
+
+
+def cost(p: Problem, needs: Needs, backend: Backend, *, compacted: bool) -> tiles.Cost:
+    """What memory a tile takes."""
+    weight, target = p.student.weight, p.rows.target
+    logit = sum(head.dtype.itemsize for head in p.heads)
+    if p.teacher is None and target is not None and (compacted or flat(target) is None):
+        logit += target.dtype.itemsize
+    if p.student.softcap is not None and any(needs):
+        logit += p.student.dtype.itemsize
+    if backend is backends.load("reference"):
+        logit += _REFERENCE * compute_dtype(p.rows).itemsize
+    row = _MERGE + sum(h.weight.shape[1] * (h.weight.dtype.itemsize + h.dtype.itemsize) for h in p.heads)
+    row += weight.shape[1] * (p.student.dtype.itemsize + p.wide.itemsize)
+    blocks = [2 * h.block * h.weight.shape[1] * h.dtype.itemsize for h in p.heads if h.widens]
+    carried = 0
+    if needs.weight and p.wide != weight.dtype:
+        carried = weight.numel() * p.wide.itemsize
+        blocks.append(2 * p.student.block * weight.shape[1] * p.wide.itemsize)
+    fixed = _CALL * p.rows.n + max(blocks, default=0) + (weight.shape[0] * p.wide.itemsize if needs.bias else 0)
+    return tiles.Cost(logit, row, fixed, carried)
+
+
+class _Buffers:
+    """Memory for the logits of a tile, the same for every tile."""
+
+    def __init__(self, p: Problem, tile: tiles.Tile, needs: Needs) -> None:
+        self._p, device = p, p.rows.logits.device
+        size = (tile.rows * tile.classes,)
+        self._student = fresh(size, p.student.dtype, device)
+        self._teacher = None if p.teacher is None else fresh(size, p.teacher.dtype, device)
+        capped = p.student.softcap is not None and any(needs)
+        self._gradient = fresh(size, p.student.dtype, device) if capped else self._student
+
+    def fill(self, hidden: Tensor, other: Tensor | None, first: int, last: int) -> Filled:
+        """Logits (R, C) of the classes [first, last); other: the teacher's hidden states or logits."""
+
+        def view(buffer: Tensor) -> Tensor:
+            return buffer[: len(hidden) * (last - first)].view(len(hidden), last - first)
+
+        student = view(self._student)
+        self._p.student.logits(hidden, first, student)
+        teacher = None if other is None else other[:, first:last]
+        if self._p.teacher is not None and self._teacher is not None and other is not None:
+            teacher = view(self._teacher)
+            self._p.teacher.logits(other, first, teacher)
+        return Filled(student, teacher, view(self._gradient))
+
+
+def _hidden(chunk: Chunk, p: Problem) -> tuple[Tensor, Tensor | None]:
+    """Student's hidden states (R, Ds) and the teacher's (R, Dt), or its logits, as the products read them."""
+    other = None if p.rows.target is None else chunk.matrix(p.rows.target)
+    if other is not None and p.teacher is not None:
+        other = other.to(p.teacher.dtype)
+    return chunk.matrix(p.rows.logits).to(p.student.dtype), other
+
+
+def _packed(chunk: Chunk, state: State) -> State:
+    return State(chunk.vector(state.sums), chunk.vector(state.top1) if len(state.top1) else state.top1, state.divisors)
+
+
+def _chunk(
+    work: Work, packed: State | None, upstream: Tensor, *, cut: bool, statistics: bool, wanted: bool
+) -> tuple[Tensor | None, State, Iterable[tuple[int, Filled]]]:
+    """Losses (R,) unless the states are given, states, and the tiles with their gradients where those are wanted."""
+    loss = None
+    if cut:
+        if packed is None:
+            loss, packed = merged_state(work)
+        return loss, packed, gradients(work, packed, upstream) if wanted else ()
+    filled = work.fill(0, work.rows.classes)
+    rows = work.rows._replace(logits=filled.student, target=filled.teacher)
+    if packed is None:
+        gradient = filled.gradient if wanted else None
+        loss, packed = work.backend.row_state(
+            rows, work.options, statistics=statistics, keep=True, gradient=gradient, fresh=False
+        )
+        assert packed is not None
+    elif wanted:
+        work.backend.row_gradient(rows, work.options, packed, upstream, filled.gradient, fresh=False)
+    return loss, packed, [(0, filled)] if wanted else ()
+
+
+@torch.no_grad()
+def sweep(
+    p: Problem, needs: Needs, *, statistics: bool, state: State | None = None, upstream: Tensor | None = None
+) -> Swept:
+    """Losses, states and gradients; or, given the states of an earlier sweep, gradients for `upstream` () or (N,).
+
+    Raises:
+        ValueError: a label, weight, temperature or alpha out of range; a budget that is too small; and what a backend
+            refuses.
+    """
+    rows, options, device = p.rows, _per_row(p.options), p.rows.logits.device
+    backend = backends.choose(options.backend, device)
+    check_vectors(rows, options)
+    counts, _ = masks(rows, options)
+    index = None if bool(counts.all()) else counts.nonzero().squeeze(-1)
+    count = rows.n if index is None else len(index)
+    tile = tiles.choose(
+        count,
+        rows.classes,
+        cost(p, needs, backend, compacted=index is not None),
+        p.linear.bytes,
+        whole=rows.constraints is not None,
+    )
+    cut = tile.classes < rows.classes
+    dtype = compute_dtype(rows)
+    losses, given = None, state
+    if given is None:
+        losses = torch.zeros(rows.n, dtype=dtype, device=device)
+        sums = torch.zeros((rows.n, len(columns_of(rows, options))), dtype=dtype, device=device)
+        top1 = torch.zeros(rows.n if isinstance(options, CUDOptions) else 0, dtype=torch.int64, device=device)
+        state = State(sums, top1, divisors_of(rows, p.options))
+    assert state is not None
+    if upstream is None:
+        upstream = torch.ones((), dtype=dtype, device=device)
+    found = Gradients(p, needs, cut=cut, chunks=-(-count // tile.rows))
+    buffers = _Buffers(p, tile, needs) if count else None
+    with torch.autocast(device.type, enabled=False):
+        for chunk in chunks(count, index, tile.rows):
+            assert buffers is not None
+            hidden, other = _hidden(chunk, p)
+            rows_here = chunk.rows(rows, state.divisors)._replace(logits=hidden, target=other)
+            work = Work(rows_here, options, backend, functools.partial(buffers.fill, hidden, other), tile.classes)
+            above = chunk.vector(upstream) if upstream.dim() else upstream
+            packed = None if given is None else _packed(chunk, given)
+            loss, packed, parts = _chunk(work, packed, above, cut=cut, statistics=statistics, wanted=any(needs))
+            if loss is not None and losses is not None:
+                chunk.put(losses, loss)
+                chunk.put(state.sums, packed.sums)
+                if len(state.top1):
+                    chunk.put(state.top1, packed.top1)
+                if options.check_finite:
+                    check_finite(work.rows, options, packed)
+            for first, filled in parts:
+                p.student.uncap(filled.gradient, filled.student)
+                found.add(chunk, hidden, first, filled.gradient)
+            found.end(chunk)
+    return Swept(losses, state, found.found(None if index is None else ~counts))
