@@ -13,9 +13,12 @@ Layer = tuple[Tensor, Tensor | None]
 
 def autocast(x: object) -> object:
     """What a linear layer would read: under torch.autocast, float32 tensors in the dtype of that region."""
-    if not isinstance(x, Tensor) or x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or x.dtype != torch.float32:
         return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def hidden_of(value: object, name: str) -> Tensor:

@@ -30,10 +30,11 @@ class Tile(NamedTuple):
 
 
 def _even(count: int, most: int) -> int:
-    """Size of equal parts of `count`, none above `most`."""
+    """Size of equal parts of `count`, none above `most`: a multiple of 16, which kernels of products like, if possible."""
     most = max(1, min(count, most))
     parts = -(-count // most)
-    return max(1, -(-count // parts))
+    size = -(-count // parts)
+    return min(-(-size // 16) * 16, most)
 
 
 def choose(rows: int, classes: int, cost: Cost, budget: int, *, whole: bool) -> Tile:

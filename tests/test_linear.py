@@ -1,0 +1,681 @@
+"""The losses from hidden states against the losses of logits: tiles, gradients, masks, dtypes, compile, memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from cudfast import (
+    ClassSets,
+    CUDLoss,
+    CUDOptions,
+    DUSLoss,
+    FusedLinearCUDLoss,
+    FusedLinearDUSLoss,
+    LinearOptions,
+    Projection,
+)
+from cudfast.functional import cud_loss
+from cudfast.linear import fused_linear_cud_loss, fused_linear_dus_loss
+from cudfast.linear.autograd import linear_gradient_op, linear_state_op
+from cudfast.linear.tiles import Cost, choose
+from cudfast.options import text_of
+
+from .truth import cud_rows, dus_rows
+
+f64 = torch.float64
+N, V, DS, DT = 70, 5000, 6, 9  # more rows than FEW, more classes than two of the narrowest tiles hold; all ragged
+ROOMS = ("auto", "rows", "both")  # all at once; a few whole rows at a time; a few rows and some classes
+BYTES = {"native": {"rows": 3_100_000, "both": 700_000}, "reference": {"rows": 24_000_000, "both": 6_000_000}}
+
+
+def budget(room: str, backend: str = "native") -> Any:
+    """Bytes for batches in float64; the reference backend takes many matrices beside the logits."""
+    return "auto" if room == "auto" else BYTES[backend][room]
+
+
+class Batch:
+    """Both sides' hidden states and layers."""
+
+    def __init__(self, dtype: torch.dtype = f64, *shape: int, classes: int = V) -> None:
+        shape = shape or (N,)
+        self.h = (torch.randn(*shape, DS, dtype=f64) * 2).to(dtype).requires_grad_()
+        self.w = torch.randn(classes, DS, dtype=f64).to(dtype).requires_grad_()
+        self.b = torch.randn(classes, dtype=f64).to(dtype).requires_grad_()
+        self.th = (torch.randn(*shape, DT, dtype=f64) * 2).to(dtype)
+        self.tw, self.tb = torch.randn(classes, DT, dtype=f64).to(dtype), torch.randn(classes, dtype=f64).to(dtype)
+        self.labels = torch.randint(classes, shape)
+        flat = self.labels.view(-1)
+        if len(flat) > 3:
+            flat[1], flat[3] = -1, -100
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.h, self.w, self.b
+
+    @property
+    def kwargs(self) -> dict[str, Tensor]:
+        return {
+            "student_bias": self.b,
+            "teacher_hidden": self.th,
+            "teacher_weight": self.tw,
+            "teacher_bias": self.tb,
+        }
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        return self.h @ self.w.t() + self.b, self.th @ self.tw.t() + self.tb
+
+    def fused(self, *, budget: Any = "auto", linear: Any = None, **options: Any) -> Tensor:
+        linear = linear or LinearOptions(memory_budget=budget)
+        return fused_linear_cud_loss(self.h, self.w, self.labels, CUDOptions(**options), linear, **self.kwargs)
+
+
+def grads(loss: Tensor, leaves: tuple[Tensor, ...], upstream: Tensor | None = None) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+
+
+def close(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], tolerance: float = 1e-12) -> None:
+    """Within `tolerance` of the largest entry."""
+    for a, b in zip(got, wanted):
+        assert a.shape == b.shape
+        a, b = a.detach().double(), b.detach().double()
+        if b.numel():
+            assert (a - b).abs().max() <= tolerance * max(1e-3, float(b.abs().max()))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("save", ["state", "auto"])
+@pytest.mark.parametrize("room", ROOMS)
+def test_equals_the_loss_of_the_logits(backend: str, reduction: str, save: str, room: str) -> None:
+    for dtype, tolerance in ((f64, 1e-12), (torch.float32, 2e-6)):
+        x = Batch(dtype)
+        upstream = torch.rand(N, dtype=dtype) if reduction == "none" else torch.tensor(0.37, dtype=dtype)
+        loss = x.fused(budget=budget(room, backend), reduction=reduction, save=save, backend=backend)
+        plain = cud_loss(*x.logits(), x.labels, CUDOptions(reduction=reduction, backend=backend))
+        close((loss,), (plain,), tolerance)
+        close(grads(loss, x.leaves, upstream), grads(plain, x.leaves, upstream), tolerance)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_scale_soft_cap_and_statistics(backend: str, room: str) -> None:
+    x = Batch()
+    linear = LinearOptions(
+        memory_budget=budget(room, backend), scale=0.5, softcap=3.0, teacher_scale=2.0, teacher_softcap=7.0
+    )
+    s, t = x.logits()
+    s, t = 3 * torch.tanh(s * 0.5 / 3), 7 * torch.tanh(t * 2 / 7)
+    options = CUDOptions(temperature=3.0, backend=backend)
+    loss, stats = fused_linear_cud_loss(x.h, x.w, x.labels, options, linear, **x.kwargs, return_stats=True)
+    plain, expected = cud_loss(s, t, x.labels, options, return_stats=True)
+    close((loss, *grads(loss, x.leaves)), (plain, *grads(plain, x.leaves)))
+    for name, a, b in zip(expected._fields, stats, expected):
+        torch.testing.assert_close(a, b, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_teacher_loss(backend: str, room: str) -> None:
+    x, alpha = Batch(), torch.rand(V, dtype=f64) + 0.5
+    x.labels[1] = 4999
+    for reduction in ("mean", "none"):
+        kwargs: dict[str, Any] = {"gamma": 2.0, "alpha": alpha, "reduction": reduction, "backend": backend}
+        fused = FusedLinearDUSLoss(**kwargs, memory_budget=budget(room, backend), logit_softcap=5.0)
+        loss, stats = fused(x.h, x.w, x.labels, head_bias=x.b, return_stats=True)
+        s = 5 * torch.tanh(x.logits()[0] / 5)
+        plain, expected = DUSLoss(**kwargs)(s, x.labels, return_stats=True)
+        close((loss,), (plain,))
+        close(grads(loss.sum(), x.leaves), grads(plain.sum(), x.leaves))
+        torch.testing.assert_close(stats, expected, equal_nan=True)
+        rows = dus_rows(s, x.labels, gamma=2.0, alpha=alpha)
+        close((loss,), (rows.sum() / (x.labels >= 0).sum(),) if reduction == "mean" else (rows,))
+
+
+def test_against_the_equations(backend: str) -> None:
+    x = Batch()
+    kd, ce = cud_rows(*x.logits(), x.labels)
+    truth = kd.sum() / (N - 1) + ce.sum() / (N - 2)
+    for room in ("auto", "both"):
+        loss = x.fused(budget=budget(room, backend), backend=backend)
+        close((loss, *grads(loss, x.leaves)), (truth, *grads(truth, x.leaves)))
+
+
+@pytest.mark.parametrize("save", ["auto", "state"])
+def test_gradcheck(backend: str, save: str) -> None:
+    x = Batch(f64, 5, classes=11)
+    linear = LinearOptions(softcap=4.0, scale=1.5)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: fused_linear_cud_loss(
+            h, w, x.labels, CUDOptions(save=save, backend=backend), linear, **{**x.kwargs, "student_bias": b}
+        ),
+        x.leaves,
+    )
+
+
+def test_chunks_of_one_row_and_more_rows_than_there_are() -> None:
+    """Given logits and no bias: nothing but the student's own logits takes memory."""
+    x = Batch(torch.float32)
+    teacher = x.logits()[1]
+    chosen = []
+    for bytes_ in (120_000, 700_000, 1 << 30):
+        linear = LinearOptions(memory_budget=bytes_)
+        x.labels = torch.randint(V, (N,))
+        near = Projection(min_near_mass=0.1)  # keeps rows whole
+        loss = fused_linear_cud_loss(x.h, x.w, x.labels, CUDOptions(calibration=near), linear, teacher_logits=teacher)
+        plain = cud_loss(x.h @ x.w.t(), teacher, x.labels, CUDOptions(calibration=near))
+        close((loss, *grads(loss, (x.h, x.w))), (plain, *grads(plain, (x.h, x.w))), 2e-6)
+        cost = Cost(4, 0, 0, 0)
+        chosen.append(choose(N, V, cost, bytes_, whole=True).rows)
+    assert chosen[0] <= 6
+    assert chosen[-1] == N
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(0, 40),
+    classes=st.integers(1, 9000),
+    bytes_=st.integers(100_000, 1_500_000),
+    capped=st.booleans(),
+    strided=st.booleans(),
+)
+def test_any_shape_in_any_budget(rows: int, classes: int, bytes_: int, capped: bool, strided: bool) -> None:
+    x = Batch(f64, rows, classes=classes)
+    if strided:  # what a shifted language model hands over
+        wide = torch.randn(rows, 3, DS, dtype=f64).requires_grad_()
+        x.h = wide[:, 1]
+        x.w = torch.randn(DS, classes, dtype=f64).requires_grad_().t()
+    softcap = 6.0 if capped else None
+    linear = LinearOptions(memory_budget=bytes_, softcap=softcap)
+    try:
+        loss = x.fused(linear=linear)
+    except ValueError as error:
+        smallest = int(str(error).split("works here is ")[1].split()[0].replace(",", ""))
+        assert smallest > bytes_
+        loss = x.fused(linear=LinearOptions(memory_budget=smallest, softcap=softcap))
+    s, t = x.logits()
+    plain = cud_loss(s if softcap is None else softcap * torch.tanh(s / softcap), t, x.labels)
+    close((loss, *grads(loss, x.leaves)), (plain, *grads(plain, x.leaves)))
+
+
+def test_the_choice_of_a_tile() -> None:
+    """Rows while enough of them fit, then classes; a carried sum only where chunks of rows follow each other."""
+    cost = Cost(logit=8, row=100, fixed=1000, carried=0)
+    big = 256 << 20
+    assert choose(1024, 65_536, cost, big, whole=False) == (352, 65_536)
+    assert choose(64, 151_936, cost, big, whole=False) == (64, 151_936)
+    rows, classes = choose(8, 100_000_000, cost, big, whole=False)
+    assert rows == 8
+    assert 4_000_000 < classes < 4_194_304
+    assert choose(1024, 1_000_000, cost, big, whole=False) == (32, 1_000_000)
+    assert choose(1024, 2_000_000, cost, big, whole=False).rows == 1024
+    assert choose(1024, 2_000_000, cost, big, whole=True) == (16, 2_000_000)
+    heavy = cost._replace(carried=1 << 40)
+    assert choose(1024, 65_536, heavy, big, whole=False).rows == 1024
+    for whole in (False, True):
+        with pytest.raises(ValueError, match="smallest budget that works here is") as error:
+            choose(7, 30_000, cost, 2000, whole=whole)
+        smallest = int(str(error.value).split("here is ")[1].split()[0].replace(",", ""))
+        assert choose(7, 30_000, cost, smallest, whole=whole).rows >= 1
+        with pytest.raises(ValueError, match="smallest budget"):
+            choose(7, 30_000, cost, smallest - 1, whole=whole)
+
+
+def test_budget_too_small() -> None:
+    x = Batch(torch.float32)
+    with pytest.raises(ValueError, match=r"memory_budget=1,000 bytes do not hold one row of 2,048 logits") as error:
+        x.fused(budget=1000)
+    smallest = int(str(error.value).split("works here is ")[1].split()[0].replace(",", ""))
+    assert x.fused(budget=smallest).isfinite()
+    message = r"one row of 5,000 logits and what goes with it \(calibration=Projection\(\.\.\.\) needs whole rows\)"
+    with pytest.raises(ValueError, match=message):
+        x.fused(budget=smallest, calibration=Projection(min_near_mass=0.2))
+
+
+@pytest.mark.parametrize("needed", range(1, 8))
+@pytest.mark.parametrize("save", ["auto", "state"])
+def test_any_subset_requires_grad(needed: int, save: str) -> None:
+    x = Batch()
+    leaves = tuple(leaf for i, leaf in enumerate(x.leaves) if needed >> i & 1)
+    for i, leaf in enumerate(x.leaves):
+        leaf.requires_grad_(bool(needed >> i & 1))
+    plain = cud_loss(*x.logits(), x.labels)
+    for room in ("auto", "both"):
+        loss = x.fused(budget=budget(room), save=save)
+        close(grads(loss, leaves), grads(plain, leaves))
+
+
+def test_frozen_weights_cost_nothing() -> None:
+    """No product for them, no memory for them: three products and not four."""
+    x = Batch(torch.float32)
+    counted = []
+    for frozen in (False, True):
+        x.w.requires_grad_(not frozen)
+        x.b.requires_grad_(not frozen)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            x.fused().backward()
+        counted.append(sum(e.count for e in profile.key_averages() if e.key in ("aten::addmm", "aten::addmm_")))
+    assert counted == [4, 3]
+
+
+def test_only_rows_that_count_are_multiplied() -> None:
+    """NaN in the hidden states of ignored rows reaches nothing."""
+    x = Batch()
+    x.labels[:] = -100
+    x.labels[[2, 7]] = 5
+    weight = torch.ones(N)
+    weight[7] = 0
+    with torch.no_grad():
+        x.h[x.labels == -100] = torch.nan
+        x.th[x.labels == -100] = torch.nan
+        x.h[7] = torch.nan
+    loss = fused_linear_cud_loss(x.h, x.w, x.labels, **x.kwargs, weight=weight)
+    g = grads(loss, x.leaves)
+    row = x.h[2:3].detach().requires_grad_()
+    plain = cud_loss(row @ x.w.t() + x.b, x.th[2:3] @ x.tw.t() + x.tb, x.labels[2:3])
+    close((loss, g[0][2:3], *g[1:]), (plain, *grads(plain, (row, x.w, x.b))))
+    assert g[0][:2].eq(0).all()
+    assert g[0][3:].eq(0).all()
+
+
+@pytest.mark.parametrize("room", ["auto", "both"])
+def test_all_ignored(backend: str, room: str) -> None:
+    x = Batch()
+    x.labels[:] = -100
+    for reduction in ("mean", "none"):
+        loss = x.fused(budget=budget(room, backend), reduction=reduction, backend=backend)
+        assert loss.eq(0).all()
+        assert all(g.eq(0).all() for g in grads(loss.sum(), x.leaves))
+    empty = Batch(f64, 0)
+    loss = empty.fused(backend=backend)
+    assert loss.item() == 0
+    assert [tuple(g.shape) for g in grads(loss, empty.leaves)] == [(0, DS), (V, DS), (V,)]
+
+
+def test_given_teacher_logits_with_ignored_rows() -> None:
+    x = Batch()
+    teacher = torch.randn(N, V + 3, dtype=f64)
+    for room in ROOMS:
+        linear = LinearOptions(memory_budget=budget(room))
+        options = CUDOptions(num_classes=V - 2)
+        loss = fused_linear_cud_loss(x.h, x.w, x.labels, options, linear, student_bias=x.b, teacher_logits=teacher)
+        plain = cud_loss(x.logits()[0], teacher, x.labels.clamp(max=V - 3), options)
+        x.labels.clamp_(max=V - 3)
+        g = grads(loss, x.leaves)
+        close((loss, *g), (plain, *grads(plain, x.leaves)))
+        assert g[1][V - 2 :].eq(0).all()
+
+
+def test_weights_temperatures_num_items_and_leading_shapes() -> None:
+    x = Batch(f64, 3, 4)
+    weight, tau = torch.rand(3, 4), torch.rand(3, 4) + 1
+    more: dict[str, Any] = {"weight": weight, "temperature": tau}
+    s, t = x.logits()
+    for room in ROOMS:
+        for items in (None, 7, torch.tensor(5.0)):
+            for reduction in ("mean", "none"):
+                linear, options = LinearOptions(memory_budget=budget(room)), CUDOptions(reduction=reduction)
+                loss = fused_linear_cud_loss(x.h, x.w, x.labels, options, linear, **x.kwargs, **more, num_items=items)
+                plain = cud_loss(s, t, x.labels, options, **more, num_items=items)
+                assert loss.shape == plain.shape
+                close((loss,), (plain,))
+                close(grads(loss.sum(), x.leaves), grads(plain.sum(), x.leaves))
+    one = fused_linear_cud_loss(x.h[1, 2], x.w, x.labels[1, 2], **{**x.kwargs, "teacher_hidden": x.th[1, 2]})
+    close((one,), (cud_loss(s[1, 2], t[1, 2], x.labels[1, 2]),))
+
+
+def test_cross_entropy_against_torch() -> None:
+    """KD weight 0: PyTorch's own loss, and its fused one where it has it, as oracles. No teacher is asked for."""
+    x = Batch(torch.float32)
+    x.labels[1] = 2
+    loss = fused_linear_cud_loss(x.h, x.w, x.labels, CUDOptions(kd_weight=0, ce_weight=1), student_bias=x.b)
+    plain = F.cross_entropy(x.logits()[0], x.labels)
+    close((loss, *grads(loss, x.leaves)), (plain, *grads(plain, x.leaves)), 2e-6)
+    if hasattr(F, "linear_cross_entropy"):
+        other = F.linear_cross_entropy(x.h, x.w, x.labels, linear_bias=x.b)
+        close((loss,), (other,), 2e-6)
+
+
+def test_kl_against_a_distillation_of_chunks_by_hand() -> None:
+    """Plain KD: what torch's KLDivLoss says of the same logits."""
+    x = Batch()
+    x.labels[:] = -1
+    s, t = x.logits()
+    plain = 4 * F.kl_div((s / 2).log_softmax(-1), (t / 2).log_softmax(-1), reduction="batchmean", log_target=True)
+    for room in ROOMS:
+        loss = x.fused(budget=budget(room), kd_weight=1.0, calibration=None)
+        close((loss,), (plain,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_dtypes_are_no_worse_than_eager(dtype: torch.dtype) -> None:
+    """Sums over chunks in f32: against f64 of the same numbers, errors at most those of logits in the short dtype."""
+    rows = 96
+    x = Batch(dtype, rows, classes=3000)
+    wide = Batch(f64, rows, classes=3000)
+    for a, b in zip((*wide.leaves, wide.th, wide.tw, wide.tb), (*x.leaves, x.th, x.tw, x.tb)):
+        a.data.copy_(b.data)
+    wide.labels = x.labels
+    true = cud_loss(*wide.logits(), x.labels)
+    true_g = grads(true, wide.leaves)
+    s, t = F.linear(x.h, x.w, x.b), F.linear(x.th, x.tw, x.tb)
+    eager = cud_loss(s, t, x.labels)
+    eager_g = grads(eager, x.leaves)
+    for bytes_ in ("auto", 2_000_000, 1_000_000):
+        loss = x.fused(budget=bytes_)
+        assert loss.dtype == torch.float32
+        found = grads(loss, x.leaves)
+        for got, plain, wanted in zip((loss, *found), (eager, *eager_g), (true, *true_g)):
+            ours, theirs = (float((v.double() - wanted).abs().max()) for v in (got, plain))
+            assert ours <= theirs * 1.05 + torch.finfo(torch.float32).eps
+
+
+def test_accumulate_dtype() -> None:
+    x = Batch(torch.float32, 64, classes=3000)
+    found = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        loss = x.fused(linear=LinearOptions(memory_budget=2_500_000, accumulate_dtype=dtype))
+        found.append(grads(loss, x.leaves))
+    close(found[1], found[0], 2e-6)
+    close(found[2], found[0], 0)  # never narrower than the weight itself
+
+
+def test_backward_twice_and_second_derivatives() -> None:
+    x = Batch()
+    for save in ("auto", "state"):
+        loss = x.fused(save=save)
+        first = [g.clone() for g in torch.autograd.grad(loss * 3, x.leaves, retain_graph=True)]
+        close(torch.autograd.grad(loss * 3, x.leaves, retain_graph=True), tuple(first))
+        (g,) = torch.autograd.grad(loss, x.h, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            g.sum().backward()
+
+
+def test_gradient_accumulation_and_a_step_before_backward() -> None:
+    x = Batch()
+    whole = grads(fused_linear_cud_loss(x.h, x.w, x.labels, **x.kwargs, num_items=N), x.leaves)
+    for part in (slice(0, 5), slice(5, N)):
+        kwargs = {**x.kwargs, "teacher_hidden": x.th[part]}
+        fused_linear_cud_loss(x.h[part], x.w, x.labels[part], **kwargs, num_items=N).backward()
+    close((x.h.grad, x.w.grad, x.b.grad), whole)
+    loss = x.fused(save="state")
+    with torch.no_grad():
+        x.w.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("save", ["auto", "state"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(save: str, reentrant: bool) -> None:
+    x = Batch()
+    body = nn.Linear(DS, DS).double()
+
+    def step(h: Tensor) -> Tensor:
+        return fused_linear_cud_loss(body(h).tanh(), x.w, x.labels, CUDOptions(save=save), **x.kwargs)
+
+    wanted = grads(step(x.h), (*x.leaves, *body.parameters()))
+    loss = checkpoint(step, x.h, use_reentrant=reentrant)
+    loss.backward()
+    close((x.h.grad, x.w.grad, x.b.grad, *(p.grad for p in body.parameters())), wanted)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("save", ["auto", "state"])
+def test_compile_gives_the_numbers_of_eager(reduction: str, save: str) -> None:
+    torch._dynamo.reset()
+    x = Batch()
+    cud = FusedLinearCUDLoss(reduction=reduction, save=save, memory_budget=budget("rows"))
+    dus = FusedLinearDUSLoss(reduction=reduction, save=save)
+
+    def step(h: Tensor, items: Tensor) -> Tensor:
+        a, stats = cud(h * 2, x.w, x.labels, **x.kwargs, num_items=items, return_stats=True)
+        b = dus(h, x.w, x.labels.clamp(min=0), head_bias=x.b)
+        return a.sum() * 1.5 + b.sum() + stats.student_nll.nansum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    values = [(loss.detach(), *grads(loss, x.leaves)) for loss in (f(x.h, torch.tensor(8.0)) for f in (step, compiled))]
+    close(values[1], values[0])
+
+
+def test_opcheck() -> None:
+    x = Batch(torch.float32, 5, classes=40)
+    x.labels = torch.tensor([1, -1, 3, -100, 5])
+    given = (x.th, x.tw, None, x.labels, None, None)
+    for options in (CUDOptions(), CUDOptions(save="state")):
+        texts = (text_of(options), text_of(LinearOptions()))
+        torch.library.opcheck(
+            linear_state_op, (x.h, x.w, x.b, *given, None, 2.0, 40, *texts, True, [True, False, True])
+        )
+    with torch.no_grad():
+        _, *state, _, _, _ = linear_state_op(x.h, x.w, x.b, *given, None, 2.0, 40, *texts, False, [False, False, False])
+        torch.library.opcheck(
+            linear_gradient_op,
+            (x.h, x.w, x.b, *given, 2.0, 40, *texts, [True, True, True], *state, torch.ones(())),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+def test_under_autocast() -> None:
+    """As a linear layer there: cast, and the master weights get their gradients in float32."""
+    x = Batch(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = x.fused()
+        plain = cud_loss(F.linear(x.h, x.w, x.b), F.linear(x.th, x.tw, x.tb), x.labels)
+    assert loss.dtype == torch.float32
+    found = grads(loss, x.leaves)
+    assert all(g.dtype == torch.float32 for g in found)
+    close((loss, *found), (plain, *grads(plain, x.leaves)), 0.02)
+
+
+def test_grad_scaler_with_half_students() -> None:
+    x = Batch(torch.float16, 64, classes=3000)
+    wide = Batch(torch.float32, 64, classes=3000)
+    for a, b in zip((*wide.leaves, wide.th, wide.tw, wide.tb), (*x.leaves, x.th, x.tw, x.tb)):
+        a.data.copy_(b.data)
+    wide.labels = x.labels
+    found = grads(x.fused() * 2.0**10, x.leaves)
+    close(tuple(g.float() / 2**10 for g in found), grads(wide.fused(), wide.leaves), 2e-3)
+
+
+def test_projection_in_chunks_of_rows(backend: str) -> None:
+    x = Batch(classes=400)
+    near = ClassSets.from_groups(torch.arange(400) // 20)
+    bounds = torch.rand(N, dtype=f64) * 0.6
+    projection = Projection(near=near, min_near_mass=bounds, max_wrong_mass=0.05, min_entropy=2.0)
+    for bytes_ in ("auto", 200_000 if backend == "native" else 2_000_000):
+        options, linear = CUDOptions(calibration=projection, backend=backend), LinearOptions(memory_budget=bytes_)
+        loss, stats = fused_linear_cud_loss(x.h, x.w, x.labels, options, linear, **x.kwargs, return_stats=True)
+        plain, expected = cud_loss(*x.logits(), x.labels, options, return_stats=True)
+        close((loss, *grads(loss, x.leaves)), (plain, *grads(plain, x.leaves)), 1e-9)
+        torch.testing.assert_close(stats.moved_mass, expected.moved_mass, equal_nan=True)
+
+
+def test_errors_name_the_callers_rows(backend: str) -> None:
+    """Rows are compacted and cut into chunks; whoever reads the message never sees that."""
+    x = Batch(f64, 3, 4)
+    x.labels = torch.randint(V, (3, 4))
+    x.labels[0] = -100
+    x.labels[2, 1] = V
+    with pytest.raises(ValueError, match=rf"labels\[2, 1\] = {V}: expected a class in \[0, {V}\)"):
+        x.fused(backend=backend)
+    x.labels[2, 1] = 3
+    bound = torch.zeros(3, 4, dtype=f64)
+    bound[2, 3] = 99
+    with pytest.raises(ValueError, match="row 2, 3 cannot meet min_entropy=99"):
+        x.fused(backend=backend, calibration=Projection(min_entropy=bound))
+    with torch.no_grad():
+        x.h[1, 2, 0] = torch.nan
+    for room in ("auto", "both"):
+        with pytest.raises(ValueError, match="row 1, 2 holds NaN"):
+            x.fused(backend=backend, budget=budget(room, backend), check_finite=True)
+        losses = x.fused(backend=backend, budget=budget(room, backend), reduction="none")
+        assert losses.isnan().nonzero().tolist() == [[1, 2]]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs (Linux)")
+@pytest.mark.parametrize(("rows", "classes", "budget"), [(700, 60_000, 64), (5, 3_000_000, 48), (300, 200_000, 100)])
+def test_peak_memory_is_within_the_budget(rows: int, classes: int, budget: int) -> None:
+    """Beyond inputs and returned gradients, in a process of its own; logits would take 168, 60 and 240 MB a side."""
+    code = (
+        "import torch, cudfast\n"
+        "from benchmarks.bench_memory import _bytes, _CLEAR\n"
+        f"n, v, budget = {rows}, {classes}, {budget} << 20\n"
+        "loss = cudfast.FusedLinearCUDLoss(memory_budget=budget)\n"
+        "def step(n, v):\n"
+        "    h, w = torch.randn(n, 16, requires_grad=True), torch.randn(v, 16, requires_grad=True)\n"
+        "    th, tw, y = torch.randn(n, 16), torch.randn(v, 16), torch.randint(v, (n,))\n"
+        "    h.grad, w.grad = torch.zeros_like(h), torch.zeros_like(w)\n"
+        "    before = _bytes('VmRSS'); _CLEAR.write_text('5')\n"
+        "    torch.autograd.grad(loss(h, w, y, teacher_hidden=th, teacher_weight=tw), (h, w))\n"
+        "    return _bytes('VmHWM') - before - h.nbytes - w.nbytes\n"
+        "step(40, 3000); print(step(n, v))\n"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
+    assert int(done.stdout) <= budget << 20
+
+
+def test_modules() -> None:
+    loss = FusedLinearCUDLoss(4.0, memory_budget=1 << 20, student_logit_softcap=30.0)
+    assert repr(loss) == "FusedLinearCUDLoss(temperature=4.0, memory_budget=1048576, softcap=30.0)"
+    assert repr(FusedLinearDUSLoss(logit_scale=0.5)) == "FusedLinearDUSLoss(scale=0.5)"
+    assert isinstance(CUDLoss().options, CUDOptions)
+
+
+X = Batch(torch.float32, 4, classes=7)
+ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
+    (TypeError, "student_hidden: expected a torch.Tensor of hidden states (..., D), got list", {"student_hidden": [1]}),
+    (TypeError, "student_weight: expected a torch.Tensor (V, D), as nn.Linear has it, got int", {"student_weight": 3}),
+    (TypeError, "student_hidden has dtype torch.int64: expected one of", {"student_hidden": X.h.long()}),
+    (
+        ValueError,
+        "student_hidden has shape (4, 0): expected (..., D) with at least one feature",
+        {"student_hidden": X.h[:, :0]},
+    ),
+    (
+        ValueError,
+        "student_weight has shape (7, 6, 1): expected (V, D) with at least one class",
+        {"student_weight": X.w[..., None]},
+    ),
+    (
+        ValueError,
+        "student_weight has shape (6, 7) and student_hidden (4, 6): expected (V, D) and (..., D) with the same D",
+        {"student_weight": X.w.t()},
+    ),
+    (
+        ValueError,
+        "student_weight has strides (12, 2): expected dense rows or columns; call .contiguous() first",
+        {"student_weight": torch.randn(7, 12)[:, ::2]},
+    ),
+    (ValueError, "student_bias has shape (6,): expected (7,), as student_weight", {"student_bias": X.b[:6]}),
+    (TypeError, "student_bias: expected a torch.Tensor (V,) or None, got float", {"student_bias": 1.0}),
+    (
+        TypeError,
+        "student_weight has dtype torch.bfloat16 and student_hidden torch.float32: expected the same; cast one of them",
+        {"student_weight": X.w.bfloat16()},
+    ),
+    (
+        ValueError,
+        "student_weight is on meta and student_hidden on cpu: move them to one device",
+        {"student_weight": X.w.to("meta")},
+    ),
+    (
+        ValueError,
+        "teacher_weight requires grad, and no gradient flows to the teacher: run the teacher under torch.no_grad(), "
+        "or pass teacher_weight.detach()",
+        {"teacher_weight": X.tw.clone().requires_grad_()},
+    ),
+    (
+        TypeError,
+        "no teacher: expected teacher_hidden (..., Dt) and teacher_weight (V, Dt), or teacher_logits (..., V), unless "
+        "kd_weight=0 and return_stats=False",
+        {"teacher_hidden": None, "teacher_weight": None, "teacher_bias": None},
+    ),
+    (
+        TypeError,
+        "teacher_weight is None: expected teacher_hidden and teacher_weight together, or teacher_logits",
+        {"teacher_weight": None},
+    ),
+    (
+        TypeError,
+        "teacher_logits and teacher_hidden were both given: expected one of them",
+        {"teacher_logits": torch.randn(4, 7)},
+    ),
+    (
+        ValueError,
+        "student_hidden has shape (4, 6) and teacher_hidden (3, 9): expected the same leading shape",
+        {"teacher_hidden": X.th[:3]},
+    ),
+    (
+        ValueError,
+        "student_weight has 7 classes and teacher_weight has 5: expected the same width. If one of them is padded, "
+        "pass num_classes=5 (the number of real classes)",
+        {"teacher_weight": X.tw[:5], "teacher_bias": None},
+    ),
+    (
+        ValueError,
+        "labels has shape (3,): expected (4,), that of student_hidden without its last axis",
+        {"labels": X.labels[:3]},
+    ),
+    (
+        ValueError,
+        "inplace=True has no meaning here: there are no logits to overwrite; leave it out",
+        {"options": CUDOptions(inplace=True)},
+    ),
+    (
+        ValueError,
+        "save='gradient' does not go with reduction='none'",
+        {"options": CUDOptions(save="gradient", reduction="none")},
+    ),
+    (
+        ValueError,
+        "teacher_logits were given with a teacher scale or soft cap",
+        {
+            "teacher_logits": torch.randn(4, 7),
+            "teacher_hidden": None,
+            "teacher_weight": None,
+            "teacher_bias": None,
+            "linear": LinearOptions(teacher_scale=2.0),
+        },
+    ),
+    (TypeError, "options: expected CUDOptions, got NoneType", {"options": None}),
+    (TypeError, "linear: expected LinearOptions, got int", {"linear": 3}),
+]
+
+
+@pytest.mark.parametrize(("kind", "words", "changed"), ERRORS, ids=[words[:40] for _, words, _ in ERRORS])
+def test_errors(kind: type[Exception], words: str, changed: dict[str, Any]) -> None:
+    good: dict[str, Any] = {"student_hidden": X.h, "student_weight": X.w, "labels": X.labels, **X.kwargs}
+    with pytest.raises(kind) as error:
+        fused_linear_cud_loss(**{**good, **changed})
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "fields"),
+    [
+        (ValueError, "memory_budget=0: expected a number of bytes >= 1, or 'auto'", {"memory_budget": 0}),
+        (TypeError, "LinearOptions(memory_budget=...): expected an int, got float", {"memory_budget": 1e6}),
+        (TypeError, "accumulate_dtype=torch.int8: expected a floating point", {"accumulate_dtype": torch.int8}),
+        (ValueError, "LinearOptions(softcap=0): expected a finite number in (0, inf)", {"softcap": 0}),
+    ],
+)
+def test_options(kind: type[Exception], words: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(kind) as error:
+        LinearOptions(**fields)
+    assert words in str(error.value)
+
+
+def test_teacher_loss_needs_labels() -> None:
+    with pytest.raises(TypeError, match="labels is None: the teacher loss needs a label"):
+        fused_linear_dus_loss(X.h, X.w, None)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms"):
+        torch.func.grad(lambda h: fused_linear_dus_loss(h, X.w.detach(), X.labels.clamp(min=0)))(X.h.detach())
