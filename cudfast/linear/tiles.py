@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 
 
 def _even(count: int, most: int) -> int:
-    """Size of equal parts of `count`, none above `most`: a multiple of 16, which kernels of products like, if possible."""
+    """Size of equal parts of `count`, none above `most`: a multiple of 16, as products like it, if that fits."""
     most = max(1, min(count, most))
     parts = -(-count // most)
     size = -(-count // parts)
