@@ -16,12 +16,12 @@ from .cases import Inputs, cud_cases, eager_cud, make, through
 from .measure import Shape, Table
 
 CASES = ("given gradient", "in place", "fresh gradient", 'save="state"', "eager PyTorch")
-_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-def _bytes(field: str) -> int:
+def resident(field: str) -> int:
     """VmRSS: resident now. VmHWM: the most since the last reset; getrusage would count the parent's, too."""
-    line = next(x for x in _STATUS.read_text().splitlines() if x.startswith(field))
+    line = next(x for x in STATUS.read_text().splitlines() if x.startswith(field))
     return int(line.split()[1]) * 1024
 
 
@@ -29,7 +29,7 @@ def _step(case: str, data: Inputs) -> int:
     """Forward and backward of one case; returns what is resident between them."""
     cases = {**cud_cases(data), "eager PyTorch": through(eager_cud, data.student, data.teacher, data.labels)}
     loss, logits = cases[case]()
-    between = _bytes("VmRSS")
+    between = resident("VmRSS")
     torch.autograd.grad(loss, logits)
     return between
 
@@ -38,14 +38,14 @@ def measure(case: str, shape: Shape) -> dict[str, float]:
     """Memory beyond the inputs in units of N V elements, at its peak and between forward and backward."""
     _step(case, make(Shape(64, 1000)))  # starts threads and loads what is loaded on first use
     data = make(shape)
-    before = _bytes("VmRSS")
-    _CLEAR.write_text("5")  # resets VmHWM to VmRSS
+    before = resident("VmRSS")
+    CLEAR.write_text("5")  # resets VmHWM to VmRSS
     between = _step(case, data)
     unit = data.plain.nbytes
-    return {"peak": (_bytes("VmHWM") - before) / unit, "between": (between - before) / unit}
+    return {"peak": (resident("VmHWM") - before) / unit, "between": (between - before) / unit}
 
 
-@pytest.mark.skipif(not _CLEAR.exists(), reason="needs /proc/self/clear_refs (Linux)")
+@pytest.mark.skipif(not CLEAR.exists(), reason="needs /proc/self/clear_refs (Linux)")
 @pytest.mark.benchmark(group="memory (the time is that of the whole process)")
 def bench_memory(benchmark: BenchmarkFixture, tables: list[Table]) -> None:
     shape = LARGE[0]

@@ -58,7 +58,7 @@ class Contestant:
     writes: int = 1
     every: int = 1
 
-    def traffic(self, shape: Shape, dtype: torch.dtype) -> int:
+    def work(self, shape: Shape, dtype: torch.dtype) -> int:
         """Bytes that must move: (reads + writes) * N * V * s, with s bytes an element."""
         return (self.reads + self.writes) * shape.rows * shape.classes * dtype.itemsize
 
@@ -168,8 +168,10 @@ class Race:
         floor: str,
         rounds: int,
         warm: int = 0,
+        unit: str = "B",
     ) -> None:
-        """Times everybody; `floor` names the contestant that only moves the bytes; `warm`: see `Contestant.seconds`."""
+        """Times everybody; `floor` names the contestant that only does the work that cannot be avoided, in units of
+        `unit`: bytes that move, unless contestants count otherwise. `warm`: see `Contestant.seconds`."""
         ours, *peers = contestants
         for contestant in contestants:  # compiles, starts the threads
             contestant.seconds(1)
@@ -192,7 +194,7 @@ class Race:
             return
         taken[ours.name] = list(self._benchmark.stats.stats.data)
         self.times = {name: statistics.median(values) for name, values in taken.items()}
-        self._report(title, shape, dtype, contestants, floor, {name: len(values) for name, values in taken.items()})
+        self._report(title, shape, dtype, contestants, floor, {name: len(v) for name, v in taken.items()}, unit)
 
     def _report(
         self,
@@ -202,16 +204,17 @@ class Race:
         contestants: Sequence[Contestant],
         floor: str,
         rounds: dict[str, int],
+        unit: str,
     ) -> None:
         ours = contestants[0]
         figures: dict[str, dict[str, float]] = {}
         for c in contestants:
-            seconds, moved = self.times[c.name], c.traffic(shape, dtype)
+            seconds, done = self.times[c.name], c.work(shape, dtype)
             figures[c.name] = {
                 "median_ms": 1e3 * seconds,
                 "rounds": rounds[c.name],
-                "bytes": moved,
-                "GB_per_s": moved / seconds / 1e9,
+                "work": done,
+                "rate": done / seconds / 1e9,
                 "over_ours": seconds / self.times[ours.name],
                 "over_floor": seconds / self.times[floor],
             }
@@ -223,17 +226,18 @@ class Race:
             "isa": native.isa(),
             "threads": torch.get_num_threads(),
             "floor": floor,
+            "unit": unit,
             "contestants": figures,
             "goals": [],
         }
         self._benchmark.extra_info.update(info)
-        size = ours.traffic(shape, dtype) / 1e6
-        heading = f"{title}, {shape} {info['dtype']}: {size:,.4g} MB moved, {info['isa']}, {info['threads']} threads"
+        size = ours.work(shape, dtype) / 1e6
+        heading = f"{title}, {shape} {info['dtype']}: {size:,.4g} M{unit}, {info['isa']}, {info['threads']} threads"
         rows: list[tuple[str, ...]] = [
-            (name, f"{f['median_ms']:,.3f}", f"{f['GB_per_s']:.2f}", f"{f['over_ours']:.2f}", f"{f['over_floor']:.2f}")
+            (name, f"{f['median_ms']:,.3f}", f"{f['rate']:.2f}", f"{f['over_ours']:.2f}", f"{f['over_floor']:.2f}")
             for name, f in figures.items()
         ]
-        header = ("", "median ms", "GB/s", f"/ {ours.name}", f"/ {floor}")
+        header = ("", "median ms", f"G{unit}/s", f"/ {ours.name}", f"/ {floor}")
         note = f" ({shape.used_by})" if shape.used_by else ""
         self._tables.append(Table(heading + note, header, rows))
 

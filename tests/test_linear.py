@@ -526,16 +526,16 @@ def test_peak_memory_is_within_the_budget(rows: int, classes: int, budget: int) 
     """Beyond inputs and returned gradients, in a process of its own; logits would take 168, 60 and 240 MB a side."""
     code = (
         "import torch, cudfast\n"
-        "from benchmarks.bench_memory import _bytes, _CLEAR\n"
+        "from benchmarks.bench_memory import resident, CLEAR\n"
         f"n, v, budget = {rows}, {classes}, {budget} << 20\n"
         "loss = cudfast.FusedLinearCUDLoss(memory_budget=budget)\n"
         "def step(n, v):\n"
         "    h, w = torch.randn(n, 16, requires_grad=True), torch.randn(v, 16, requires_grad=True)\n"
         "    th, tw, y = torch.randn(n, 16), torch.randn(v, 16), torch.randint(v, (n,))\n"
         "    h.grad, w.grad = torch.zeros_like(h), torch.zeros_like(w)\n"
-        "    before = _bytes('VmRSS'); _CLEAR.write_text('5')\n"
+        "    before = resident('VmRSS'); CLEAR.write_text('5')\n"
         "    torch.autograd.grad(loss(h, w, y, teacher_hidden=th, teacher_weight=tw), (h, w))\n"
-        "    return _bytes('VmHWM') - before - h.nbytes - w.nbytes\n"
+        "    return resident('VmHWM') - before - h.nbytes - w.nbytes\n"
         "step(40, 3000); print(step(n, v))\n"
     )
     root = Path(__file__).parents[1]
