@@ -30,7 +30,7 @@ from .layers import Needs, Problem
 
 _CALL = 256  # bytes a row of the call: packed states, losses, labels, weights
 _MERGE = 1024  # bytes a row of a tile while states merge, in f64
-_REFERENCE = 14  # (R, C) matrices of the compute dtype that the reference backend makes for itself, at most
+_REFERENCE = 14  # (R, C) matrices of the compute dtype that PyTorch makes where there is no kernel, at most
 
 
 class Swept(NamedTuple):
@@ -55,7 +55,8 @@ def cost(p: Problem, needs: Needs, backend: Backend, *, compacted: bool) -> tile
         logit += target.dtype.itemsize
     if p.student.softcap is not None and any(needs):
         logit += p.student.dtype.itemsize
-    if backend is backends.load("reference"):
+    by_torch = backend is backends.load("reference")
+    if by_torch or (p.rows.constraints is not None and backend is not backends.load("native")):
         logit += _REFERENCE * compute_dtype(p.rows).itemsize
     row = _MERGE + sum(h.weight.shape[1] * (h.weight.dtype.itemsize + h.dtype.itemsize) for h in p.heads)
     row += weight.shape[1] * (p.student.dtype.itemsize + p.wide.itemsize)

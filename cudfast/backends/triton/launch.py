@@ -134,7 +134,7 @@ class Call(NamedTuple):
         rows, device = self.rows, self.rows.logits.device
         if rows.num_items is not None:
             if isinstance(rows.num_items, Tensor):
-                return rows.num_items.to(device, torch.float64).reshape(1).repeat(2)
+                return rows.num_items.to(device, torch.float64).reshape(-1).expand(2).contiguous()
             return torch.full((2,), float(rows.num_items), dtype=torch.float64, device=device)
         if self.options.reduction != "mean":
             return torch.ones(2, dtype=torch.float64, device=device)
