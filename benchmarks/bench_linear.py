@@ -26,7 +26,7 @@ CASES = (
     Sizes(2_048, 32_000, "tokens of Llama 2's or Mistral's vocabulary", 256, 512),
     Sizes(1_024, 65_536, "tokens of a larger one", 512, 512),
 )
-ROUNDS, SLOW = (3, 1) if QUICK else (9, 3)
+ROUNDS, SLOW = (3, 1) if QUICK else (7, 3)
 OURS, FLOOR, FRESH, EAGER = "fused", "products, given memory", "products, fresh memory", "eager PyTorch"
 
 
