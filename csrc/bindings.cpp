@@ -336,11 +336,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("student_gradient", row_gradient<StudentOptions>);
   m.def("teacher_gradient", row_gradient<TeacherOptions>);
 
-  m.def("ask_for_huge_pages", [](const py::object& tensor, int64_t bytes) {
-    const char* const begin = address<const char>(tensor);
-    ask_for_huge_pages(begin, begin + bytes);
-  });
-
   m.attr("STUDENT_COLUMNS") = kStudentColumns;
   m.attr("PROJECTED_COLUMNS") = kProjectedColumns;
   m.attr("TEACHER_COLUMNS") = kTeacherColumns;

@@ -106,9 +106,6 @@ Check check(const Rows& rows);
 // Sums of the rows' weights in each term.
 Divisors count(const Rows& rows);
 
-// For memory that nobody has touched: faults of 4 KiB would cost as much as the arithmetic.
-void ask_for_huge_pages(const char* from, const char* to);
-
 // First sweep: state and loss of every row; with out.gradient, the gradient too, while the row is in cache.
 // The answer names the first row that cannot meet its bounds, if any.
 Check student_state(const Rows& rows, const StudentOptions& options, bool statistics, Divisors divisors,

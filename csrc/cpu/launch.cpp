@@ -22,18 +22,6 @@ std::atomic<bool> forked{false};
 const int watched = pthread_atfork(nullptr, nullptr, [] { forked = true; });  // from the moment the library is loaded
 }  // namespace
 
-void ask_for_huge_pages(const char* from, const char* to) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t(1) << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(from), end = reinterpret_cast<uintptr_t>(to);
-  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)from;
-  (void)to;
-#endif
-}
-
 bool can_thread() { return watched == 0 && !forked; }
 
 namespace {
@@ -60,8 +48,18 @@ void clear(const Matrix& g, int64_t row, int64_t from, int64_t to) {
   if (to > from) std::memset(g.at(row, from), 0, static_cast<size_t>((to - from) * size_of(g.dtype)));
 }
 
+// Asks for huge pages under a gradient that nobody has touched: 4 KiB faults would cost as much as the arithmetic.
 void ask_for_huge_pages(const Rows& rows, const Matrix& g) {
-  if (rows.rows > 0) cudfast::ask_for_huge_pages(g.at(0, 0), g.at(rows.rows - 1, rows.padded));
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(1) << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(g.at(0, 0));
+  const uintptr_t end = reinterpret_cast<uintptr_t>(g.at(rows.rows - 1, rows.padded));
+  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)rows;
+  (void)g;
+#endif
 }
 
 // What one thread works with. Kept from call to call, so that a row costs no allocation.
@@ -150,7 +148,7 @@ template <class Loss>
 void run(const Loss& loss, const Outputs& out) {
   const Rows& rows = loss.rows;
   const Plan p = plan(rows);
-  if (out.fresh && out.gradient.data) ask_for_huge_pages(rows, out.gradient);
+  if (out.fresh && out.gradient.data && rows.rows > 0) ask_for_huge_pages(rows, out.gradient);
   std::vector<double> values(static_cast<size_t>(rows.rows), 0.0);
   each_row(rows, p, [&](int64_t row, int threads) {
     if (rows.ignored(row)) {
@@ -180,7 +178,7 @@ template <class Loss>
 void run_gradient(const Loss& loss, Upstream upstream, const Outputs& from) {
   const Rows& rows = loss.rows;
   const Plan p = plan(rows);
-  if (from.fresh) ask_for_huge_pages(rows, from.gradient);
+  if (from.fresh && rows.rows > 0) ask_for_huge_pages(rows, from.gradient);
   each_row(rows, p, [&](int64_t row, int threads) {
     if (rows.ignored(row)) return clear(from.gradient, row, 0, rows.padded);
     const double scale = upstream.data ? get(upstream.data, loss.wide, upstream.per_row ? row : 0) : 1.0;

@@ -193,8 +193,3 @@ def row_gradient(
         row_gradient(_copied(rows, kernels.logits), options, state, upstream, gradient, fresh=fresh)
     elif fault:  # memory shared with another library may have changed since the forward pass
         raise _refusal(rows, options, fault, row)
-
-
-def ask_for_huge_pages(memory: Tensor) -> None:
-    """For dense memory that nobody has touched: faults of 4 KiB would cost as much as the arithmetic."""
-    _native.ask_for_huge_pages(memory, memory.nbytes)

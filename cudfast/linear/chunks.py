@@ -8,17 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..rows import Part, Rows
-
-
-def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """New memory, in huge pages where that can be."""
-    memory = torch.empty(shape, dtype=dtype, device=device)
-    native = backends.load("native")
-    if device.type == "cpu" and not isinstance(native, str):
-        native.ask_for_huge_pages(memory)  # type: ignore[attr-defined]
-    return memory
 
 
 def flat(x: Tensor) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .chunks import Chunk, fresh
+from .chunks import Chunk
 from .layers import Needs, Problem
 
 Found = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -23,10 +23,10 @@ class Gradients:
         self._bias: Tensor | None = None
         self._of_chunk: Tensor | None = None  # (R, D), until it is put where its rows belong
         if needs.hidden:
-            self._hidden = fresh((p.rows.n, hidden.shape[-1]), hidden.dtype, hidden.device)
+            self._hidden = torch.empty((p.rows.n, hidden.shape[-1]), dtype=hidden.dtype, device=hidden.device)
         if needs.weight:
             dtype = p.wide if chunks > 1 else weight.dtype
-            self._weight = fresh((weight.shape[0], weight.shape[1]), dtype, hidden.device)
+            self._weight = torch.empty(weight.shape, dtype=dtype, device=hidden.device)
         if needs.bias:
             self._bias = torch.zeros(weight.shape[0], dtype=p.wide, device=hidden.device)
 
