@@ -230,7 +230,7 @@ def race(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Time]:
     ways += [Contestant(name, with_gradient(through(loss, data.student, *rest))) for name, loss in peers]
     other = liger(data)
     ways += [] if isinstance(other, str) else [other]
-    moved = ways[0].traffic(shape, dtype)
+    moved = ways[0].work(shape, dtype)
     source, target = data.plain, data.gradient
     copy_rate = (
         2 * source.numel() * source.element_size() / do_bench(lambda: target.copy_(source), return_mode="median")
