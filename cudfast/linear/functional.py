@@ -162,6 +162,7 @@ def fused_linear_cud_loss(
             smallest that works.
 
     Example:
+        >>> import torch
         >>> hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
         >>> teacher = {"teacher_hidden": torch.randn(4, 16), "teacher_weight": torch.randn(1000, 16)}
         >>> loss = fused_linear_cud_loss(hidden, weight, torch.tensor([1, 2, -1, -100]), **teacher)
@@ -266,6 +267,7 @@ def fused_linear_dus_loss(
         TypeError, ValueError, RuntimeError: as `fused_linear_cud_loss`.
 
     Example:
+        >>> import torch
         >>> hidden, weight = torch.randn(4, 8), torch.randn(1000, 8, requires_grad=True)
         >>> fused_linear_dus_loss(hidden, weight, torch.tensor([1, 2, 3, -100])).backward()
         >>> weight.grad.shape
