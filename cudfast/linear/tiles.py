@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 FEW = 32  # rows in a chunk of whole rows: below, 4 products wait longer for memory than 6 take
+OTHERS = 64  # one part in so many is left to buffers of the products themselves: 2 of 256 MiB were seen in use
 NARROW = 2048  # classes of a tile: below, products of any number of rows lose
 
 
@@ -44,8 +45,10 @@ def choose(rows: int, classes: int, cost: Cost, budget: int, *, whole: bool) -> 
         ValueError: not even the smallest tile fits; it names the budget that does.
     """
 
+    room = budget - budget // OTHERS
+
     def fitting(columns: int, carried: int) -> int:
-        return (budget - cost.fixed - carried) // (columns * cost.logit + cost.row)
+        return (room - cost.fixed - carried) // (columns * cost.logit + cost.row)
 
     rows = max(1, rows)
     if fitting(classes, 0) >= rows:
@@ -54,7 +57,7 @@ def choose(rows: int, classes: int, cost: Cost, budget: int, *, whole: bool) -> 
     if fit >= FEW or (whole and fit >= 1):
         return Tile(_even(rows, fit), classes)
     if not whole:
-        columns = (budget - cost.fixed - rows * cost.row) // (rows * cost.logit) if cost.logit else classes
+        columns = (room - cost.fixed - rows * cost.row) // (rows * cost.logit) if cost.logit else classes
         if columns >= NARROW:
             return Tile(rows, _even(classes, columns))
         narrow = min(classes, NARROW)
@@ -66,6 +69,7 @@ def choose(rows: int, classes: int, cost: Cost, budget: int, *, whole: bool) -> 
         least_columns * cost.logit + cost.row + (cost.carried if rows > 1 else 0),
         rows * (least_columns * cost.logit + cost.row),
     )
+    least += (least - 1) // (OTHERS - 1)
     why = " (calibration=Projection(...) needs whole rows)" if whole and classes > NARROW else ""
     raise ValueError(
         f"memory_budget={budget:,} bytes do not hold one row of {least_columns:,} logits and what goes with it{why}: "
