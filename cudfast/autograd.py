@@ -149,8 +149,6 @@ class _Loss(torch.autograd.Function):
                 "the gradient of this loss was overwritten before backward: its grad_out (or, with inplace=True, "
                 "its logits) was written again in between. Give each loss memory of its own, or call backward first"
             )
-        if upstream.dim() == 0 and upstream.is_cpu and upstream.item() == 1:
-            return gradient
         return ctx.plain[1].scale(gradient, upstream)  # type: ignore[no-any-return]
 
     @staticmethod

@@ -18,6 +18,13 @@ def changed(options: LossOptions | LinearOptions) -> str:
     return ", ".join(f"{name}={value!r}" for name, value, default in fields if value != default)
 
 
+def split_alpha(alpha: float | Tensor) -> tuple[float, Tensor | None]:
+    """The focal scale as an option, and as one per class (V,) where it is a tensor of that."""
+    if isinstance(alpha, Tensor) and alpha.dim() > 0:
+        return 1.0, alpha.detach()
+    return float(alpha), None
+
+
 class CUDLoss(nn.Module):
     """Student loss of Calibrated Uncertainty Distillation, Eq. 9, in one pass over both logits.
 
@@ -178,14 +185,14 @@ class DUSLoss(nn.Module):
         check_finite: bool = False,
     ) -> None:
         super().__init__()
-        per_class = alpha.detach() if isinstance(alpha, Tensor) and alpha.dim() > 0 else None
+        scalar, per_class = split_alpha(alpha)
         self.register_buffer("alpha", per_class, persistent=False)
         self.options = DUSOptions(
             ce_weight=ce_weight,
             focal_weight=focal_weight,
             entropy_weight=entropy_weight,
             gamma=gamma,
-            alpha=1.0 if per_class is not None else float(alpha),
+            alpha=scalar,
             gate_threshold=gate_threshold,
             gate_scale=gate_scale,
             gate_power=gate_power,

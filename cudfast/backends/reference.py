@@ -60,7 +60,6 @@ def mark(rows: Rows, options: CUDOptions | DUSOptions) -> Marks:
         if options.unlabeled_index is not None:
             labelled = labelled & (rows.labels != options.unlabeled_index)
         index = torch.where(labelled, rows.labels, 0)
-    check_vectors(rows, options)
     return Marks(ignored, labelled, _column(index), row_weights(ignored, labelled, weight))
 
 
@@ -122,8 +121,8 @@ def _teacher_state(rows: Rows, marks: Marks, dtype: torch.dtype) -> TeacherState
     return TeacherState(m, *teacher_fold(_centre(z, m)), z_y)
 
 
-def _placed(index: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
-    """Where classes (N, 1) lie among the columns [first, first + width): a valid column, and whether it is theirs."""
+def placed(index: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
+    """Where classes lie among the columns [first, first + width): a valid column, and whether it is theirs."""
     inside = (index >= first) & (index < first + width)
     return torch.where(inside, index - first, 0), inside
 
@@ -153,11 +152,11 @@ def student_rows(
     dt, ds = _centre(t, state.m_t), s - _column(state.m_s)
     clipped = _column(marks.labelled & (loss.clip.r > 0))
     for index, new in ((_column(state.k), loss.clip.t_k), (marks.column, loss.clip.t_y)):
-        at, inside = _placed(index, first, rows.classes)
+        at, inside = placed(index, first, rows.classes)
         dt = dt.scatter(-1, at, torch.where(clipped & inside, _column(new), dt.gather(-1, at)))
     c = student_coefficients(state, loss, tau, kd * upstream, ce * upstream)
     g = student_element(StudentGradient(*map(_column, c)), dt, ds, _column(1 / tau))
-    at, inside = _placed(marks.column, first, rows.classes)
+    at, inside = placed(marks.column, first, rows.classes)
     at_label = torch.where(_column(marks.labelled & (state.s_y > NOTHING)) & inside, -_column(c.label), 0)
     g = g.scatter_add(-1, at, at_label)
     return value, torch.where(_column((kd * upstream == 0) & (ce * upstream == 0)), 0, g)
@@ -182,7 +181,7 @@ def teacher_rows(
     c = teacher_coefficients(loss, scale * upstream)
     x = _flat(rows.logits, rows, dtype) - _column(state.m)
     g = teacher_element(TeacherGradient(*map(_column, c)), x, _column(1 / state.z), _column(loss.log_z))
-    at, inside = _placed(marks.column, first, rows.classes)
+    at, inside = placed(marks.column, first, rows.classes)
     at_label = torch.where(_column(marks.labelled & (state.z_y > NOTHING)) & inside, _column(c.label), 0)
     return value, torch.where(_column(scale * upstream == 0), 0, g.scatter_add(-1, at, at_label))
 
@@ -196,10 +195,11 @@ def _write(rows: Rows, marks: Marks, values: Tensor, gradient: Tensor) -> None:
 
 def scale(gradient: Tensor, upstream: Tensor) -> Tensor:
     """See `cudfast.rows.Backend`."""
-    if upstream.dim():
-        upstream = upstream.reshape(*gradient.shape[:-1], 1)
-        if upstream.is_cpu and not bool(upstream.isfinite().all()):
-            return torch.where(gradient == 0, 0, gradient * upstream)
+    if not upstream.dim():
+        return gradient if upstream.is_cpu and upstream.item() == 1 else gradient.mul_(upstream)
+    upstream = upstream.reshape(*gradient.shape[:-1], 1)
+    if upstream.is_cpu and not bool(upstream.isfinite().all()):
+        return torch.where(gradient == 0, 0, gradient * upstream)
     return gradient.mul_(upstream)
 
 
@@ -214,6 +214,7 @@ def row_state(
 ) -> tuple[Tensor, State | None]:
     """See `cudfast.rows.Backend`. Statistics cost nothing more here; `fresh` says nothing to PyTorch."""
     dtype = compute_dtype(rows)
+    check_vectors(rows, options)
     marks = mark(rows, options)
     divisors = divisors_of(rows, options)
     upstream = None if gradient is None else torch.ones((), dtype=dtype, device=rows.logits.device)
@@ -246,6 +247,7 @@ def row_gradient(
     fresh: bool,
 ) -> None:
     """See `cudfast.rows.Backend`."""
+    check_vectors(rows, options)
     marks = mark(rows, options)
     columns = state.sums.unbind(-1)
     if isinstance(options, CUDOptions):

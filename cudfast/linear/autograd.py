@@ -6,11 +6,13 @@ gradient is not 1. With save="state", or one loss per row, backward makes the lo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..autograd import Once, keeps_gradient
 from ..options import parse, parse_linear, text_of
 from ..rows import STUDENT_COLUMNS, TEACHER_COLUMNS, State, compute_dtype, vector_dtype
@@ -77,9 +79,8 @@ class _LinearLoss(torch.autograd.Function):
         if ctx.made is not None:
             made: Found = ctx.made
             ctx.made = None  # handed over once; a second backward makes them again
-            if upstream.is_cpu and upstream.item() == 1:
-                return made
-            return cast(Found, tuple(None if g is None else g.mul_(upstream) for g in made))
+            scale = backends.choose(ctx.plain[-2].backend, upstream.device).scale
+            return cast(Found, tuple(None if g is None else scale(g, upstream) for g in made))
         saved = ctx.saved_tensors
         p = problem_of(Tensors(*saved[: len(Tensors._fields)]), *ctx.plain)
         packed = saved[len(Tensors._fields) :]
@@ -138,6 +139,16 @@ def linear_state_op(
     return _reduced(p, found.losses), *found.state, *gradients  # type: ignore[return-value]
 
 
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, third = (
+        hidden.new_empty(0) if g is None or not needed else torch.empty_like(g).contiguous()
+        for g, needed in zip((hidden, weight, bias), needs)
+    )
+    return first, second, third
+
+
 @linear_state_op.register_fake
 def _(
     hidden: Tensor,
@@ -162,16 +173,12 @@ def _(
     dtype, student = compute_dtype(p.rows), target is not None
     count = hidden.numel() // hidden.shape[-1]
     made = _made_in_forward(p)
-    gradients = (
-        hidden.new_empty(0) if g is None or not (needed and made) else torch.empty_like(g).contiguous()
-        for g, needed in zip((hidden, weight, bias), needs)
-    )
-    return (  # type: ignore[return-value]
+    return (
         hidden.new_empty((count,) if p.options.reduction == "none" else (), dtype=dtype),
         hidden.new_empty((count, len(STUDENT_COLUMNS if student else TEACHER_COLUMNS)), dtype=dtype),
         hidden.new_empty((count if student else 0,), dtype=torch.int64),
         hidden.new_empty((2,), dtype=vector_dtype(hidden.device)),
-        *gradients,
+        *_fake_gradients(hidden, weight, bias, needs if made else NOTHING_NEEDED),
     )
 
 
@@ -225,11 +232,7 @@ def _(
     divisors: Tensor,
     upstream: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    first, second, third = (
-        hidden.new_empty(0) if g is None or not needed else torch.empty_like(g).contiguous()
-        for g, needed in zip((hidden, weight, bias), needs)
-    )
-    return first, second, third
+    return _fake_gradients(hidden, weight, bias, needs)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

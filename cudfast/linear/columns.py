@@ -12,7 +12,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..backends.reference import mark, student_rows, teacher_rows
+from ..backends.reference import mark, placed, student_rows, teacher_rows
 from ..options import CUDOptions, DUSOptions
 from ..reference import NOTHING, StudentState, TeacherState, student_merge, teacher_merge
 from ..rows import Backend, Rows, State, vector_dtype
@@ -60,12 +60,11 @@ def merged_state(work: Work) -> tuple[Tensor, State]:
         alone = part._replace(labels=None, weight=None, num_items=None)
         _, packed = work.backend.row_state(alone, options, statistics=True, keep=True, gradient=None, fresh=False)
         assert packed is not None
-        at = marks.column - first
-        inside = (marks.labelled.unsqueeze(-1) & (at >= 0) & (at < part.classes)).squeeze(-1)
-        at = at.clamp(0, part.classes - 1)
+        at, inside = placed(marks.column, first, part.classes)
+        here = marks.labelled & inside.squeeze(-1)
 
-        def label(logits: Tensor, at: Tensor = at, inside: Tensor = inside) -> Tensor:
-            return torch.where(inside, logits.gather(-1, at).squeeze(-1).to(wide), NOTHING)
+        def label(logits: Tensor, at: Tensor = at, here: Tensor = here) -> Tensor:
+            return torch.where(here, logits.gather(-1, at).squeeze(-1).to(wide), NOTHING)
 
         new = _unpack(packed, wide, options)
         if isinstance(new, StudentState):
@@ -94,10 +93,6 @@ def gradients(work: Work, state: State, upstream: Tensor) -> Iterator[tuple[int,
     wide = vector_dtype(rows.logits.device)
     marks = mark(rows, options)
     whole = _unpack(state, wide, options)
-
-    def here(index: Tensor, first: int, classes: int) -> Tensor:
-        return torch.where((index >= first) & (index < first + classes), index - first, 0)
-
     for first, filled, part in work.tiles():
         edge = part._replace(
             logits=filled.student[:, :1],
@@ -114,9 +109,9 @@ def gradients(work: Work, state: State, upstream: Tensor) -> Iterator[tuple[int,
             )
         assert column is not None
         if part.labels is not None:
-            placed = here(marks.column.squeeze(-1), first, part.classes)
-            part = part._replace(labels=torch.where(marks.labelled, placed, part.labels))
-        packed = state._replace(top1=here(state.top1, first, part.classes))
+            label = placed(marks.column.squeeze(-1), first, part.classes)[0]
+            part = part._replace(labels=torch.where(marks.labelled, label, part.labels))
+        packed = state._replace(top1=placed(state.top1, first, part.classes)[0])
         work.backend.row_gradient(part, options, packed, upstream, filled.gradient, fresh=False)
         filled.gradient[:, :1] = column
         yield first, filled

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..losses import changed
+from ..losses import changed, split_alpha
 from ..options import BackendName, CUDOptions, DUSOptions, LinearOptions, Reduction, Save, WClip
 from ..projection import Projection
 from ..statistics import StudentStatistics, TeacherStatistics
@@ -185,14 +185,14 @@ class FusedLinearDUSLoss(nn.Module):
         logit_softcap: float | None = None,
     ) -> None:
         super().__init__()
-        per_class = alpha.detach() if isinstance(alpha, Tensor) and alpha.dim() > 0 else None
+        scalar, per_class = split_alpha(alpha)
         self.register_buffer("alpha", per_class, persistent=False)
         self.options = DUSOptions(
             ce_weight=ce_weight,
             focal_weight=focal_weight,
             entropy_weight=entropy_weight,
             gamma=gamma,
-            alpha=1.0 if per_class is not None else float(alpha),
+            alpha=scalar,
             gate_threshold=gate_threshold,
             gate_scale=gate_scale,
             gate_power=gate_power,

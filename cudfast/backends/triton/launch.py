@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...options import CUDOptions, DUSOptions, WClip
-from ...rows import Rows, State, columns_of, compute_dtype, dense, row_layout
+from ...rows import Rows, State, columns_of, compute_dtype, dense, divisors_of, row_layout
 from . import student, teacher
 from .pieces import count, scale_rows
 
@@ -65,6 +65,11 @@ def lanes(device: torch.device) -> int:
     return int(getattr(torch.get_device_module(device).get_device_properties(device), "warp_size", 32))
 
 
+def warps(plan: Plan, device: torch.device) -> int:
+    """Of a program."""
+    return max(1, plan.threads // lanes(device))
+
+
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Launches go to this device, on its current stream."""
     if device.type == "cpu":
@@ -88,7 +93,7 @@ def scale(gradient: Tensor, upstream: Tensor) -> None:
     scale_rows[(n, cut.parts)](
         gradient, upstream, columns, cut.chunk, *layout(gradient), int(upstream.dim() > 0),
         R=tl.float64 if wide else tl.float32, BLOCK=cut.block,
-        num_warps=max(1, cut.threads // lanes(gradient.device)), enable_fp_fusion=True,
+        num_warps=warps(cut, gradient.device), enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -130,15 +135,11 @@ class Call(NamedTuple):
         )
 
     def divisors(self) -> Tensor:
-        """(2,) f64 on the device: of the KD term, of the label terms."""
-        rows, device = self.rows, self.rows.logits.device
-        if rows.num_items is not None:
-            if isinstance(rows.num_items, Tensor):
-                return rows.num_items.to(device, torch.float64).reshape(-1).expand(2).contiguous()
-            return torch.full((2,), float(rows.num_items), dtype=torch.float64, device=device)
-        if self.options.reduction != "mean":
-            return torch.ones(2, dtype=torch.float64, device=device)
-        found = torch.empty(2, dtype=torch.float64, device=device)
+        """(2,) f64 on the device: of the KD term, of the label terms. Rows are counted in one launch."""
+        rows = self.rows
+        if rows.num_items is not None or self.options.reduction != "mean":
+            return divisors_of(rows, self.options)
+        found = torch.empty(2, dtype=torch.float64, device=rows.logits.device)
         count[(1,)](
             rows.labels,
             rows.weight,
@@ -157,7 +158,7 @@ class Call(NamedTuple):
             *arguments,
             R=tl.float64 if self.wide else tl.float32,
             BLOCK=plan.block,
-            num_warps=max(1, plan.threads // lanes(self.rows.logits.device)),
+            num_warps=warps(plan, self.rows.logits.device),
             enable_fp_fusion=True,
             **constants,
         )
