@@ -1,0 +1,121 @@
+"""csrc/row/state.h: what a row of logits is reduced to, and how two parts of a row become one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NOTHING = -torch.inf
+
+
+def first_top1(logits: Tensor) -> Tensor:
+    """(N,) int64: the largest of every row (N, V), the first of equals on every device."""
+    return (logits == logits.amax(-1, keepdim=True)).to(torch.int8).argmax(-1)
+
+
+class StudentState(NamedTuple):
+    """State of rows, or of some of their columns, in the student loss.                             [state-student]"""
+
+    m_t: Tensor  # (N,) teacher maximum
+    s_k: Tensor  # (N,) student logit at the teacher's top-1
+    m_s: Tensor  # (N,) student maximum
+    z_tau: Tensor  # (N,) sum exp((t - m_t) / tau)
+    s_tau: Tensor  # (N,) sum exp((s - m_s) / tau)
+    a: Tensor  # (N,) sum exp((t - m_t) / tau) * ((t - m_t) - (s - m_s)) / tau
+    s_one: Tensor  # (N,) sum exp(s - m_s)
+    z_one: Tensor  # (N,) sum exp(t - m_t)
+    t_y: Tensor  # (N,) teacher logit of the label
+    s_y: Tensor  # (N,) student logit of the label
+    impossible: Tensor  # (N,) 1 when some class has t finite and s = -inf
+    k: Tensor  # (N,) int64, teacher's top-1
+
+
+class StudentSums(NamedTuple):
+    """What a sweep accumulates around known maxima."""
+
+    z_tau: Tensor
+    s_tau: Tensor
+    a: Tensor
+    s_one: Tensor
+    z_one: Tensor
+    impossible: Tensor
+
+
+def student_fold(dt: Tensor, ds: Tensor, inv_tau: Tensor) -> StudentSums:
+    """Sums over the last axis of dt = t - m_t and ds = s - m_s (N, V); inv_tau (N, 1)."""
+    x, w = dt * inv_tau, ds * inv_tau
+    teacher, student = x.exp(), w.exp()
+    both = (x > NOTHING) & (w > NOTHING)
+    excess = torch.where(both, x - w, 0)
+    impossible = ((x > NOTHING) & ~(w > NOTHING)).any(-1)
+    return StudentSums(
+        teacher.sum(-1),
+        student.sum(-1),
+        (teacher * excess).sum(-1),
+        ds.exp().sum(-1),
+        dt.exp().sum(-1),
+        impossible.to(dt.dtype),
+    )
+
+
+def _down(m: Tensor, to: Tensor) -> Tensor:
+    """Distance from a part's maximum to the new one; an empty part has nothing to rescale."""
+    return torch.where(m == NOTHING, 0, m - to)
+
+
+def student_merge(left: StudentState, right: StudentState, inv_tau: Tensor) -> StudentState:
+    """State of the union of two disjoint sets of columns.                                           [merge-student]"""
+    m_t, m_s = torch.maximum(left.m_t, right.m_t), torch.maximum(left.m_s, right.m_s)
+    sums: list[Tensor] = []
+    for part in (left, right):
+        down_t, down_s = _down(part.m_t, m_t), _down(part.m_s, m_s)
+        teacher, student = (down_t * inv_tau).exp(), (down_s * inv_tau).exp()
+        a = teacher * (part.a + part.z_tau * ((down_t - down_s) * inv_tau))
+        moved = (teacher * part.z_tau, student * part.s_tau, a, down_s.exp() * part.s_one, down_t.exp() * part.z_one)
+        sums = [old + new for old, new in zip(sums, moved)] if sums else list(moved)
+    from_left = torch.where(left.m_t == right.m_t, left.k <= right.k, left.m_t > right.m_t)
+    return StudentState._make(
+        (
+            m_t,
+            torch.where(from_left, left.s_k, right.s_k),
+            m_s,
+            *sums,
+            torch.maximum(left.t_y, right.t_y),
+            torch.maximum(left.s_y, right.s_y),
+            torch.maximum(left.impossible, right.impossible),
+            torch.where(from_left, left.k, right.k),
+        )
+    )
+
+
+class TeacherState(NamedTuple):
+    """State of rows in the teacher loss.                                                           [state-teacher]"""
+
+    m: Tensor  # (N,) maximum
+    z: Tensor  # (N,) sum exp(z_j - m)
+    e: Tensor  # (N,) sum exp(z_j - m) * (z_j - m)
+    z_y: Tensor  # (N,) logit of the label
+
+
+class TeacherSums(NamedTuple):
+    z: Tensor
+    e: Tensor
+
+
+def teacher_fold(x: Tensor) -> TeacherSums:
+    """Sums over the last axis of x = z - m (N, V)."""
+    p = x.exp()
+    return TeacherSums(p.sum(-1), (p * torch.where(x > NOTHING, x, 0)).sum(-1))
+
+
+def teacher_merge(left: TeacherState, right: TeacherState) -> TeacherState:
+    """e' = e^(m - m') (e + z (m - m'))                                                              [merge-teacher]"""
+    m = torch.maximum(left.m, right.m)
+    z, e = torch.zeros_like(m), torch.zeros_like(m)
+    for part in (left, right):
+        down = _down(part.m, m)
+        z = z + down.exp() * part.z
+        e = e + down.exp() * (part.e + part.z * down)
+    return TeacherState(m, z, e, torch.maximum(left.z_y, right.z_y))

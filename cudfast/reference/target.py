@@ -1,0 +1,192 @@
+"""csrc/row/target.h: which coordinates of the teacher change, and to what."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .state import NOTHING, StudentState
+
+
+class Clip(NamedTuple):
+    """W-Clip of rows.                                                                                       [clip]"""
+
+    r: Tensor  # (N,) moved mass times Z1; 0 when nothing moves
+    t_k: Tensor  # (N,) new teacher logit of the top-1, minus m_t
+    t_y: Tensor  # (N,) new teacher logit of the label, minus m_t
+
+
+def wclip(u: Tensor, budget: float, margin: float) -> Clip:
+    """r = min(budget, -margin * expm1(u)), u = t_y - m_t."""
+    below_one = torch.expm1(u)
+    r = torch.clamp(-margin * below_one, max=budget)
+    moves = r > 0
+    return Clip(r, torch.where(moves, torch.log1p(-r), 0), torch.where(moves, torch.log((1 + below_one) + r), u))
+
+
+class TargetSums(NamedTuple):
+    z_tau: Tensor
+    a: Tensor
+    impossible: Tensor
+
+
+def replace(state: StudentState, clip: Clip, inv_tau: Tensor) -> TargetSums:
+    """The teacher's sums after the clip: two contributions leave, two come in.                           [replace]"""
+    moves = clip.r > 0
+    w_k, w_y = (state.s_k - state.m_s) * inv_tau, (state.s_y - state.m_s) * inv_tau
+    blocked = moves & ((w_k == NOTHING) | (w_y == NOTHING))
+    changes = moves & ~blocked
+    new_k, new_y = clip.t_k * inv_tau, clip.t_y * inv_tau
+    old_y = (state.t_y - state.m_t) * inv_tau
+    had_mass = state.t_y > NOTHING
+    dz = (new_k.exp() - 1) + new_y.exp()
+    da = (new_k.exp() * (new_k - w_k) + w_k) + new_y.exp() * (new_y - w_y)
+    dz = dz - torch.where(had_mass, old_y.exp(), 0)
+    da = da - torch.where(had_mass, old_y.exp() * (old_y - w_y), 0)
+    return TargetSums(
+        state.z_tau + torch.where(changes, dz, 0),
+        state.a + torch.where(changes, da, 0),
+        torch.where(blocked, 1, state.impossible),
+    )
+
+
+class Masses(NamedTuple):
+    """Of the target on N, on W and on the rest, as logarithms; which bounds bind, and which cannot be met. [masses]"""
+
+    near: Tensor  # (N,)
+    wrong: Tensor  # (N,)
+    rest: Tensor  # (N,)
+    near_binds: Tensor  # (N,) bool
+    wrong_binds: Tensor  # (N,) bool
+    no_near: Tensor  # (N,) bool, a mass is wanted on classes that have none
+    all_wrong: Tensor  # (N,) bool, all mass is on classes that may not have it
+
+
+def masses(near: Tensor, wrong: Tensor, rest: Tensor, low: Tensor, high: Tensor) -> Masses:
+    """The mass bounds q(N) >= low and q(W) <= high, from log masses on any common scale; complements are summed."""
+    total = torch.logaddexp(torch.logaddexp(near, wrong), rest)
+    n, w, r = near - total, wrong - total, rest - total
+    not_near, not_wrong = torch.logaddexp(w, r), torch.logaddexp(n, r)
+    no_near = (low > 0) & (n == NOTHING)
+    all_wrong = (high < 1) & (not_wrong == NOTHING)
+    low, high = torch.where(no_near, 0, low), torch.where(all_wrong, 1, high)  # the nearest that can be met
+    log_low, log_high, left, lost = low.log(), high.log(), torch.log1p(-low), torch.log1p(-high)
+    wrong_over, near_under = w > log_high, n < log_low
+    n_alone, w_alone = n + (lost - not_wrong), w + (left - not_near)  # when only the other bound binds
+    wrong_binds = torch.where(near_under, ~(w_alone <= log_high), wrong_over)
+    near_binds = torch.where(wrong_over, ~(n_alone >= log_low), near_under)
+    only_wrong, only_near = wrong_binds & ~near_binds, near_binds & ~wrong_binds
+    both = torch.log(torch.clamp(1 - low - high, min=0))
+    free_rest = torch.where(only_wrong, r + (lost - not_wrong), torch.where(only_near, r + (left - not_near), r))
+    return Masses(
+        torch.where(near_binds, log_low, torch.where(wrong_binds, n_alone, n)),
+        torch.where(wrong_binds, log_high, torch.where(near_binds, w_alone, w)),
+        torch.where(near_binds & wrong_binds, both, free_rest),
+        near_binds,
+        wrong_binds,
+        no_near,
+        all_wrong,
+    )
+
+
+class TemperedState(NamedTuple):
+    """Sums of one set of classes at inverse temperature beta, x = t - m.                              [tempered]"""
+
+    m: Tensor  # (N,) maximum
+    z: Tensor  # (N,) sum exp(beta x)
+    e: Tensor  # (N,) sum exp(beta x) x
+    v: Tensor  # (N,) sum exp(beta x) x^2
+
+
+class TemperedSums(NamedTuple):
+    z: Tensor
+    e: Tensor
+    v: Tensor
+
+
+NEVER = -1e8  # a class this far below the largest of its set never happens, however near beta comes to 0
+
+
+def tempered_fold(x: Tensor, beta: Tensor) -> TemperedSums:
+    """Sums over the last axis of x = t - m (N, V); beta (N, 1). Where it is 0, a class that can happen weighs 1."""
+    there = x > NEVER
+    p = torch.where(beta == 0, there.to(x.dtype), (beta * x).exp())
+    x = torch.where(there, x, 0)
+    return TemperedSums(p.sum(-1), (p * x).sum(-1), (p * x * x).sum(-1))
+
+
+def log_mass(state: TemperedState, beta: Tensor) -> Tensor:
+    """log sum exp(beta t); -inf for a set without classes that can happen."""
+    return torch.where(state.z > 0, beta * state.m + state.z.log(), NOTHING)
+
+
+class Entropy(NamedTuple):
+    value: Tensor  # (N,) nats
+    slope: Tensor  # (N,) with respect to beta^2
+
+
+def entropy(sets: tuple[TemperedState, ...], target: Masses, beta: Tensor) -> Entropy:
+    """H = sum M (h - log M) over N, W and the rest, h the entropy within.                              [entropy]
+
+    Its slope with respect to beta^2 is minus half a variance of t: within a set whose mass is bound, and over the union
+    of the sets that share what is left.
+    """
+    value, variance, shared, mean = (torch.zeros_like(beta) for _ in range(4))
+    parts = []
+    for state, log_m, binds in zip(sets, target[:3], (target.near_binds, target.wrong_binds, None)):
+        there = (state.z > 0) & (log_m > NOTHING)
+        m = torch.where(there, log_m.exp(), 0)
+        z = torch.where(state.z > 0, state.z, 1)
+        centre = state.e / z
+        value = value + torch.where(there, m * (z.log() - beta * centre - log_m), 0)
+        variance = variance + m * (state.v / z - centre * centre)
+        free = m if binds is None else torch.where(binds, 0, m)
+        at = torch.where(there, state.m + centre, 0)
+        shared, mean = shared + free, mean + free * at
+        parts.append((free, at))
+    mean = torch.where(shared > 0, mean / shared, 0)
+    for free, at in parts:
+        variance = variance + free * (at - mean) ** 2
+    return Entropy(value, -variance / 2)
+
+
+class End(NamedTuple):
+    """An end of a bracket around the temperature that is looked for."""
+
+    beta: Tensor  # (N,)
+    value: Tensor  # (N,) entropy
+    slope: Tensor  # (N,) NaN where nobody has summed it
+
+
+def temper(low: End, high: End, wanted: Tensor) -> Tensor:
+    """The next beta between two ends, the entropy above `wanted` at `low`, below it at `high`.          [temper]
+
+    Over beta^2 the entropy of normal logits is a straight line. So the first choice is the cubic through both ends,
+    beta^2 as a function of the entropy, wherever its slopes say that it is monotone; without the one at `high`, a
+    parabola. Else a Newton step that stays in its end's half of the bracket, from the end whose entropy is nearer if it
+    does: in log(H - H_high) where that is small, since entropy dies exponentially, else in log(beta). Else the middle.
+    """
+    drop, left = low.value - high.value, wanted - high.value
+    above = drop - left
+    u = low.beta * low.beta
+    width = high.beta * high.beta - u
+    w, at_low = above / drop, -drop / (width * low.slope)
+    at_high = torch.where(high.slope.isnan(), 2 - at_low, -drop / (width * high.slope))
+    s = w * (at_low + w * ((3 - 2 * at_low - at_high) + w * (at_low + at_high - 2)))
+    smooth = (at_low >= 0) & (at_low <= 2) & (at_high >= 0) & (at_high <= 2) & (s > 0) & (s < 1)
+
+    middle = torch.where(low.beta > 0, torch.sqrt(low.beta * high.beta), high.beta / 4)
+    from_low = torch.where(
+        left < above,
+        low.beta + torch.log(left / drop) * drop / (2 * low.beta * low.slope),
+        low.beta * torch.exp(-above / (2 * u * low.slope)),
+    )
+    from_low = torch.where(low.beta > 0, from_low, torch.sqrt(-above / low.slope))
+    from_high = high.beta * torch.exp(left / (2 * high.beta * high.beta * high.slope))
+    low_good = (from_low > low.beta) & (from_low <= middle)
+    high_good = (from_high < high.beta) & (from_high >= middle)
+    use_low = low_good & ((above < left) | ~high_good)
+    step = torch.where(use_low, from_low, torch.where(high_good, from_high, middle))
+    return torch.where(smooth, torch.sqrt(u + s * width), step)
