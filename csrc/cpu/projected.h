@@ -7,14 +7,12 @@
 #include <vector>
 
 #include "losses.h"
+#include "search.h"
+#include "set.h"
 #include "threads.h"
 
 namespace cudfast {
 namespace {
-
-constexpr int kSweeps = 12;       // over the teacher's row, while its temperature is looked for
-constexpr double kNats = 1e-5;    // how far the entropy may stay from its bound
-constexpr double kHottest = 1e6;  // T is looked for up to here, down to its inverse
 
 struct ProjectedState : StudentState<double> {
   double beta = 1, centre = 0;           // the teacher's logits are seen as t' = beta (t - centre)
@@ -37,17 +35,8 @@ struct ProjectedLossOfRows {
   std::atomic<int64_t>* unmet;  // the first row whose bounds are out of reach, or N
 
   // ---- One row, see prepared() ----
-  struct Set {
-    const int64_t* begin = nullptr;
-    const int64_t* end = nullptr;
-    // Memory for the logits, in the computing type: the teacher's, t' - m once seen; and the student's.
-    std::vector<double> t, s;
-    double top = 0;  // the largest logit, or 0 where there is none
-    double m = 0;    // the largest t'
-
-    int64_t size() const { return static_cast<int64_t>(t.size()); }
-  };
   Set sets[2];                  // near, wrong: those that are summed apart
+  double tops[2] = {0, 0};      // the largest t' of each
   const int64_t* near[2] = {};  // N(y), whether or not it is
   bool wrong_is_k = false;      // the wrong set is the top-1 alone
   int64_t k = 0;                // the teacher's top-1, when somebody asks
@@ -55,19 +44,12 @@ struct ProjectedLossOfRows {
   double log_total = 0;  // log sum exp t at T = 1, where the entropy is bound
   bool out_of_reach = false;
   enum { unknown, with_top1, trying, settled } stage = unknown;  // see again()
-  // The search for the temperature.
-  struct {
-    bool floor;
-    double wanted;
-    End<double> low, high;
-    int sweeps;
-    double slope;  // of the last sweep that had one
-    bool near;     // the next step mostly arrives
-  } search = {};
+  Search search = {};
 
   ProjectedLossOfRows(const StudentLossOfRows& of, std::atomic<int64_t>* first_unmet)
       : base(of), rows(of.rows), wide(of.wide), statistics(of.statistics), unmet(first_unmet) {
     base.statistics = true;  // the masses are sums at temperature 1
+    for (Set& set : sets) set.wide = wide;
   }
 
   const int64_t* begin(int i) const { return i == 1 && wrong_is_k ? &k : sets[i].begin; }
@@ -131,53 +113,21 @@ struct ProjectedLossOfRows {
     sets[i].end = to;
   }
 
-  // Reads the members of the sets, after the sweep has brought the row into a cache.
   void gather(int64_t row) {
     const Element teacher_row(rows.target, row), student_row(rows.logits, row);
-    for (int i = 0; i < 2; ++i) {
-      Set& set = sets[i];
-      set.t.resize(static_cast<size_t>(end(i) - begin(i)));
-      set.s.resize(set.t.size());
-      double top = kNothing<double>;
-      for (int64_t j = 0; j < set.size(); ++j) {
-        const double t = teacher_row.load(begin(i)[j]);
-        put(set.t.data(), wide, j, t);
-        put(set.s.data(), wide, j, student_row.load(begin(i)[j]));
-        top = max(top, t);
-      }
-      set.top = top == kNothing<double> ? 0 : top;
-    }
+    for (int i = 0; i < 2; ++i) sets[i].gather(teacher_row, student_row, begin(i), end(i));
   }
 
-  // t becomes t' relative to the set's own maximum, so that a large beta costs no digits.
   void see() {
-    for (Set& set : sets) {
-      for (int64_t j = 0; j < set.size(); ++j) {
-        put(set.t.data(), wide, j, view.beta * (get(set.t.data(), wide, j) - set.top));
-      }
-      set.m = seen(set.top);
+    for (int i = 0; i < 2; ++i) {
+      sets[i].see(view.beta);
+      tops[i] = seen(sets[i].top);
     }
-  }
-
-  // f(first member, members) for the blocks of a set.
-  template <class F>
-  static void each_part(const Set& set, F f) {
-    for (int64_t j = 0; j < set.size(); j += kBlock) f(j, static_cast<int>(std::min<int64_t>(kBlock, set.size() - j)));
-  }
-
-  TeacherBlock teacher(const Set& set, int64_t j, int n) const { return {at(set.t, j), type(), wide, n}; }
-  DType type() const { return wide ? DType::f64 : DType::f32; }
-  const char* at(const std::vector<double>& memory, int64_t j) const {
-    return reinterpret_cast<const char*>(memory.data()) + j * size_of(type());
   }
 
   // A set as if it were a row of its own.
   StudentBlock block(int64_t row, const Set& set, int64_t j, int n) const {
-    StudentBlock b = base.block(row, 0, n, {});
-    b.s = at(set.s, j);
-    b.t = at(set.t, j);
-    b.s_dtype = b.t_dtype = type();
-    return b;
+    return set.block(base.block(row, 0, n, {}), j);
   }
 
   // The top-1 is the wrong class where that is asked for and it is not near.
@@ -230,34 +180,14 @@ struct ProjectedLossOfRows {
 
   using Tempered = TemperedState<double>;
 
-  static void add(Tempered& to, const TemperedBlockSums& part) {
-    to.z += part.z;
-    to.e += part.e;
-    to.v += part.v;
-  }
-
-  Tempered sums_of(const Set& set, double beta) const {
-    View around;
-    around.centre = set.top;
-    around.beta = beta;
-    Tempered state;
-    state.m = set.top;
-    each_part(set, [&](int64_t j, int n) {
-      TemperedBlockSums part;
-      sweeps().tempered(teacher(set, j, n), around, part);
-      add(state, part);
-    });
-    return state;
-  }
-
   // At the temperature of the fold that has been, from its sums: they lack the slope.
   End<double> folded(int64_t row, const std::vector<State>& parts) {
     TeacherState<double> rest;
     for (const State& part : parts) rest = merge(rest, {part.m_t, part.z_one, part.e_one});
     const double top = rest.m == kNothing<double> ? 0 : rest.m, beta = view.beta;
     if (beta == 1) view.centre = top;
-    const Tempered states[3] = {sums_of(sets[0], beta),
-                                sums_of(sets[1], beta),
+    const Tempered states[3] = {sets[0].tempered(beta),
+                                sets[1].tempered(beta),
                                 {beta == 1 ? top : view.centre + top / beta, rest.z, rest.e / beta}};
     if (beta == 1)
       log_total = log_add(log_add(log_mass(states[0], beta), log_mass(states[1], beta)), log_mass(states[2], beta));
@@ -273,9 +203,9 @@ struct ProjectedLossOfRows {
       part.beta = beta;
       sweeps().tempered(teacher(row, column, n), part, parts[static_cast<size_t>(i)]);
     });
-    Tempered states[3] = {sums_of(sets[0], beta), sums_of(sets[1], beta), {}};
+    Tempered states[3] = {sets[0].tempered(beta), sets[1].tempered(beta), {}};
     states[2].m = view.centre;
-    for (const TemperedBlockSums& part : parts) add(states[2], part);
+    for (const TemperedBlockSums& part : parts) Set::add(states[2], part);
     return {beta, entropy_of(row, states, beta)};
   }
 
@@ -285,12 +215,11 @@ struct ProjectedLossOfRows {
     return entropy(states, target, beta);
   }
 
-  double tolerance() const { return wide ? 1e-12 : 5e-6; }
-
   void start_search(int64_t row, int threads, const std::vector<State>& parts) {
     End<double> start = folded(row, parts);
-    const bool too_low = start.found.value < bound(row, 2) - tolerance();
-    if (!too_low && !(start.found.value > bound(row, 3) + tolerance())) return;
+    const double tolerance = entropy_tolerance(wide);
+    const bool too_low = start.found.value < bound(row, 2) - tolerance;
+    if (!too_low && !(start.found.value > bound(row, 3) + tolerance)) return;
     const double wanted = too_low ? bound(row, 2) : bound(row, 3), last = too_low ? 1 / kHottest : kHottest;
     const End<double> limit = look(row, threads, too_low ? 0 : last);
     const double missed = limit.found.value - wanted;
@@ -300,7 +229,7 @@ struct ProjectedLossOfRows {
       return;
     }
     if (!too_low) start = look(row, threads, 1);  // far from where it began, the slope there is worth a sweep
-    search = {too_low, wanted, too_low ? limit : start, too_low ? start : limit, too_low ? 2 : 3, 0, false};
+    search = {wide, too_low, wanted, too_low ? limit : start, too_low ? start : limit, too_low ? 2 : 3};
     find_temperature(row, threads);
   }
 
@@ -310,30 +239,15 @@ struct ProjectedLossOfRows {
 
   void find_temperature(int64_t row, int threads) {
     do {
-      const double last = view.beta;
-      view.beta = max(temper(search.low, search.high, search.wanted), 1 / kHottest);
-      if (search.near && std::fabs(view.beta - last) < last / 16) {  // then the fold that follows finds out
-        stage = trying;
-        return;
-      }
-    } while (!took(look(row, threads, view.beta)));
+      if (search.step()) stage = trying;
+      view.beta = search.beta;
+    } while (stage != trying && !took(look(row, threads, view.beta)));
   }
 
-  // Whether the search is over with this.
-  bool took(End<double> here) {
-    const bool tried = std::isnan(here.found.slope);
-    if (tried) here.found.slope = search.slope;  // it was near
-    search.slope = here.found.slope;
-    const double missed = here.found.value - search.wanted;
-    if (!(std::fabs(missed) > tolerance())) return true;
-    (missed > 0 ? search.low : search.high) = here;
-    search.near = std::fabs(missed) < (wide ? 1e-6 : 3e-3) && !tried;
-    if (++search.sweeps < kSweeps) return false;
-    // Out of sweeps: the side that meets the bound.
-    if (std::fabs(missed) > kNats) {
-      view.beta = search.floor ? max(search.low.beta, 1 / kHottest) : search.high.beta;
-    }
-    return true;
+  bool took(const End<double>& here) {
+    const bool over = search.took(here);
+    view.beta = search.beta;
+    return over;
   }
 
   // ---- What the driver calls ----
@@ -374,13 +288,12 @@ struct ProjectedLossOfRows {
     StudentState<double> parts[3];
     double at[3], mass[3];  // log of the largest, and of all, relative to t'
     for (int i = 0; i < 2; ++i) {
-      each_part(sets[i], [&](int64_t j, int n) {
-        parts[i] = base.merged(row, parts[i], base.fold(block(row, sets[i], j, n), 0));
-      });
+      sets[i].each_block(
+          [&](int64_t j, int n) { parts[i] = base.merged(row, parts[i], base.fold(block(row, sets[i], j, n), 0)); });
       parts[i] = move(parts[i], parts[i].m_t, state.m_s, inv_tau);  // around the row's own student maximum
     }
     parts[2] = state;
-    for (int i = 0; i < 3; ++i) at[i] = parts[i].m_t + (i < 2 ? sets[i].m : 0);
+    for (int i = 0; i < 3; ++i) at[i] = parts[i].m_t + (i < 2 ? tops[i] : 0);
     for (int i = 0; i < 3; ++i) mass[i] = parts[i].z_one == 0 ? kNothing<double> : at[i] + std::log(parts[i].z_one);
     const double total = log_add(log_add(mass[0], mass[1]), mass[2]);
     if (!(total < std::numeric_limits<double>::infinity())) {  // NaN or +inf among the logits
@@ -476,15 +389,15 @@ struct ProjectedLossOfRows {
                         r.gradient.student_one,
                         r.loss.impossible,
                         reinterpret_cast<char*>(values),
-                        type()};
-      each_part(sets[i], [&](int64_t j, int n) {
+                        sets[i].type()};
+      sets[i].each_block([&](int64_t j, int n) {
         sweeps().student_gradient(block(row, sets[i], j, n), m);
         for (int l = 0; l < n; ++l) gradient.store(begin(i)[j + l], get(values, wide, l));
       });
     }
     // The label in double: what is left of p_y - 1 on a confident row.
     const bool apart = begin(0) != end(0);
-    const double reference = apart ? sets[0].m - state.near : state.m_t - state.rest;
+    const double reference = apart ? tops[0] - state.near : state.m_t - state.rest;
     const double dt = state.t_y == kNothing<double> ? state.t_y : seen(state.t_y) - reference;
     const double g_y = element<0, 1, true>(r.gradient, dt, state.s_y - state.m_s, inv_tau);
     gradient.store(rows.labels[row], state.s_y == kNothing<double> ? g_y : g_y - r.gradient.label);
