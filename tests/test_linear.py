@@ -1,27 +1,19 @@
-"""The losses from hidden states against the losses of logits: tiles, gradients, masks, dtypes, compile, memory."""
+"""The losses from hidden states against the losses of logits: tiles, gradients, masks, dtypes, peers."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from cudfast import (
-    ClassSets,
-    CUDLoss,
     CUDOptions,
     DUSLoss,
     DUSOptions,
-    FusedLinearCUDLoss,
     FusedLinearDUSLoss,
     LinearOptions,
     Projection,
@@ -29,76 +21,16 @@ from cudfast import (
 )
 from cudfast.functional import cud_loss
 from cudfast.linear import fused_linear_cud_loss, fused_linear_dus_loss, tiles
-from cudfast.linear.autograd import linear_gradient_op, linear_state_op
 from cudfast.linear.tiles import Cost, choose
-from cudfast.options import text_of
 
+from .hidden import DS, ROOMS, Batch, N, V, budget, close, f64, grads
 from .truth import cud_rows, dus_rows
-
-f64 = torch.float64
-N, V, DS, DT = 70, 5000, 6, 9  # more rows than FEW, more classes than two of the narrowest tiles hold; all ragged
-ROOMS = ("auto", "rows", "both")  # all at once; a few whole rows at a time; a few rows and some classes
-BYTES = {"native": {"rows": 3_100_000, "both": 700_000}, "reference": {"rows": 24_000_000, "both": 6_000_000}}
-
-
-def budget(room: str, backend: str = "native") -> Any:
-    """Bytes for batches in float64; the reference backend takes many matrices beside the logits."""
-    return "auto" if room == "auto" else BYTES[backend][room]
 
 
 @pytest.fixture(params=["native", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
     """The interpreter of Triton kernels takes seconds at these sizes: it has a test of its own."""
     return str(request.param)
-
-
-class Batch:
-    """Both sides' hidden states and layers."""
-
-    def __init__(self, dtype: torch.dtype = f64, *shape: int, classes: int = V) -> None:
-        shape = shape or (N,)
-        self.h = (torch.randn(*shape, DS, dtype=f64) * 2).to(dtype).requires_grad_()
-        self.w = torch.randn(classes, DS, dtype=f64).to(dtype).requires_grad_()
-        self.b = torch.randn(classes, dtype=f64).to(dtype).requires_grad_()
-        self.th = (torch.randn(*shape, DT, dtype=f64) * 2).to(dtype)
-        self.tw, self.tb = torch.randn(classes, DT, dtype=f64).to(dtype), torch.randn(classes, dtype=f64).to(dtype)
-        self.labels = torch.randint(classes, shape)
-        flat = self.labels.view(-1)
-        if len(flat) > 3:
-            flat[1], flat[3] = -1, -100
-
-    @property
-    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.h, self.w, self.b
-
-    @property
-    def kwargs(self) -> dict[str, Tensor]:
-        return {
-            "student_bias": self.b,
-            "teacher_hidden": self.th,
-            "teacher_weight": self.tw,
-            "teacher_bias": self.tb,
-        }
-
-    def logits(self) -> tuple[Tensor, Tensor]:
-        return self.h @ self.w.t() + self.b, self.th @ self.tw.t() + self.tb
-
-    def fused(self, *, budget: Any = "auto", linear: Any = None, **options: Any) -> Tensor:
-        linear = linear or LinearOptions(memory_budget=budget)
-        return fused_linear_cud_loss(self.h, self.w, self.labels, CUDOptions(**options), linear, **self.kwargs)
-
-
-def grads(loss: Tensor, leaves: tuple[Tensor, ...], upstream: Tensor | None = None) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
-
-
-def close(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], tolerance: float = 1e-12) -> None:
-    """Within `tolerance` of the largest entry."""
-    for a, b in zip(got, wanted):
-        assert a.shape == b.shape
-        a, b = a.detach().double(), b.detach().double()
-        if b.numel():
-            assert (a - b).abs().max() <= tolerance * max(1e-3, float(b.abs().max()))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -431,297 +363,3 @@ def test_accumulate_dtype() -> None:
         found.append(grads(loss, x.leaves))
     close(found[1], found[0], 2e-6)
     close(found[2], found[0], 0)  # never narrower than the weight itself
-
-
-def test_backward_twice_and_second_derivatives() -> None:
-    x = Batch()
-    for save in ("auto", "state"):
-        loss = x.fused(save=save)
-        first = [g.clone() for g in torch.autograd.grad(loss * 3, x.leaves, retain_graph=True)]
-        close(torch.autograd.grad(loss * 3, x.leaves, retain_graph=True), tuple(first))
-        (g,) = torch.autograd.grad(loss, x.h, create_graph=True)
-        with pytest.raises(RuntimeError, match="no second derivative"):
-            g.sum().backward()
-
-
-def test_gradient_accumulation_and_a_step_before_backward() -> None:
-    x = Batch()
-    whole = grads(fused_linear_cud_loss(x.h, x.w, x.labels, **x.kwargs, num_items=N), x.leaves)
-    for part in (slice(0, 5), slice(5, N)):
-        kwargs = {**x.kwargs, "teacher_hidden": x.th[part]}
-        fused_linear_cud_loss(x.h[part], x.w, x.labels[part], **kwargs, num_items=N).backward()
-    close((x.h.grad, x.w.grad, x.b.grad), whole)
-    loss = x.fused(save="state")
-    with torch.no_grad():
-        x.w.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-@pytest.mark.parametrize("save", ["auto", "state"])
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(save: str, reentrant: bool) -> None:
-    x = Batch()
-    body = nn.Linear(DS, DS).double()
-
-    def step(h: Tensor) -> Tensor:
-        return fused_linear_cud_loss(body(h).tanh(), x.w, x.labels, CUDOptions(save=save), **x.kwargs)
-
-    wanted = grads(step(x.h), (*x.leaves, *body.parameters()))
-    loss = checkpoint(step, x.h, use_reentrant=reentrant)
-    loss.backward()
-    close((x.h.grad, x.w.grad, x.b.grad, *(p.grad for p in body.parameters())), wanted)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("save", ["auto", "state"])
-def test_compile_gives_the_numbers_of_eager(reduction: str, save: str) -> None:
-    torch._dynamo.reset()
-    x = Batch()
-    cud = FusedLinearCUDLoss(reduction=reduction, save=save, memory_budget=budget("rows"))
-    dus = FusedLinearDUSLoss(reduction=reduction, save=save)
-
-    def step(h: Tensor, items: Tensor) -> Tensor:
-        a, stats = cud(h * 2, x.w, x.labels, **x.kwargs, num_items=items, return_stats=True)
-        b = dus(h, x.w, x.labels.clamp(min=0), head_bias=x.b)
-        return a.sum() * 1.5 + b.sum() + stats.student_nll.nansum()
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    values = [(loss.detach(), *grads(loss, x.leaves)) for loss in (f(x.h, torch.tensor(8.0)) for f in (step, compiled))]
-    close(values[1], values[0])
-
-
-def test_opcheck() -> None:
-    x = Batch(torch.float32, 5, classes=40)
-    x.labels = torch.tensor([1, -1, 3, -100, 5])
-    given = (x.th, x.tw, None, x.labels, None, None)
-    for options in (CUDOptions(), CUDOptions(save="state")):
-        texts = (text_of(options), text_of(LinearOptions()))
-        torch.library.opcheck(
-            linear_state_op, (x.h, x.w, x.b, *given, None, 2.0, 40, *texts, True, [True, False, True])
-        )
-    with torch.no_grad():
-        _, *state, _, _, _ = linear_state_op(x.h, x.w, x.b, *given, None, 2.0, 40, *texts, False, [False, False, False])
-        torch.library.opcheck(
-            linear_gradient_op,
-            (x.h, x.w, x.b, *given, 2.0, 40, *texts, [True, True, True], *state, torch.ones(())),
-            test_utils=("test_schema", "test_faketensor"),
-        )
-
-
-def test_under_autocast() -> None:
-    """As a linear layer there: cast, and the master weights get their gradients in float32."""
-    x = Batch(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = x.fused()
-        plain = cud_loss(F.linear(x.h, x.w, x.b), F.linear(x.th, x.tw, x.tb), x.labels)
-    assert loss.dtype == torch.float32
-    found = grads(loss, x.leaves)
-    assert all(g.dtype == torch.float32 for g in found)
-    close((loss, *found), (plain, *grads(plain, x.leaves)), 0.02)
-
-
-def test_grad_scaler_with_half_students() -> None:
-    x = Batch(torch.float16, 64, classes=3000)
-    wide = Batch(torch.float32, 64, classes=3000)
-    for a, b in zip((*wide.leaves, wide.th, wide.tw, wide.tb), (*x.leaves, x.th, x.tw, x.tb)):
-        a.data.copy_(b.data)
-    wide.labels = x.labels
-    found = grads(x.fused() * 2.0**10, x.leaves)
-    close(tuple(g.float() / 2**10 for g in found), grads(wide.fused(), wide.leaves), 2e-3)
-
-
-def test_projection_in_chunks_of_rows(backend: str) -> None:
-    x = Batch(classes=400)
-    near = ClassSets.from_groups(torch.arange(400) // 20)
-    bounds = torch.rand(N, dtype=f64) * 0.6
-    projection = Projection(near=near, min_near_mass=bounds, max_wrong_mass=0.05, min_entropy=2.0)
-    for bytes_ in ("auto", 200_000 if backend == "native" else 2_000_000):
-        options, linear = CUDOptions(calibration=projection, backend=backend), LinearOptions(memory_budget=bytes_)
-        loss, stats = fused_linear_cud_loss(x.h, x.w, x.labels, options, linear, **x.kwargs, return_stats=True)
-        plain, expected = cud_loss(*x.logits(), x.labels, options, return_stats=True)
-        close((loss, *grads(loss, x.leaves)), (plain, *grads(plain, x.leaves)), 1e-9)
-        torch.testing.assert_close(stats.moved_mass, expected.moved_mass, equal_nan=True)
-
-
-def test_errors_name_the_callers_rows(backend: str) -> None:
-    """Rows are compacted and cut into chunks; whoever reads the message never sees that."""
-    x = Batch(f64, 3, 4)
-    x.labels = torch.randint(V, (3, 4))
-    x.labels[0] = -100
-    x.labels[2, 1] = V
-    with pytest.raises(ValueError, match=rf"labels\[2, 1\] = {V}: expected a class in \[0, {V}\)"):
-        x.fused(backend=backend)
-    x.labels[2, 1] = 3
-    bound = torch.zeros(3, 4, dtype=f64)
-    bound[2, 3] = 99
-    with pytest.raises(ValueError, match="row 2, 3 cannot meet min_entropy=99"):
-        x.fused(backend=backend, calibration=Projection(min_entropy=bound))
-    with torch.no_grad():
-        x.h[1, 2, 0] = torch.nan
-    for room in ("auto", "both"):
-        with pytest.raises(ValueError, match="row 1, 2 holds NaN"):
-            x.fused(backend=backend, budget=budget(room, backend), check_finite=True)
-        losses = x.fused(backend=backend, budget=budget(room, backend), reduction="none")
-        assert losses.isnan().nonzero().tolist() == [[1, 2]]
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs (Linux)")
-@pytest.mark.parametrize(("rows", "classes", "budget"), [(700, 60_000, 64), (5, 3_000_000, 48), (300, 200_000, 100)])
-def test_peak_memory_is_within_the_budget(rows: int, classes: int, budget: int) -> None:
-    """Beyond inputs and returned gradients, in a process of its own; logits would take 168, 60 and 240 MB a side."""
-    code = (
-        "import torch, cudfast\n"
-        "from benchmarks.bench_memory import resident, CLEAR\n"
-        f"n, v, budget = {rows}, {classes}, {budget} << 20\n"
-        "loss = cudfast.FusedLinearCUDLoss(memory_budget=budget)\n"
-        "def step(n, v):\n"
-        "    h, w = torch.randn(n, 16, requires_grad=True), torch.randn(v, 16, requires_grad=True)\n"
-        "    th, tw, y = torch.randn(n, 16), torch.randn(v, 16), torch.randint(v, (n,))\n"
-        "    h.grad, w.grad = torch.zeros_like(h), torch.zeros_like(w)\n"
-        "    before = resident('VmRSS'); CLEAR.write_text('5')\n"
-        "    torch.autograd.grad(loss(h, w, y, teacher_hidden=th, teacher_weight=tw), (h, w))\n"
-        "    return resident('VmHWM') - before - h.nbytes - w.nbytes\n"
-        "step(40, 3000); print(step(n, v))\n"
-    )
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
-    assert int(done.stdout) <= budget << 20
-
-
-def test_modules() -> None:
-    loss = FusedLinearCUDLoss(4.0, memory_budget=1 << 20, student_logit_softcap=30.0)
-    assert repr(loss) == "FusedLinearCUDLoss(temperature=4.0, memory_budget=1048576, softcap=30.0)"
-    assert repr(FusedLinearDUSLoss(logit_scale=0.5)) == "FusedLinearDUSLoss(scale=0.5)"
-    assert isinstance(CUDLoss().options, CUDOptions)
-
-
-X = Batch(torch.float32, 4, classes=7)
-ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
-    (TypeError, "student_hidden: expected a torch.Tensor of hidden states (..., D), got list", {"student_hidden": [1]}),
-    (TypeError, "student_weight: expected a torch.Tensor (V, D), as nn.Linear has it, got int", {"student_weight": 3}),
-    (TypeError, "student_hidden has dtype torch.int64: expected one of", {"student_hidden": X.h.long()}),
-    (
-        ValueError,
-        "student_hidden has shape (4, 0): expected (..., D) with at least one feature",
-        {"student_hidden": X.h[:, :0]},
-    ),
-    (
-        ValueError,
-        "student_weight has shape (7, 6, 1): expected (V, D) with at least one class",
-        {"student_weight": X.w[..., None]},
-    ),
-    (
-        ValueError,
-        "student_weight has shape (6, 7) and student_hidden (4, 6): expected (V, D) and (..., D) with the same D",
-        {"student_weight": X.w.t()},
-    ),
-    (
-        ValueError,
-        "student_weight has strides (12, 2): expected dense rows or columns; call .contiguous() first",
-        {"student_weight": torch.randn(7, 12)[:, ::2]},
-    ),
-    (ValueError, "student_bias has shape (6,): expected (7,), as student_weight", {"student_bias": X.b[:6]}),
-    (TypeError, "student_bias: expected a torch.Tensor (V,) or None, got float", {"student_bias": 1.0}),
-    (
-        TypeError,
-        "student_weight has dtype torch.bfloat16 and student_hidden torch.float32: expected the same; cast one of them",
-        {"student_weight": X.w.bfloat16()},
-    ),
-    (
-        ValueError,
-        "student_weight is on meta and student_hidden on cpu: move them to one device",
-        {"student_weight": X.w.to("meta")},
-    ),
-    (
-        ValueError,
-        "teacher_weight requires grad, and no gradient flows to the teacher: run the teacher under torch.no_grad(), "
-        "or pass teacher_weight.detach()",
-        {"teacher_weight": X.tw.clone().requires_grad_()},
-    ),
-    (
-        TypeError,
-        "no teacher: expected teacher_hidden (..., Dt) and teacher_weight (V, Dt), or teacher_logits (..., V), unless "
-        "kd_weight=0 and return_stats=False",
-        {"teacher_hidden": None, "teacher_weight": None, "teacher_bias": None},
-    ),
-    (
-        TypeError,
-        "teacher_weight is None: expected teacher_hidden and teacher_weight together, or teacher_logits",
-        {"teacher_weight": None},
-    ),
-    (
-        TypeError,
-        "teacher_logits and teacher_hidden were both given: expected one of them",
-        {"teacher_logits": torch.randn(4, 7)},
-    ),
-    (
-        ValueError,
-        "student_hidden has shape (4, 6) and teacher_hidden (3, 9): expected the same leading shape",
-        {"teacher_hidden": X.th[:3]},
-    ),
-    (
-        ValueError,
-        "student_weight has 7 classes and teacher_weight has 5: expected the same width. If one of them is padded, "
-        "pass num_classes=5 (the number of real classes)",
-        {"teacher_weight": X.tw[:5], "teacher_bias": None},
-    ),
-    (
-        ValueError,
-        "labels has shape (3,): expected (4,), that of student_hidden without its last axis",
-        {"labels": X.labels[:3]},
-    ),
-    (
-        ValueError,
-        "inplace=True has no meaning here: there are no logits to overwrite; leave it out",
-        {"options": CUDOptions(inplace=True)},
-    ),
-    (
-        ValueError,
-        "save='gradient' does not go with reduction='none'",
-        {"options": CUDOptions(save="gradient", reduction="none")},
-    ),
-    (
-        ValueError,
-        "teacher_logits were given with a teacher scale or soft cap",
-        {
-            "teacher_logits": torch.randn(4, 7),
-            "teacher_hidden": None,
-            "teacher_weight": None,
-            "teacher_bias": None,
-            "linear": LinearOptions(teacher_scale=2.0),
-        },
-    ),
-    (TypeError, "options: expected CUDOptions, got NoneType", {"options": None}),
-    (TypeError, "linear: expected LinearOptions, got int", {"linear": 3}),
-]
-
-
-@pytest.mark.parametrize(("kind", "words", "changed"), ERRORS, ids=[words[:40] for _, words, _ in ERRORS])
-def test_errors(kind: type[Exception], words: str, changed: dict[str, Any]) -> None:
-    good: dict[str, Any] = {"student_hidden": X.h, "student_weight": X.w, "labels": X.labels, **X.kwargs}
-    with pytest.raises(kind) as error:
-        fused_linear_cud_loss(**{**good, **changed})
-    assert words in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("kind", "words", "fields"),
-    [
-        (ValueError, "memory_budget=0: expected a number of bytes >= 1, or 'auto'", {"memory_budget": 0}),
-        (TypeError, "LinearOptions(memory_budget=...): expected an int, got float", {"memory_budget": 1e6}),
-        (TypeError, "accumulate_dtype=torch.int8: expected a floating point", {"accumulate_dtype": torch.int8}),
-        (ValueError, "LinearOptions(softcap=0): expected a finite number in (0, inf)", {"softcap": 0}),
-    ],
-)
-def test_options(kind: type[Exception], words: str, fields: dict[str, Any]) -> None:
-    with pytest.raises(kind) as error:
-        LinearOptions(**fields)
-    assert words in str(error.value)
-
-
-def test_teacher_loss_needs_labels() -> None:
-    with pytest.raises(TypeError, match="labels is None: the teacher loss needs a label"):
-        fused_linear_dus_loss(X.h, X.w, None)  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match=r"torch\.func transforms"):
-        torch.func.grad(lambda h: fused_linear_dus_loss(h, X.w.detach(), X.labels.clamp(min=0)))(X.h.detach())

@@ -13,7 +13,7 @@ from torch import Tensor
 from cudfast import ClassSets, CUDLoss, CUDOptions, Projection, calibrate
 from cudfast.functional import cud_loss
 
-from .test_projection import awkward
+from .test_temperature import awkward
 
 f32, f64 = torch.float32, torch.float64
 INF = torch.inf
