@@ -283,9 +283,11 @@ void define_row(py::module_ row) {
         entropy(sets, Masses<double>{m.at(0), m.at(1), m.at(2), m.at(3) != 0, m.at(4) != 0, false, false}, beta);
     return Numbers{found.value, found.slope};
   });
-  row.def("temper", [](const Numbers& low, const Numbers& high, double wanted) {
-    const auto end = [](const Numbers& v) { return End<double>{v.at(0), {v.at(1), v.at(2)}}; };
-    return temper(end(low), end(high), wanted);
+  static constexpr auto end = [](const Numbers& v) { return End<double>{v.at(0), {v.at(1), v.at(2)}}; };
+  row.def("temper",
+          [](const Numbers& low, const Numbers& high, double wanted) { return temper(end(low), end(high), wanted); });
+  row.def("spread", [](const Numbers& low, const Numbers& high, double step, double share) {
+    return spread(end(low), end(high), step, share);
   });
   row.def("row_weights", [](bool ignored, bool labelled, double weight) {
     const auto w = row_weights(ignored, labelled, weight);

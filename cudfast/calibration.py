@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,12 +14,14 @@ from .projection import BOUNDS, Projection
 from .reference import (
     NOTHING,
     End,
+    Entropy,
     Masses,
     TemperedState,
     entropy,
     first_top1,
     log_mass,
     masses,
+    spread,
     temper,
     tempered_fold,
     wclip,
@@ -26,6 +29,8 @@ from .reference import (
 from .rows import Constraints, Rows, compute_dtype, masks, refuse_label, row_name
 
 SWEEPS = 12
+STEPS = 8  # sweeps, after which every further one looks at several places
+PLACES = 4
 NATS = 1e-5  # how far the entropy may stay from its bound
 HOTTEST = 1e6  # T is looked for up to here, down to its inverse
 
@@ -58,6 +63,60 @@ def _groups(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints
     return group
 
 
+class Temperature(NamedTuple):
+    """At which rows meet a bound on their entropy."""
+
+    beta: Tensor  # (N,) 1 / T; 1 where nothing was looked for
+    missed: Tensor  # (N,) bool, the bound is out of reach
+    limit: Tensor  # (N,) the entropy that is within reach there
+    sweeps: int
+
+
+def _temperature(
+    look: Callable[[Tensor], Entropy], free: Entropy, short: Tensor, long: Tensor, wanted: Tensor, tolerance: float
+) -> Temperature:
+    """For rows whose entropy at T = 1, `free`, is `short` of the `wanted` floor or `long` beyond the ceiling (N,).
+
+    The mirror of csrc/cpu/search.h.
+    """
+    beta, open_rows = torch.ones_like(wanted), short | long
+    if not bool(open_rows.any()):
+        return Temperature(beta, open_rows, free.value, 1)
+    last = torch.where(short, 1 / HOTTEST, torch.where(long, HOTTEST, 1.0))
+    edge = torch.where(short, 0, last)
+    limit = look(edge)
+    outside = torch.where(short, limit.value <= wanted, limit.value >= wanted) & open_rows
+    missed = outside & ((limit.value - wanted).abs() > NATS)
+    # Natively a floor's search starts without the slope here, which would cost a second sum.
+    start = End(beta, free.value, torch.where(short, torch.nan, free.slope))
+    low = End(*(torch.where(short, a, b) for a, b in zip((edge, *limit), start)))
+    high = End(*(torch.where(short, b, a) for a, b in zip((edge, *limit), start)))
+    beta = torch.where(outside, last, beta)
+    open_rows = open_rows & ~outside
+    closest = torch.zeros_like(beta)
+    sweeps = 3 if bool((open_rows & long).any()) else 2
+    while bool(open_rows.any()) and sweeps < SWEEPS:
+        places = [temper(low, high, wanted)]
+        if sweeps >= STEPS:
+            places += [spread(low, high, places[0], i / PLACES) for i in range(1, PLACES)]
+        closest = torch.full_like(beta, torch.inf)
+        for place in places:
+            here = place.clamp(min=1 / HOTTEST)
+            end = End(here, *look(here))
+            missed_by = (end.value - wanted).abs()
+            beta = torch.where(open_rows & ~(missed_by >= closest), here, beta)
+            closest = torch.minimum(closest, missed_by)
+            raises = open_rows & (end.value > wanted) & (here > low.beta)
+            lowers = open_rows & ~(end.value > wanted) & (here < high.beta)
+            low = End(*(torch.where(raises, a, b) for a, b in zip(end, low)))
+            high = End(*(torch.where(lowers, a, b) for a, b in zip(end, high)))
+        sweeps += 1
+        open_rows = open_rows & (closest > tolerance)
+    stuck = open_rows & (closest > NATS)  # then the side that meets the bound
+    beta = torch.where(stuck, torch.where(short, low.beta.clamp(min=1 / HOTTEST), high.beta), beta)
+    return Temperature(beta, missed, limit.value, sweeps)
+
+
 def project(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints) -> Projected:
     """Targets for teacher logits t (N, V) in the compute dtype; labelled (N,), index (N,): the label or any class."""
     group = _groups(t, labelled, index, constraints)
@@ -79,38 +138,16 @@ def project(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints
 
     beta = torch.ones_like(least)
     states, target, _ = at(beta)
-    found = entropy(states, target, beta)
+    free = entropy(states, target, beta)
     tolerance = 1e-12 if t.dtype == torch.float64 else 1e-6
-    short = labelled & (found.value < floor - tolerance)  # false where there is no bound
-    long = labelled & (found.value > ceiling + tolerance)
+    short = labelled & (free.value < floor - tolerance)  # false where there is no bound
+    long = labelled & (free.value > ceiling + tolerance)
     wanted = torch.where(short, floor, ceiling)
-    sweeps, reachable, open_rows = 1, found.value, short | long
-    if bool(open_rows.any()):
-        last = torch.where(short, 1 / HOTTEST, torch.where(long, HOTTEST, 1.0))
-        end = torch.where(short, 0, last)
-        limit = entropy(*at(end))
-        outside = torch.where(short, limit.value <= wanted, limit.value >= wanted) & open_rows
-        missed = outside & ((limit.value - wanted).abs() > NATS)
-        reachable = torch.where(missed, limit.value, reachable)
-        # Natively a floor's search starts without the slope here, which would cost a second sum.
-        start = End(beta, found.value, torch.where(short, torch.nan, found.slope))
-        low = End(*(torch.where(short, a, b) for a, b in zip((end, *limit), start)))
-        high = End(*(torch.where(short, b, a) for a, b in zip((end, *limit), start)))
-        beta = torch.where(outside, last, beta)
-        open_rows = open_rows & ~outside
-        sweeps = 3 if bool((open_rows & long).any()) else 2
-        while bool(open_rows.any()) and sweeps < SWEEPS:
-            beta = torch.where(open_rows, temper(low, high, wanted).clamp(min=1 / HOTTEST), beta)
-            found = entropy(*at(beta))
-            sweeps += 1
-            open_rows = open_rows & ((found.value - wanted).abs() > tolerance)
-            here, above = End(beta, *found), found.value > wanted
-            low = End(*(torch.where(open_rows & above, a, b) for a, b in zip(here, low)))
-            high = End(*(torch.where(open_rows & ~above, a, b) for a, b in zip(here, high)))
-        stuck = open_rows & ((found.value - wanted).abs() > NATS)  # then the side that meets the bound
-        beta = torch.where(stuck, torch.where(short, low.beta.clamp(min=1 / HOTTEST), high.beta), beta)
-        states, target, _ = at(beta)
-        short, long = short & missed, long & missed
+    found = _temperature(lambda beta: entropy(*at(beta)), free, short, long, wanted, tolerance)
+    if found.sweeps > 1:
+        states, target, beta = at(found.beta)
+    reachable = torch.where(found.missed, found.limit, free.value)
+    short, long = short & found.missed, long & found.missed
     logits, moved = torch.full_like(t, NOTHING), torch.zeros_like(beta)
     total = torch.logaddexp(torch.logaddexp(*(log_mass(s, beta) for s in states[:2])), log_mass(states[2], beta))
     for mask, state, new in zip(inside, states, target[:3]):
@@ -125,7 +162,7 @@ def project(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints
     relaxed = torch.stack([target.no_near, target.all_wrong, short, long], -1)
     value = torch.stack([torch.zeros_like(beta), torch.ones_like(beta), reachable, reachable], -1)
     moved = torch.where(labelled, moved, 0).to(t.dtype)
-    return Projected(logits, beta.to(t.dtype), relaxed, value, moved, sweeps)
+    return Projected(logits, beta.to(t.dtype), relaxed, value, moved, found.sweeps)
 
 
 def refuse_bound(rows: Rows, row: int, relaxed: Tensor, reachable: Tensor) -> ValueError:

@@ -215,6 +215,16 @@ def test_temper(seed: int) -> None:
     assert low[0] < float(step) < high[0]
 
 
+@pytest.mark.parametrize("low", [0.0, 0.1])
+def test_spread(low: float) -> None:
+    ends = [[low, 2.0, -1.0], [0.5, 0.1, math.nan]]
+    places = [row.spread(*ends, 0.2, share) for share in (0.25, 0.5, 0.75)]
+    for share, place in zip((0.25, 0.5, 0.75), places):
+        pair = (reference.End(*tensors(end)) for end in ends)
+        same([place], (reference.spread(*pair, *tensors([0.2]), share),))
+    assert low < places[0] < places[1] < places[2] < 0.5
+
+
 def test_temper_is_exact_where_the_entropy_is_a_line_or_a_parabola_over_its_variable() -> None:
     for at in (0.1, 0.5, 0.9):  # H = 5 - 3 u: one step, with or without the slope at the far end
         for slope in (-3.0, math.nan):
@@ -242,5 +252,5 @@ def test_every_function_has_its_twin() -> None:
     python = [t for name in rooms for t in tag.findall((root / "cudfast/reference" / f"{name}.py").read_text())]
     triton = tag.findall((root / "cudfast/backends/triton/row.py").read_text())
     assert native == python
-    assert triton == [t for t in native if t not in ("masses", "tempered", "entropy", "temper")]
+    assert triton == [t for t in native if t not in ("masses", "tempered", "entropy", "temper", "spread")]
     assert len(native) == len(set(native)) >= 14

@@ -69,6 +69,4 @@ def test_twelve_sweeps_are_enough(V: int, name: str) -> None:
     wanted = free + (end - free) * torch.rand(N, dtype=f64).pow(3)
     got, sweeps = found(wanted)
     assert 3 < sweeps <= 12
-    assert (sign * (got - wanted)).min() > -1e-5
-    missed = (got - wanted).abs() > 1e-5
-    assert missed.float().mean() <= 0.002, got[missed] - wanted[missed]
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)

@@ -196,17 +196,29 @@ struct ProjectedLossOfRows {
     return end;
   }
 
-  End<double> look(int64_t row, int threads, double beta) const {
-    std::vector<TemperedBlockSums> parts(static_cast<size_t>(blocks_of(rows.classes)));
+  // One sweep over the teacher's row, at `count` temperatures.
+  void look(int64_t row, int threads, const double* betas, int count, End<double>* ends) const {
+    const size_t blocks = static_cast<size_t>(blocks_of(rows.classes));
+    std::vector<TemperedBlockSums> parts(blocks * static_cast<size_t>(count));
     each_block(threads, rows.classes, [&](int64_t i, int64_t column, int n) {
       View part = part_of_view(column, n);
-      part.beta = beta;
-      sweeps().tempered(teacher(row, column, n), part, parts[static_cast<size_t>(i)]);
+      for (int j = 0; j < count; ++j) {
+        part.beta = betas[j];
+        sweeps().tempered(teacher(row, column, n), part, parts[static_cast<size_t>(j) * blocks + i]);
+      }
     });
-    Tempered states[3] = {sets[0].tempered(beta), sets[1].tempered(beta), {}};
-    states[2].m = view.centre;
-    for (const TemperedBlockSums& part : parts) Set::add(states[2], part);
-    return {beta, entropy_of(row, states, beta)};
+    for (int j = 0; j < count; ++j) {
+      Tempered states[3] = {sets[0].tempered(betas[j]), sets[1].tempered(betas[j]), {}};
+      states[2].m = view.centre;
+      for (size_t i = 0; i < blocks; ++i) Set::add(states[2], parts[static_cast<size_t>(j) * blocks + i]);
+      ends[j] = {betas[j], entropy_of(row, states, betas[j])};
+    }
+  }
+
+  End<double> look(int64_t row, int threads, double beta) const {
+    End<double> end;
+    look(row, threads, &beta, 1, &end);
+    return end;
   }
 
   Entropy<double> entropy_of(int64_t row, const TemperedState<double> (&states)[3], double beta) const {
@@ -234,18 +246,21 @@ struct ProjectedLossOfRows {
   }
 
   void go_on(int64_t row, int threads, const std::vector<State>& parts) {
-    if (!took(folded(row, parts))) find_temperature(row, threads);
+    const End<double> end = folded(row, parts);
+    if (!took(&end)) find_temperature(row, threads);
   }
 
   void find_temperature(int64_t row, int threads) {
+    End<double> ends[kPlaces];
     do {
       if (search.step()) stage = trying;
       view.beta = search.beta;
-    } while (stage != trying && !took(look(row, threads, view.beta)));
+      if (stage != trying) look(row, threads, search.places, search.count, ends);
+    } while (stage != trying && !took(ends));
   }
 
-  bool took(const End<double>& here) {
-    const bool over = search.took(here);
+  bool took(const End<double>* ends) {
+    const bool over = search.took(ends);
     view.beta = search.beta;
     return over;
   }

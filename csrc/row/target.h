@@ -211,5 +211,13 @@ inline R temper(const End<R>& low, const End<R>& high, R wanted) {
   return high_good ? from_high : middle;
 }
 
+// Another place to look in the same sweep as `step`, when steps do not arrive: even shares of log(beta).      [spread]
+template <class R>
+inline R spread(const End<R>& low, const End<R>& high, R step, R share) {
+  R least = low.beta;
+  if (!(least > 0)) least = high.beta / 16 < step / 4 ? high.beta / 16 : step / 4;
+  return least * std::pow(high.beta / least, share);
+}
+
 }  // namespace
 }  // namespace cudfast

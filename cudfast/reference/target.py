@@ -190,3 +190,9 @@ def temper(low: End, high: End, wanted: Tensor) -> Tensor:
     use_low = low_good & ((above < left) | ~high_good)
     step = torch.where(use_low, from_low, torch.where(high_good, from_high, middle))
     return torch.where(smooth, torch.sqrt(u + s * width), step)
+
+
+def spread(low: End, high: End, step: Tensor, share: float) -> Tensor:
+    """Another place to look in the same sweep as `step`, when steps do not arrive: shares of log(beta).    [spread]"""
+    least = torch.where(low.beta > 0, low.beta, torch.minimum(high.beta / 16, step / 4))
+    return least * (high.beta / least) ** share
