@@ -68,7 +68,7 @@ def estimate(variant: Variant, found: Machine, dtype: str, classes: int, name: s
     """The model's answer for rows of `classes` columns, N large."""
     gpu, size = GPUS[name], DTYPES[dtype]
     resident = programs(found, gpu)
-    looks = len(found.loops)
+    looks = variant.looks
     arrays = variant.rows_read // looks
     in_flight = gpu.processors * resident * classes * size * arrays
     read = arrays * (1 if in_flight <= gpu.cache else looks)
@@ -113,10 +113,10 @@ def liger() -> tuple[Variant, ...]:
     of_labels = {**types, "Y_ptr": "*i64", "sum_non_ignore_weight": "fp32", "weight_sum": "fp32"}
     forward = {**divergence, "reduction": 3}
     return (
-        Variant("Liger KL, forward", kl._kldiv_kernel_forward, forward, (), 1, 2, 0, types, 512),
-        Variant("Liger KL, backward", kl._kldiv_kernel_backward, divergence, (), 1, 1, 1, types, 512),
-        Variant("Liger JSD, fused", jsd._jsd_kernel, joint, without, 2, 2, 1, types, 1024),
-        Variant("Liger CE, fused", ce.liger_cross_entropy_kernel, labels, without, 2, 2, 1, of_labels, 1024),
+        Variant("Liger KL, forward", kl._kldiv_kernel_forward, forward, (), 1, 2, 0, types, 1, 512),
+        Variant("Liger KL, backward", kl._kldiv_kernel_backward, divergence, (), 1, 1, 1, types, 1, 512),
+        Variant("Liger JSD, fused", jsd._jsd_kernel, joint, without, 2, 2, 1, types, 1, 1024),
+        Variant("Liger CE, fused", ce.liger_cross_entropy_kernel, labels, without, 2, 2, 1, of_labels, 2, 1024),
     )
 
 

@@ -42,7 +42,7 @@ def test_the_model_is_bound_by_memory_on_an_h100() -> None:
     command = [sys.executable, "-m", "cudfast", "gpu-model", "--json"]
     printed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
     estimates = [e for e in printed if not e["kernel"].startswith("Liger")]
-    assert len(estimates) == 5 * 2 * 2 * 8
+    assert len(estimates) == 5 * 2 * 2 * 13
     for e in estimates:
         if (e["gpu"], e["dtype"]) == ("H100", "bf16"):
             assert e["bound"] == "memory", e

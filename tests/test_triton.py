@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
-import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cudfast import ClassSets, CUDLoss, CUDOptions, DUSLoss, DUSOptions, Projection
+from cudfast import CUDLoss, CUDOptions, DUSLoss, DUSOptions, Projection
 from cudfast import backends as all_backends
 from cudfast.backends import triton as backend
-from cudfast.backends.triton import launch
+from cudfast.backends.triton import launch, search
 from cudfast.functional import cud_loss, dus_loss
 
+from .test_temperature import awkward
 from .truth import cud_rows, dus_rows, gradient
 
 f32, f64 = torch.float32, torch.float64
@@ -147,21 +148,6 @@ assert out.tolist() == [x.max(), y.max()]
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_projection_says_that_it_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_warned", set())
-    student, teacher, labels = batch(5, 30, f64)
-    projection = Projection(near=ClassSets.from_groups(torch.arange(30) // 3), min_near_mass=0.5)
-    losses = [CUDLoss(calibration=projection, backend=name) for name in ("reference", "triton")]
-    student.requires_grad_()
-    wanted = losses[0](student, teacher, labels)
-    with pytest.warns(RuntimeWarning, match="no Triton kernel yet; it goes through the reference backend on cpu"):
-        got = losses[1](student, teacher, labels)
-    assert torch.equal(got, wanted)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(gradient(losses[1](student, teacher, labels), student), gradient(wanted, student))
-
-
 def test_on_the_cpu_it_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     all_backends.choose.cache_clear()
     assert all_backends.choose("auto", torch.device("cpu")) is all_backends.load("native")
@@ -197,3 +183,45 @@ print(cudfast.backends.load("triton"))
 """
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert message in found.stdout
+
+
+@pytest.mark.parametrize("name", ["min_entropy", "max_entropy"])
+def test_four_temperatures_a_sweep(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What only a row in thousands needs, asked for in every sweep but the first ones."""
+    monkeypatch.setattr(search, "STEPS", 3)
+    teacher, labels = awkward(300, 12), torch.randint(300, (12,))
+    asked: dict[str, Any] = {"min_near_mass": 0.2, "max_wrong_mass": 0.3, "on_infeasible": "relax"}
+
+    def loss(backend: str, **bound: Any) -> Tensor:
+        options = CUDOptions(
+            temperature=1.0,
+            kd_weight=1.0,
+            ce_weight=0.0,
+            calibration=Projection(**asked, **bound),
+            backend=backend,
+            reduction="none",
+        )
+        return cud_loss(torch.zeros(12, 300, dtype=f64), teacher, labels, options)
+
+    free, end = (math.log(300) - loss("native", **bound) for bound in ({}, {name: 2.0}))
+    wanted = (free + (end - free) * torch.rand(12, dtype=f64)).clamp(min=0)
+    entropies = math.log(300) - loss("triton", **{name: wanted})
+    torch.testing.assert_close(entropies, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_tie_for_the_top1_goes_to_the_first() -> None:
+    """Over blocks, sets and the running top-1, which joins the rest when a larger one is met."""
+    teacher = torch.randn(4, 5_000)
+    teacher[0, [40, 3_000]] = 9.0
+    teacher[1, 2_047:2_049] = 9.0
+    teacher[2, [10, 20]] = 9.0  # 10 is near
+    teacher[3] = torch.linspace(-3, 3, 5_000)  # a new top-1 in every block
+    labels = torch.tensor([7, 7, 10, 7])
+    projection = Projection(max_wrong_mass=0.05, min_near_mass=0.1)
+    student, found = torch.randn(4, 5_000), []
+    for name in ("reference", "triton"):
+        loss = CUDLoss(calibration=projection, backend=name, reduction="none")
+        value, statistics = loss(student, teacher, labels, return_stats=True)
+        found.append((value, statistics.moved_mass))
+        assert statistics.teacher_top1.tolist() == [40, 2_047, 10, 4_999]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)

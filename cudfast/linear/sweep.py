@@ -56,7 +56,7 @@ def cost(p: Problem, needs: Needs, backend: Backend, *, compacted: bool) -> tile
     if p.student.softcap is not None and any(needs):
         logit += p.student.dtype.itemsize
     by_torch = backend is backends.load("reference")
-    if by_torch or (p.rows.constraints is not None and backend is not backends.load("native")):
+    if by_torch:
         logit += _REFERENCE * compute_dtype(p.rows).itemsize
     row = _MERGE + sum(h.weight.shape[1] * (h.weight.dtype.itemsize + h.dtype.itemsize) for h in p.heads)
     row += weight.shape[1] * (p.student.dtype.itemsize + p.wide.itemsize)

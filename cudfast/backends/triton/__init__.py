@@ -6,14 +6,12 @@ refuse row by row, a label that is no class, a weight or a temperature out of ra
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
+from ...calibration import refuse_row
 from ...options import CUDOptions, DUSOptions
 from ...rows import Rows, State
-from .. import reference
 
 OLDEST = (3, 4)
 
@@ -29,23 +27,6 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
 
 from . import launch  # noqa: E402
 from .launch import Call, on  # noqa: E402
-
-_warned = set[str]()
-
-
-def _by_reference(rows: Rows) -> bool:
-    """Whether the reference backend has to take this call; said once."""
-    if rows.constraints is None:
-        return False
-    if "Projection" not in _warned:
-        _warned.add("Projection")
-        warnings.warn(
-            "cudfast: calibration=Projection(...) has no Triton kernel yet; it goes through the reference backend on "
-            f"{rows.logits.device}, which is slower and needs several times the memory of the logits",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-    return True
 
 
 def interpreted() -> bool:
@@ -63,10 +44,9 @@ def row_state(
     fresh: bool,
 ) -> tuple[Tensor, State | None]:
     """See `cudfast.rows.Backend`."""
-    if _by_reference(rows):
-        return reference.row_state(rows, options, statistics=statistics, keep=keep, gradient=gradient, fresh=fresh)
     call = Call.of(rows, options)
     device = rows.logits.device
+    strict = rows.constraints is not None and not rows.constraints.relax
     loss = torch.zeros(rows.n, dtype=torch.float64, device=device)
     with on(device):
         state = call.new_state()
@@ -77,8 +57,17 @@ def row_state(
                 call.sweep(state, loss=loss, parts=call.fold_parts(statistics), statistics=statistics)
                 if gradient is not None:
                     call.sweep(state, gradient=gradient)
+        if strict:
+            refuse_unmet(rows, state)
         value = loss if options.reduction == "none" else loss.sum()
     return value.to(call.dtype), state if keep else None
+
+
+def refuse_unmet(rows: Rows, state: State) -> None:
+    """Raises for the first row with a bound out of reach; the host waits."""
+    unmet = state.sums[:, -1] > 0
+    if bool(unmet.any()):
+        raise refuse_row(rows, int(unmet.nonzero()[0]))
 
 
 def row_gradient(
@@ -91,9 +80,6 @@ def row_gradient(
     fresh: bool,
 ) -> None:
     """See `cudfast.rows.Backend`."""
-    if _by_reference(rows):
-        reference.row_gradient(rows, options, state, upstream, gradient, fresh=fresh)
-        return
     if not rows.n:
         return
     with on(rows.logits.device):

@@ -15,8 +15,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import student, teacher
-from .launch import plan
+from . import projected, search, student, teacher
+from .launch import TWO_PROGRAMS, plan
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -38,15 +38,19 @@ class Variant(NamedTuple):
     rows_read: int  # arrays of N V elements that the main loops read in all
     rows_written: int
     types: dict[str, str]  # of arguments; "*logits" points to logits, what is not named is an i32
+    looks: int  # main loops: how often a row is walked
     threads: int = 0  # of a program; 0 leaves it to the plan
 
 
 _TYPES = dict.fromkeys(("s_ptr", "t_ptr", "z_ptr", "g_ptr"), "*logits")
 _TYPES |= dict.fromkeys(("weight", "per_row", "divisors", "loss", "parts"), "*fp64")
 _TYPES |= {"labels": "*i64", "top1": "*i64", "sums": "*compute", "upstream": "*compute"}
+_TYPES |= dict.fromkeys(("bounds", "work"), "*fp64")
+_TYPES |= dict.fromkeys(("near_offsets", "near", "wrong_offsets", "wrong"), "*i64")
 _VECTORS = ("weight", "per_row", "upstream", "parts")
 _READ = ("weight", "per_row", "parts")  # absent where the state is read
 _STUDENT = {"P": 2, "ONES": 1, "CLIP": True}
+_PROJECTED = {"P": 2, "ONES": 1, "TOP1": True}
 _TEACHER = {"DIFFERENTIATE": False}
 
 
@@ -54,18 +58,29 @@ def _flags(fold: bool, write: bool) -> dict[str, object]:
     return {"FOLD": fold, "MERGE": False, "MAP": write}
 
 
+def _projected(fold: bool, again: bool, write: bool, entropy: bool) -> dict[str, object]:
+    return {**_PROJECTED, "FOLD": fold, "AGAIN": again, "MAP": write, "ENTROPY": entropy}
+
+
 _WHOLE, _WITHOUT_STATE = student.student_rows, (*_VECTORS, "sums")
+_SETS = projected.projected_rows
+_NEAR = ("weight", "per_row", "upstream", "wrong_offsets")  # absent: a list of near classes, the top-1 is wrong
 VARIANTS = tuple(
-    Variant(*fields, _TYPES)  # type: ignore[call-arg]
+    Variant(*fields[:-1], _TYPES, fields[-1])  # type: ignore[call-arg]
     for fields in (
-        ("student, fused", _WHOLE, _STUDENT | _flags(True, True), _WITHOUT_STATE, 4, 4, 1),
-        ("student, state", _WHOLE, _STUDENT | _flags(True, False), _VECTORS, 2, 2, 0),
-        ("student, gradient", _WHOLE, _STUDENT | _flags(False, True), _READ, 2, 2, 1),
-        ("student, part of a row", student.student_parts, {"P": 2, "ONES": 1}, ("weight", "per_row"), 2, 2, 0),
-        ("teacher, fused", teacher.teacher_rows, _TEACHER | _flags(True, True), _WITHOUT_STATE, 2, 2, 1),
-        ("teacher, state", teacher.teacher_rows, _TEACHER | _flags(True, False), _VECTORS, 1, 1, 0),
-        ("teacher, gradient", teacher.teacher_rows, _TEACHER | _flags(False, True), _READ, 1, 1, 1),
-        ("teacher, part of a row", teacher.teacher_parts, {}, ("weight", "per_row"), 1, 1, 0),
+        ("student, fused", _WHOLE, _STUDENT | _flags(True, True), _WITHOUT_STATE, 4, 4, 1, 2),
+        ("student, state", _WHOLE, _STUDENT | _flags(True, False), _VECTORS, 2, 2, 0, 1),
+        ("student, gradient", _WHOLE, _STUDENT | _flags(False, True), _READ, 2, 2, 1, 1),
+        ("student, part of a row", student.student_parts, {"P": 2, "ONES": 1}, ("weight", "per_row"), 2, 2, 0, 1),
+        ("projected, fused", _SETS, _projected(True, False, True, False), _NEAR, 4, 4, 1, 2),
+        ("projected, state", _SETS, _projected(True, False, False, True), _NEAR, 2, 2, 0, 1),
+        ("projected, temperature", search.temper_rows, {"TOP1": True}, _NEAR, 1, 1, 0, 1),
+        ("projected, tempered state", _SETS, _projected(False, True, False, True), _NEAR, 2, 2, 0, 1),
+        ("projected, gradient", _SETS, _projected(False, False, True, False), (*_READ, "wrong_offsets"), 2, 2, 1, 1),
+        ("teacher, fused", teacher.teacher_rows, _TEACHER | _flags(True, True), _WITHOUT_STATE, 2, 2, 1, 2),
+        ("teacher, state", teacher.teacher_rows, _TEACHER | _flags(True, False), _VECTORS, 1, 1, 0, 1),
+        ("teacher, gradient", teacher.teacher_rows, _TEACHER | _flags(False, True), _READ, 1, 1, 1, 1),
+        ("teacher, part of a row", teacher.teacher_parts, {}, ("weight", "per_row"), 1, 1, 0, 1),
     )
 )
 
@@ -88,7 +103,10 @@ def compile(variant: Variant, dtype: str, target: str, classes: int = 32_000) ->
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, constexprs=constants, attrs=attributes)
     warps = max(1, (variant.threads or cut.threads) // TARGETS[target].warp_size)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "enable_fp_fusion": True})
+    options: dict[str, object] = {"num_warps": warps, "enable_fp_fusion": True}
+    if variant.name.startswith("projected"):
+        options |= TWO_PROGRAMS[TARGETS[target].backend]
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
 class Loop(NamedTuple):
@@ -108,23 +126,31 @@ class Machine(NamedTuple):
     stack: int  # bytes, spills among them
     shared: int  # bytes
     threads: int  # per program
-    loops: tuple[Loop, ...]  # whole blocks; the loop over what is left of a row is not one
+    loops: tuple[Loop, ...]  # main loops: whole blocks of a row. What is left of it, and sets of classes, are none
 
 
 def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _loops(code: list[tuple[int, str]], jumps: Iterable[tuple[int, int]]) -> list[list[str]]:
-    """Bodies of the innermost loops without what they mostly skip; `jumps` are (from, to)."""
+def _loops(code: list[tuple[int, str]], jumps: Iterable[tuple[int, int]], exponential: str) -> list[list[str]]:
+    """Bodies of the innermost loops with exponentials, without what they mostly skip; `jumps` are (from, to).
+
+    A loop inside them is mostly skipped, too: over the few members of a set.
+    """
     jumps = list(jumps)
     kept: list[tuple[int, int]] = []
+    inner: list[tuple[int, int]] = []
     for low, high in sorted(((to, at) for at, to in jumps if to <= at), key=lambda span: span[1] - span[0]):
-        if not any(low <= a and b <= high for a, b in kept):
-            kept.append((low, high))
+        if any(low <= a and b <= high for a, b in kept):
+            continue
+        makes = any(low <= at <= high and exponential in text for at, text in code)
+        (kept if makes else inner).append((low, high))
 
     def skipped(at: int, low: int, high: int) -> bool:
-        return any(low <= start < at < end <= high for start, end in jumps)
+        return any(low <= start < at < end <= high for start, end in jumps) or any(
+            low <= start <= at <= end <= high for start, end in inner
+        )
 
     return [
         [text for at, text in code if low <= at <= high and not skipped(at, low, high)] for low, high in sorted(kept)
@@ -171,8 +197,8 @@ def nvidia(compiled: Any) -> Machine:
             code.append((at, instruction[2]))
             if branch := re.search(r"\bBRA\b.*?`\((\.L_\S+)\)", instruction[2]):
                 jumps.append((at, branch[1]))
-    bodies = _loops(code, ((at, labels[to]) for at, to in jumps if to in labels))
-    loops = tuple(loop for body in bodies if (loop := _nvidia_loop(body)).exponentials)
+    bodies = _loops(code, ((at, labels[to]) for at, to in jumps if to in labels), "MUFU.EX2")
+    loops = tuple(map(_nvidia_loop, bodies))
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
     return Machine(registers, stack, compiled.metadata.shared, compiled.metadata.num_warps * 32, loops)
 
@@ -206,8 +232,8 @@ def amd(compiled: Any) -> Machine:
             if branch := re.match(r"s_c?branch\w*\s+(\.LBB\w+)", instruction[1]):
                 jumps.append((len(code), branch[1]))
             code.append((len(code), instruction[1]))
-    bodies = _loops(code, ((at, labels[to]) for at, to in jumps))
-    loops = tuple(loop for body in bodies if (loop := _amd_loop(body)).exponentials)
+    bodies = _loops(code, ((at, labels[to]) for at, to in jumps), "v_exp_f32")
+    loops = tuple(map(_amd_loop, bodies))
 
     def number(key: str) -> int:
         return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # type: ignore[index]
@@ -217,6 +243,12 @@ def amd(compiled: Any) -> Machine:
 
 
 def machine(variant: Variant, dtype: str, target: str, classes: int = 32_000) -> Machine:
-    """Compiles, and reads the machine code."""
+    """Compiles, and reads the machine code.
+
+    Main loops are those whose accesses are all 16 bytes wide: the gathers of a set are not, and one that lost its width
+    would be missed in `loops`. The search for a temperature has a second one for its last sweeps, left out.
+    """
     compiled = compile(variant, dtype, target, classes)
-    return amd(compiled) if TARGETS[target].backend == "hip" else nvidia(compiled)
+    found = amd(compiled) if TARGETS[target].backend == "hip" else nvidia(compiled)
+    wide = tuple(loop for loop in found.loops if loop.narrowest == 16)
+    return found._replace(loops=wide[: variant.looks])

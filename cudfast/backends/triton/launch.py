@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...options import CUDOptions, DUSOptions, WClip
+from ...projection import Projection
 from ...rows import Rows, State, columns_of, compute_dtype, dense, divisors_of, row_layout
-from . import student, teacher
+from . import projected, search, student, teacher
 from .pieces import count, scale_rows
 
 _COUNT_BLOCK = 1024
@@ -28,11 +29,11 @@ class Plan(NamedTuple):
     chunk: int  # columns of a part, a multiple of block
 
 
-def plan(n: int, classes: int, wide: bool, processors: int) -> Plan:
+def plan(n: int, classes: int, wide: bool, processors: int, *, whole: bool = False) -> Plan:
     """8 columns a thread (16 bytes of bf16; of f64: 2), up to 256 threads.
 
     Keyed by V's power of two, so that nothing recompiles when N changes. Programs share a row when there are fewer rows
-    than could be in flight, as long as each has 4 blocks of it.
+    than could be in flight, as long as each has 4 blocks of it, unless they are to stay whole.
 
     Example:
         >>> plan(8192, 32_000, wide=False, processors=132)
@@ -42,7 +43,7 @@ def plan(n: int, classes: int, wide: bool, processors: int) -> Plan:
     """
     block = min(max(triton.next_power_of_2(classes), 256), 512 if wide else 2048)
     parts = 1
-    if n < 2 * processors:
+    if n < 2 * processors and not whole:
         parts = max(1, min(classes // (4 * block), triton.cdiv(4 * processors, max(n, 1))))
     chunk = triton.cdiv(triton.cdiv(classes, parts), block) * block
     return Plan(block, block // (2 if wide else 8), triton.cdiv(classes, chunk), chunk)
@@ -63,6 +64,15 @@ def lanes(device: torch.device) -> int:
     if device.type == "cpu":
         return 32
     return int(getattr(torch.get_device_module(device).get_device_properties(device), "warp_size", 32))
+
+
+# For kernels that would take more than 128 registers a thread when nobody asks: two programs on a multiprocessor.
+TWO_PROGRAMS: dict[str, dict[str, object]] = {"cuda": {"maxnreg": 128}, "hip": {"waves_per_eu": 4}}
+
+
+def compiler(device: torch.device) -> str:
+    """Triton's name of what compiles for a device."""
+    return "hip" if device.type == "cuda" and torch.version.hip else device.type
 
 
 def warps(plan: Plan, device: torch.device) -> int:
@@ -111,7 +121,8 @@ class Call(NamedTuple):
         target = None if rows.target is None else dense(rows.target, "teacher_logits")
         rows = rows._replace(logits=dense(rows.logits, name), target=target)
         wide = compute_dtype(rows) == torch.float64
-        return cls(rows, options, plan(rows.n, rows.classes, wide, processors(rows.logits.device)), wide)
+        units, whole = processors(rows.logits.device), rows.constraints is not None
+        return cls(rows, options, plan(rows.n, rows.classes, wide, units, whole=whole), wide)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -197,6 +208,9 @@ class Call(NamedTuple):
             )  # fmt: skip
             return
         assert rows.target is not None
+        if rows.constraints is not None:
+            self._projected(state, loss, gradient, upstream, fold)
+            return
         clip = options.calibration if isinstance(options.calibration, WClip) else None
         self._launch(
             student.student_rows, programs,
@@ -206,6 +220,58 @@ class Call(NamedTuple):
             clip.budget if clip else 0.0, clip.margin if clip else 1.0,
             P=self.power, ONES=self.ones(statistics), CLIP=clip is not None, **flags,
         )  # fmt: skip
+
+    def _projected(
+        self, state: State, loss: Tensor | None, gradient: Tensor | None, upstream: Tensor | None, fold: bool
+    ) -> None:
+        """The launches of `sweep` where the target meets constraints: one, or more where they bound the entropy."""
+        rows, options = self.rows, self.options
+        assert isinstance(options, CUDOptions)
+        assert rows.constraints is not None
+        target = rows.target
+        assert target is not None
+        g = rows.logits if gradient is None else gradient
+        step = 0 if upstream is None or upstream.dim() == 0 else 1
+        top1, entropy, writes = rows.constraints.top1, self.bounds_entropy and fold, gradient is not None
+        registers = TWO_PROGRAMS.get(compiler(rows.logits.device), {})
+        sets = self.constraints(state)
+
+        def launch(fold: bool, again: bool, write: bool) -> None:
+            self._launch(
+                projected.projected_rows, 1,
+                rows.logits, target, g, rows.labels, rows.weight, rows.per_row, state.divisors, upstream, loss,
+                state.sums, state.top1, *sets, rows.classes, g.shape[-1], *layout(rows.logits), *layout(target),
+                *layout(g), *self.special, step, float(rows.scalar), float(options.kd_weight),
+                float(options.ce_weight), P=self.power, ONES=self.ones(False), TOP1=top1, ENTROPY=entropy,
+                FOLD=fold, AGAIN=again, MAP=write, **registers,
+            )  # fmt: skip
+
+        launch(fold, False, writes and not entropy)
+        if entropy:
+            work = torch.empty(rows.n, search.WORK.value, dtype=torch.float64, device=rows.logits.device)
+            self._launch(
+                search.temper_rows, 1,
+                target, rows.labels, rows.weight, state.sums, state.top1, work, *sets, rows.classes,
+                *layout(target), *self.special, TOP1=top1, **registers,
+            )  # fmt: skip
+            launch(False, True, False)
+            if writes:
+                launch(False, False, True)
+
+    def constraints(self, state: State) -> tuple[Tensor | None, ...]:
+        """Bounds, and both sets' offsets and indices. Without sets of its own, N(y) is found among the labels."""
+        rows, c = self.rows, self.rows.constraints
+        assert c is not None
+        some = state.top1 if rows.labels is None else rows.labels
+        near, wrong = ((None, some) if sets is None else (sets.offsets, sets.indices) for sets in (c.near, c.wrong))
+        return c.bounds, *near, *wrong
+
+    @property
+    def bounds_entropy(self) -> bool:
+        """Whether any row may have a bound on its entropy."""
+        assert isinstance(self.options, CUDOptions)
+        c = self.options.calibration
+        return isinstance(c, Projection) and not (c.min_entropy is None and c.max_entropy is None)
 
     @property
     def power(self) -> int:

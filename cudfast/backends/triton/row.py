@@ -1,7 +1,7 @@
 """csrc/row for Triton: the same functions, in the same order, under the same tags.
 
 What is folded over columns comes as lanes (BLOCK,) in the computing type; what follows once per row are scalars in f64.
-Exponentials are powers of two, with log2(e) and 1 / tau folded into one factor. The exact projection is not here.
+Exponentials are powers of two, with log2(e) and 1 / tau folded into one factor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # Student loss: state of one row, or of some of its columns                                          [state-student]
-# (m_t, m_s, z_tau, s_tau, a, s_one, z_one, impossible); k, s_k and the label's logits are found once a row is whole.
+# (m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_one, impossible); k, s_k and the label's logits are found once a row is
+# whole. ONES: which sums at temperature 1 are wanted (0 none, 1 the student's, 2 both, 3 e_one, too).
 @triton.jit
 def power(e, P: tl.constexpr):
     """e^(x) from e^(x / P): temperatures 1, 2 and 4 need no second exponential."""
@@ -28,7 +29,7 @@ def power(e, P: tl.constexpr):
 
 
 @triton.jit
-def student_fold(z_tau, s_tau, a, s_one, z_one, impossible, dt, ds, base, P: tl.constexpr, ONES: tl.constexpr):
+def student_fold(z_tau, s_tau, a, s_one, z_one, e_one, impossible, dt, ds, base, P: tl.constexpr, ONES: tl.constexpr):
     """Adds the columns in dt = t - m_t and ds = s - m_s; base = log2(e) / tau.
 
     `a` waits for its 1 / tau. Where a logit is -inf, dt - ds is infinite or NaN and counts for nothing; +inf is a class
@@ -45,8 +46,11 @@ def student_fold(z_tau, s_tau, a, s_one, z_one, impossible, dt, ds, base, P: tl.
     if ONES > 0:
         s_one += power(e_s, P) if P > 0 else tl.exp2(ds * LOG2E)
     if ONES > 1:
-        z_one += power(e_t, P) if P > 0 else tl.exp2(dt * LOG2E)
-    return z_tau, s_tau, a, s_one, z_one, impossible
+        one = power(e_t, P) if P > 0 else tl.exp2(dt * LOG2E)
+        z_one += one
+        if ONES > 2:
+            e_one += one * tl.where(dt > NOTHING, dt, 0.0)
+    return z_tau, s_tau, a, s_one, z_one, e_one, impossible
 
 
 @triton.jit
@@ -56,7 +60,7 @@ def below(part, whole):
 
 
 @triton.jit
-def student_move(z_tau, s_tau, a, s_one, z_one, down_t, down_s, base, tau):
+def student_move(z_tau, s_tau, a, s_one, z_one, e_one, down_t, down_s, base, tau):
     """Sums as seen from maxima further up; tau = 1 where `a` waits for its 1 / tau.                 [merge-student]"""
     teacher = tl.exp2(down_t * base)
     student = tl.exp2(down_s * base)
@@ -64,8 +68,10 @@ def student_move(z_tau, s_tau, a, s_one, z_one, down_t, down_s, base, tau):
     z_tau = teacher * z_tau
     s_tau = student * s_tau
     s_one = tl.exp2(down_s * LOG2E) * s_one
-    z_one = tl.exp2(down_t * LOG2E) * z_one
-    return z_tau, s_tau, a, s_one, z_one
+    one = tl.exp2(down_t * LOG2E)
+    e_one = one * (e_one + z_one * down_t)
+    z_one = one * z_one
+    return z_tau, s_tau, a, s_one, z_one, e_one
 
 
 # Teacher loss: (m, z, e)                                                                            [state-teacher]
@@ -141,6 +147,134 @@ def replace(z_tau, a, impossible, m_t, m_s, s_k, t_y, s_y, r, new_t_k, new_t_y, 
         tl.where(changes, new_a, a),
         tl.where(blocked, 1.0, impossible),
     )
+
+
+# The exact projection, Eq. 2. Logarithms of masses and entropies are (COUNT,): as many temperatures as are looked at.
+@triton.jit
+def log_add(a, b):
+    high = tl.where(a > b, a, b)  # not tl.maximum, which drops a NaN
+    down = tl.where(high == NOTHING, 0.0, tl.where(a > b, b, a) - high)
+    return high + log1p(tl.exp(down))
+
+
+@triton.jit
+def masses(near, wrong, rest, low, high):
+    """(near, wrong, rest, near_binds, wrong_binds, no_near, all_wrong): log masses of the target.           [masses]"""
+    total = log_add(log_add(near, wrong), rest)
+    n = near - total
+    w = wrong - total
+    r = rest - total
+    not_near = log_add(w, r)
+    not_wrong = log_add(n, r)
+    no_near = (low > 0) & (n == NOTHING)
+    all_wrong = (high < 1) & (not_wrong == NOTHING)
+    low = tl.where(no_near, 0.0, low)  # the nearest that can be met
+    high = tl.where(all_wrong, 1.0, high)
+    log_low = tl.log(low)
+    log_high = tl.log(high)
+    left = log1p(-low)
+    lost = log1p(-high)
+    wrong_over = w > log_high
+    near_under = n < log_low
+    n_alone = n + (lost - not_wrong)  # when only the other bound binds
+    w_alone = w + (left - not_near)
+    wrong_binds = tl.where(near_under, (w_alone <= log_high) == 0, wrong_over)
+    near_binds = tl.where(wrong_over, (n_alone >= log_low) == 0, near_under)
+    both = tl.log(tl.maximum(1.0 - low - high, 0.0))
+    r = tl.where(wrong_binds, r + (lost - not_wrong), tl.where(near_binds, r + (left - not_near), r))
+    r = tl.where(near_binds & wrong_binds, both, r)
+    n = tl.where(near_binds, log_low, tl.where(wrong_binds, n_alone, n))
+    w = tl.where(wrong_binds, log_high, tl.where(near_binds, w_alone, w))
+    return n, w, r, near_binds, wrong_binds, no_near, all_wrong
+
+
+NEVER = tl.constexpr(-1e8)  # a class this far below the largest of its set never happens
+
+
+# (m, z, e, v) of a set                                                                                   [tempered]
+@triton.jit
+def tempered_fold(x, beta):
+    """What a class adds to (z, e, v), x = t - m; where beta is 0, a class that can happen weighs 1."""
+    there = x > NEVER
+    x = tl.where(there, x, 0.0)
+    p = tl.where(there, tl.exp2((beta * LOG2E) * x), 0.0)
+    px = p * x
+    return p, px, px * x
+
+
+@triton.jit
+def log_mass(m, z, beta):
+    """log sum exp(beta t); -inf for a set without classes that can happen."""
+    return tl.where(z > 0, beta * m + tl.log(tl.where(z > 0, z, 1.0)), NOTHING)
+
+
+@triton.jit
+def entropy_share(m, z, e, v, log_m, beta):
+    """Of a set: (mass, entropy, variance within, mean), all 0 where it has no mass."""
+    there = (z > 0) & (log_m > NOTHING)
+    log_m = tl.where(there, log_m, 0.0)
+    mass = tl.where(there, tl.exp(log_m), 0.0)
+    z = tl.where(z > 0, z, 1.0)
+    centre = e / z
+    value = mass * (tl.log(z) - beta * centre - log_m)
+    return mass, value, mass * (v / z - centre * centre), tl.where(there, m + centre, 0.0)
+
+
+@triton.jit
+def entropy(
+    m_0, z_0, e_0, v_0, m_1, z_1, e_1, v_1, m_2, z_2, e_2, v_2, near, wrong, rest, near_binds, wrong_binds, beta
+):
+    """(value, slope) of H = sum M (h - log M) over N, W and the rest; the slope is that over beta^2.       [entropy]"""
+    mass_0, value_0, variance_0, at_0 = entropy_share(m_0, z_0, e_0, v_0, near, beta)
+    mass_1, value_1, variance_1, at_1 = entropy_share(m_1, z_1, e_1, v_1, wrong, beta)
+    mass_2, value_2, variance_2, at_2 = entropy_share(m_2, z_2, e_2, v_2, rest, beta)
+    free_0 = tl.where(near_binds, 0.0, mass_0)
+    free_1 = tl.where(wrong_binds, 0.0, mass_1)
+    shared = free_0 + free_1 + mass_2
+    mean = tl.where(shared > 0, free_0 * at_0 + free_1 * at_1 + mass_2 * at_2, 0.0)
+    mean = mean / tl.where(shared > 0, shared, 1.0)
+    variance = variance_0 + variance_1 + variance_2
+    variance += free_0 * (at_0 - mean) * (at_0 - mean)
+    variance += free_1 * (at_1 - mean) * (at_1 - mean)
+    variance += mass_2 * (at_2 - mean) * (at_2 - mean)
+    return value_0 + value_1 + value_2, -variance / 2
+
+
+@triton.jit
+def temper(low, low_value, low_slope, high, high_value, high_slope, wanted):
+    """The next beta between two ends, the entropy above `wanted` at `low`, below it at `high`.              [temper]"""
+    drop = low_value - high_value
+    left = wanted - high_value
+    above = drop - left
+    u = low * low
+    width = high * high - u
+    w = above / drop
+    at_low = -drop / (width * low_slope)
+    at_high = tl.where(high_slope == high_slope, -drop / (width * high_slope), 2.0 - at_low)
+    s = w * (at_low + w * ((3.0 - 2.0 * at_low - at_high) + w * (at_low + at_high - 2.0)))
+    smooth = (at_low >= 0) & (at_low <= 2) & (at_high >= 0) & (at_high <= 2) & (s > 0) & (s < 1)
+    cubic = tl.sqrt(tl.where(smooth, u + s * width, 1.0))
+
+    from_zero = low == 0
+    middle = tl.where(from_zero, high / 4.0, tl.sqrt(low * high))
+    some = tl.where(from_zero, 1.0, low)
+    in_value = low + tl.log(left / drop) * drop / (2.0 * some * low_slope)
+    in_beta = low * tl.exp(-above / (2.0 * some * some * low_slope))
+    from_low = tl.where(left < above, in_value, in_beta)
+    from_low = tl.where(from_zero, tl.sqrt(-above / low_slope), from_low)
+    from_high = high * tl.exp(left / (2.0 * high * high * high_slope))
+    low_good = (from_low > low) & (from_low <= middle)
+    high_good = (from_high < high) & (from_high >= middle)
+    use_low = low_good & ((above < left) | (high_good == 0))
+    step = tl.where(use_low, from_low, tl.where(high_good, from_high, middle))
+    return tl.where(smooth, cubic, step)
+
+
+@triton.jit
+def spread(low, high, step, share):
+    """Another place to look in the same sweep as `step`, when steps do not arrive: shares of log(beta).     [spread]"""
+    least = tl.where(low > 0, low, tl.minimum(high / 16.0, step / 4.0))
+    return least * tl.exp(share * tl.log(high / least))
 
 
 # ---- csrc/row/terms.h ----

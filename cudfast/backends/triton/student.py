@@ -34,6 +34,7 @@ from .row import (
     student_move,
 )
 
+COLUMNS = tl.constexpr(11)  # of a packed state
 PART = tl.constexpr(9)  # values of a part of a row
 
 
@@ -48,12 +49,12 @@ def student_block(
         new_s = tl.maximum(m_s, high_s)
         down_t = below(m_t, new_t)
         down_s = below(m_s, new_s)
-        z_tau, s_tau, a, s_one, z_one = student_move(z_tau, s_tau, a, s_one, z_one, down_t, down_s, base, 1.0)
+        z_tau, s_tau, a, s_one, z_one, _ = student_move(z_tau, s_tau, a, s_one, z_one, 0.0, down_t, down_s, base, 1.0)
         first = tl.where(high_t > m_t, start, first)
         m_t = new_t
         m_s = new_s
-    z_tau, s_tau, a, s_one, z_one, impossible = student_fold(
-        z_tau, s_tau, a, s_one, z_one, impossible, t - centre(m_t), s - centre(m_s), base, P, ONES
+    z_tau, s_tau, a, s_one, z_one, _, impossible = student_fold(
+        z_tau, s_tau, a, s_one, z_one, 0.0, impossible, t - centre(m_t), s - centre(m_s), base, P, ONES
     )
     return m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, impossible
 
@@ -107,9 +108,9 @@ def student_fold_columns(
 
 
 @triton.jit
-def student_pack(sums, top1, row, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, k):
+def student_pack(sums, top1, row, columns, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, k):
     """Columns in the order of `cudfast.rows.STUDENT_COLUMNS`."""
-    at = sums + row * 11
+    at = sums + row * columns
     tl.store(at + 0, m_t)
     tl.store(at + 1, s_k)
     tl.store(at + 2, m_s)
@@ -192,7 +193,7 @@ def student_rows(
         elif MERGE:
             m_t, m_s, z_tau, s_tau, a, s_one, z_one, impossible, k = student_merge(parts, row, count_of_parts, tau)
         else:
-            at = sums + row * 11
+            at = sums + row * COLUMNS
             m_t = tl.load(at + 0).to(tl.float64)
             s_k = tl.load(at + 1).to(tl.float64)
             m_s = tl.load(at + 2).to(tl.float64)
@@ -211,7 +212,9 @@ def student_rows(
                 s_y = tl.load(s_row + y).to(tl.float64)
     if FOLD or MERGE:
         if sums is not None:
-            student_pack(sums, top1, row, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, k)
+            student_pack(
+                sums, top1, row, COLUMNS, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, k
+            )
     kd_loss, ce_loss, target_z, impossible, r, t_k, new_t_y = student_finish(
         m_t, m_s, z_tau, s_tau, a, s_one, impossible, s_k, t_y, s_y, labelled, tau,
         f64(kd_weight), f64(ce_weight), f64(budget), f64(margin), CLIP,
@@ -284,11 +287,11 @@ def student_merge(parts, row, count_of_parts, tau):
         k = tl.where((other_t > m_t) | (part == 0), tl.load(at + 8), k)
         new_t = tl.maximum(m_t, other_t)
         new_s = tl.maximum(m_s, other_s)
-        z_tau, s_tau, a, s_one, z_one = student_move(
-            z_tau, s_tau, a, s_one, z_one, below(m_t, new_t), below(m_s, new_s), base, tau
+        z_tau, s_tau, a, s_one, z_one, _ = student_move(
+            z_tau, s_tau, a, s_one, z_one, 0.0, below(m_t, new_t), below(m_s, new_s), base, tau
         )
-        z_2, s_2, a_2, s_one_2, z_one_2 = student_move(
-            tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), tl.load(at + 6),
+        z_2, s_2, a_2, s_one_2, z_one_2, _ = student_move(
+            tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), 0.0,
             below(other_t, new_t), below(other_s, new_s), base, tau,
         )  # fmt: skip
         z_tau, s_tau, a, s_one, z_one = z_tau + z_2, s_tau + s_2, a + a_2, s_one + s_one_2, z_one + z_one_2

@@ -1,0 +1,172 @@
+"""The two sweeps of a row whose near and wrong classes are summed apart: what `projected` calls the rest."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .pieces import centre, clear, f64, largest_of_both, replaced, stored
+from .row import LOG2E, NOTHING, below, student_element, student_fold, student_move
+from .sets import apart, in_thread, member
+
+
+@triton.jit
+def projected_block(
+    s, x, start, s_row, m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, impossible, base,
+    RUN: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of columns, x the teacher's logits with -inf where they are summed apart. RUN: so is the top-1.
+
+    Sums are (BLOCK / WIDTH,): a thread's columns are added up at once, which saves registers.
+    """
+    lanes = tl.arange(0, BLOCK)
+    WIDTH: tl.constexpr = 2 if x.dtype == tl.float64 else 8
+    high_t, high_s = largest_of_both(x, s)
+    if (high_t > m_t) | (high_s > m_s):
+        joins = tl.full((), float("-inf"), x.dtype)
+        s_joins = tl.zeros((), x.dtype)
+        if RUN:
+            if high_t > top:  # the top-1 so far is one of the rest
+                joins = top
+                s_joins = tl.load(s_row + tl.maximum(k, 0)).to(x.dtype)
+                at = tl.min(tl.where(x == high_t, lanes, BLOCK), 0)
+                x = tl.where(lanes == at, NOTHING, x)
+                top = high_t
+                k = start + at.to(tl.int64)
+                high_t = tl.maximum(tl.max(x, 0), joins)
+        new_t = tl.maximum(m_t, high_t)
+        new_s = tl.maximum(m_s, high_s)
+        z_tau, s_tau, a, s_one, z_one, e_one = student_move(
+            z_tau, s_tau, a, s_one, z_one, e_one, below(m_t, new_t), below(m_s, new_s), base, 1.0
+        )
+        m_t = new_t
+        m_s = new_s
+        if RUN:
+            dt = tl.where(tl.arange(0, BLOCK // WIDTH) == 0, joins - centre(m_t), NOTHING)
+            z_tau, _, a, _, z_one, e_one, impossible = student_fold(
+                z_tau, s_tau, a, s_one, z_one, e_one, impossible, dt, s_joins - centre(m_s), base, P, ONES
+            )
+    e_t, e_s, excess, one_s, one_t, x_t, holes = student_fold(
+        0.0, 0.0, 0.0, 0.0, 0.0, 0.0, NOTHING, x - centre(m_t), s - centre(m_s), base, P, ONES
+    )
+    z_tau += in_thread(e_t, BLOCK, WIDTH)
+    s_tau += in_thread(e_s, BLOCK, WIDTH)
+    a += in_thread(excess, BLOCK, WIDTH)
+    s_one += in_thread(one_s, BLOCK, WIDTH)
+    z_one += in_thread(one_t, BLOCK, WIDTH)
+    if ONES > 2:
+        e_one += in_thread(x_t, BLOCK, WIDTH)
+    impossible = tl.maximum(impossible, tl.max(tl.reshape(holes, (BLOCK // WIDTH, WIDTH)), 1))
+    return m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, impossible
+
+
+@triton.jit
+def projected_fold_columns(
+    s_row, t_row, V, near, near_at, near_end, wrong, wrong_at, wrong_end, alone, beta, middle, tau,
+    R: tl.constexpr, RUN: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """State of the rest in f64, the teacher's logits seen as beta (t - middle); and the top-1 that RUN kept out."""
+    lanes = tl.arange(0, BLOCK)
+    WIDTH: tl.constexpr = 2 if R == tl.float64 else 8
+    base = (f64(LOG2E) / tau).to(R)
+    b = beta.to(R)
+    c = middle.to(R)
+    m_t = tl.full((), float("-inf"), R)
+    m_s = tl.full((), float("-inf"), R)
+    top = tl.full((), float("-inf"), R)
+    k = tl.full((), -1, tl.int64)
+    z_tau = tl.zeros((BLOCK // WIDTH,), R)
+    s_tau = tl.zeros((BLOCK // WIDTH,), R)
+    a = tl.zeros((BLOCK // WIDTH,), R)
+    s_one = tl.zeros((BLOCK // WIDTH,), R)
+    z_one = tl.zeros((BLOCK // WIDTH,), R)
+    e_one = tl.zeros((BLOCK // WIDTH,), R)
+    impossible = tl.full((BLOCK // WIDTH,), float("-inf"), R)
+    near_column = member(near, near_at, near_end)
+    wrong_column = tl.where(alone >= 0, alone, member(wrong, wrong_at, wrong_end))
+    whole = V - V % BLOCK
+    for start in range(0, whole, BLOCK):
+        t = tl.load(t_row + start + lanes, eviction_policy="evict_last").to(R)
+        s = tl.load(s_row + start + lanes, eviction_policy="evict_last").to(R)
+        x = t if RUN else (t - c) * b
+        x, near_at, near_column = apart(x, t, start, near, near_at, near_end, near_column, 0.0, NOTHING, 1.0, BLOCK)
+        x, wrong_at, wrong_column = apart(
+            x, t, start, wrong, wrong_at, wrong_end, wrong_column, 0.0, NOTHING, 1.0, BLOCK
+        )
+        m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, impossible = projected_block(
+            s, x, start, s_row, m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, impossible, base,
+            RUN, P, ONES, BLOCK,
+        )  # fmt: skip
+    if whole < V:
+        inside = whole + lanes < V
+        t = tl.load(t_row + whole + lanes, mask=inside, other=float("-inf"), eviction_policy="evict_last").to(R)
+        s = tl.load(s_row + whole + lanes, mask=inside, other=float("-inf"), eviction_policy="evict_last").to(R)
+        x = t if RUN else (t - c) * b
+        x, near_at, near_column = apart(x, t, whole, near, near_at, near_end, near_column, 0.0, NOTHING, 1.0, BLOCK)
+        x, wrong_at, wrong_column = apart(
+            x, t, whole, wrong, wrong_at, wrong_end, wrong_column, 0.0, NOTHING, 1.0, BLOCK
+        )
+        m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, impossible = projected_block(
+            s, x, whole, s_row, m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, impossible, base,
+            RUN, P, ONES, BLOCK,
+        )  # fmt: skip
+    excluded = tl.where(tl.max(impossible, 0) == float("inf"), 1.0, 0.0).to(tl.float64)
+    return (
+        m_t.to(tl.float64),
+        m_s.to(tl.float64),
+        tl.sum(z_tau, 0).to(tl.float64),
+        tl.sum(s_tau, 0).to(tl.float64),
+        tl.sum(a, 0).to(tl.float64) / tau,
+        tl.sum(s_one, 0).to(tl.float64),
+        tl.sum(z_one, 0).to(tl.float64),
+        tl.sum(e_one, 0).to(tl.float64),
+        excluded,
+        top.to(tl.float64),
+        k,
+    )
+
+
+@triton.jit
+def projected_map_columns(
+    s_row, t_row, g_row, V, padded, near, near_at, near_end, wrong, wrong_at, wrong_end, alone, beta,
+    near_top, near_offset, wrong_top, wrong_offset, rest_top, rest_offset, m_s, tau,
+    student_tau, teacher_tau, student_one, y, g_y,
+    R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a row, and zeros behind V; g_y is what the label's column gets, y = -1 is none."""
+    lanes = tl.arange(0, BLOCK)
+    base = (f64(LOG2E) / tau).to(R)
+    b = beta.to(R)
+    c_s = centre(m_s).to(R)
+    one = student_tau.to(R)
+    two = teacher_tau.to(R)
+    three = student_one.to(R)
+    near_column = member(near, near_at, near_end)
+    wrong_column = tl.where(alone >= 0, alone, member(wrong, wrong_at, wrong_end))
+    whole = V - V % BLOCK
+    for start in range(0, whole, BLOCK):
+        t = tl.load(t_row + start + lanes, eviction_policy="evict_first").to(R)
+        s = tl.load(s_row + start + lanes, eviction_policy="evict_first").to(R)
+        dt = (t - rest_top.to(R)) * b + rest_offset.to(R)
+        dt, near_at, near_column = apart(
+            dt, t, start, near, near_at, near_end, near_column, near_top.to(R), near_offset.to(R), b, BLOCK
+        )
+        dt, wrong_at, wrong_column = apart(
+            dt, t, start, wrong, wrong_at, wrong_end, wrong_column, wrong_top.to(R), wrong_offset.to(R), b, BLOCK
+        )
+        g = replaced(student_element(one, two, three, dt, s - c_s, base, P, ONES), start, y, g_y, BLOCK)
+        tl.store(g_row + start + lanes, stored(g, g_row))
+    if whole < V:
+        column = whole + lanes
+        t = tl.load(t_row + column, mask=column < V, other=0.0, eviction_policy="evict_first").to(R)
+        s = tl.load(s_row + column, mask=column < V, other=0.0, eviction_policy="evict_first").to(R)
+        dt = (t - rest_top.to(R)) * b + rest_offset.to(R)
+        dt, near_at, near_column = apart(
+            dt, t, whole, near, near_at, near_end, near_column, near_top.to(R), near_offset.to(R), b, BLOCK
+        )
+        dt, wrong_at, wrong_column = apart(
+            dt, t, whole, wrong, wrong_at, wrong_end, wrong_column, wrong_top.to(R), wrong_offset.to(R), b, BLOCK
+        )
+        g = replaced(student_element(one, two, three, dt, s - c_s, base, P, ONES), whole, y, g_y, BLOCK)
+        tl.store(g_row + column, stored(g, g_row), mask=column < V)
+    clear(g_row, V, padded, BLOCK)
