@@ -1,4 +1,4 @@
-"""python -m cudfast info | gpu-model | gpu-verify"""
+"""python -m cudfast info | gpu-model"""
 
 from __future__ import annotations
 

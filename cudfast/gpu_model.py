@@ -9,10 +9,14 @@ L2.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
+from .arrays import progress
 from .backends.triton.compiled import DTYPES, TARGETS, VARIANTS, Machine, Variant, machine
 
 
@@ -120,23 +124,31 @@ def liger() -> tuple[Variant, ...]:
     )
 
 
+@functools.cache
+def _variants(backend: str) -> dict[str, Variant]:
+    return {v.name: v for v in (VARIANTS if backend == "hip" else (*VARIANTS, *liger()))}
+
+
+def _compiled(case: tuple[str, str, str]) -> Machine:
+    name, dtype, target = case
+    return machine(_variants(TARGETS[target].backend)[name], dtype, target)
+
+
 def estimates() -> list[Estimate]:
-    """Every kernel on every GPU."""
+    """Every kernel on every GPU; the compiler runs on every core."""
     dtypes, widths = ("bf16", "fp32"), (32_000, 128_256)
-    peers = liger()
-    variants = {name: VARIANTS if target.backend == "hip" else (*VARIANTS, *peers) for name, target in TARGETS.items()}
-    code = {
-        (variant.name, dtype, target): machine(variant, dtype, target)
-        for target in TARGETS
-        for variant in variants[target]
-        for dtype in dtypes
-    }
+    variants = {name: _variants(target.backend) for name, target in TARGETS.items()}
+    cases = [(name, dtype, target) for target, found in variants.items() for name in found for dtype in dtypes]
+    # Not forked: this process may have threads.
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(_compiled, case) for case in cases]
+        code = {cases[i]: jobs[i].result() for i in progress(range(len(cases)), "compiling")}
     return [
         estimate(variant, code[variant.name, dtype, gpu.target], dtype, classes, name)
         for name, gpu in GPUS.items()
         for dtype in dtypes
         for classes in widths
-        for variant in variants[gpu.target]
+        for variant in variants[gpu.target].values()
     ]
 
 

@@ -104,7 +104,7 @@ def compile(variant: Variant, dtype: str, target: str, classes: int = 32_000) ->
     source = ASTSource(variant.kernel, signature, constexprs=constants, attrs=attributes)
     warps = max(1, (variant.threads or cut.threads) // TARGETS[target].warp_size)
     options: dict[str, object] = {"num_warps": warps, "enable_fp_fusion": True}
-    if variant.name.startswith("projected"):
+    if variant.kernel is projected.projected_rows:
         options |= TWO_PROGRAMS[TARGETS[target].backend]
     return triton.compile(source, target=TARGETS[target], options=options)
 

@@ -252,7 +252,7 @@ class Call(NamedTuple):
             self._launch(
                 search.temper_rows, 1,
                 target, rows.labels, rows.weight, state.sums, state.top1, work, *sets, rows.classes,
-                *layout(target), *self.special, TOP1=top1, **registers,
+                *layout(target), *self.special, TOP1=top1,
             )  # fmt: skip
             launch(False, True, False)
             if writes:
