@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cudfast import CUDLoss, CUDOptions, DUSOptions, __version__
+from cudfast import ClassSets, CUDLoss, CUDOptions, DUSOptions, Projection, WClip, __version__
 from cudfast.autograd import row_state_op
 from cudfast.functional import cud_loss
 from cudfast.options import text_of
@@ -104,6 +104,31 @@ def options_agree(device: str) -> None:
             torch.testing.assert_close(got.double(), wanted.double(), rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+def projection_agrees(device: str, n: int = 64, v: int = 5000) -> None:
+    """Bounds on masses and on the entropy, binding and not, against the reference backend in float64."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(n, v, device=device), 3 * torch.randn(n, v, device=device)
+    labels = torch.randint(v, (n,), device=device)
+    labels[:2] = -1
+    near = ClassSets.from_groups(torch.arange(v, device=device) // 4)
+    bounds: list[dict[str, Any]] = [
+        {"near": near, "min_near_mass": 0.3, "max_wrong_mass": 0.1},
+        {"near": near, "min_near_mass": 0.3, "max_wrong_mass": 0.1, "min_entropy": 5.0},
+        {"max_entropy": 1.0},
+    ]
+    for bound, save in itertools.product(bounds, ("gradient", "state")):
+        found = []
+        for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+            x = student.to(dtype, copy=True).requires_grad_()
+            loss = CUDLoss(calibration=Projection(**bound), save=save, backend=backend)  # type: ignore[arg-type]
+            value, stats = loss(x, teacher.to(dtype), labels, return_stats=True)
+            (g,) = torch.autograd.grad(value, x)
+            found.append((value, g, *(s for s in stats if s.is_floating_point())))
+        for wanted, got in zip(*found):
+            # A bound on the entropy is met to 1e-5 nats; what that does to a probability, too, is allowed.
+            torch.testing.assert_close(got.double(), wanted.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 def ops_check(device: str) -> None:
     """torch.library.opcheck of the op that torch.compile sees."""
     student = torch.randn(8, 300, device=device, requires_grad=True)
@@ -131,9 +156,16 @@ def captures(device: str) -> str | None:
     """A CUDA graph holds forward and backward, and follows its inputs."""
     if device != "cuda":
         return "left out: needs CUDA"
-    student = torch.randn(256, 32_000, device=device, dtype=torch.bfloat16, requires_grad=True)
-    teacher, labels = torch.randn_like(student), torch.randint(32_000, (256,), device=device)
-    memory, options = torch.empty_like(student), CUDOptions(backend="triton")
+    bounds = Projection(min_near_mass=0.2, max_wrong_mass=0.1, min_entropy=4.0, on_infeasible="relax")
+    for calibration in (WClip(), bounds):
+        capture(CUDOptions(calibration=calibration, backend="triton"))
+    return None
+
+
+def capture(options: CUDOptions) -> None:
+    student = torch.randn(256, 32_000, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    teacher, labels = torch.randn_like(student), torch.randint(32_000, (256,), device="cuda")
+    memory = torch.empty_like(student)
 
     def step() -> tuple[Tensor, Tensor]:
         value = cud_loss(student, teacher, labels, options, grad_out=memory)
@@ -155,16 +187,17 @@ def captures(device: str) -> str | None:
     held = value.clone(), gradient.clone()
     for got, wanted in zip(held, step()):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
-    return None
 
 
 SANITIZED = """
 import torch
-from cudfast import CUDLoss, DUSLoss
+from cudfast import CUDLoss, DUSLoss, Projection
+bounds = Projection(min_near_mass=0.3, max_wrong_mass=0.1, min_entropy=3.0, on_infeasible="relax")
 for n, v in ((3, 77), (5, 4097), (2, 300000)):
     x = torch.randn(n, v, device="cuda", requires_grad=True)
     y = torch.randint(v, (n,), device="cuda")
     CUDLoss()(x, torch.randn(n, v, device="cuda"), y).backward()
+    CUDLoss(calibration=bounds)(x, torch.randn(n, v, device="cuda"), y).backward()
     DUSLoss()(x, y).backward()
 torch.cuda.synchronize()
 """
@@ -191,6 +224,7 @@ def checks(device: str, widths: tuple[int, ...] = WIDTHS) -> Iterator[Line]:
         n = max(2, min(512, 2**24 // v))
         yield checked(f"{n} x {v:,} {dtype}", lambda n=n, v=v, d=dtype: agrees(Shape(n, v), d, device))  # type: ignore[misc]
     yield checked("options, masks, statistics", lambda: options_agree(device))
+    yield checked("calibration=Projection(...)", lambda: projection_agrees(device))
     yield checked("opcheck", lambda: ops_check(device))
     yield checked("torch.compile(fullgraph=True)", lambda: compiles(device))
     yield checked("CUDA graph", lambda: captures(device))

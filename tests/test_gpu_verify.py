@@ -21,6 +21,10 @@ def test_agrees(dtype: torch.dtype) -> None:
     gpu_verify.agrees(Shape(4, 300), dtype, "cpu")
 
 
+def test_projection_agrees() -> None:
+    gpu_verify.projection_agrees("cpu", 6, 700)
+
+
 def test_the_other_checks() -> None:
     lines = [
         gpu_verify.checked("ops", lambda: gpu_verify.ops_check("cpu")),
