@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/pages.h"
 #include "cpu/sweeps.h"
 #include "launch.h"
 #include "row/element.h"
@@ -356,6 +357,10 @@ PYBIND11_MODULE(_native, m) {
     int count = 0;
     const char* const* names = runnable(count);
     return std::vector<std::string>(names, names + count);
+  });
+  m.def("ask_for_huge_pages", [](const py::object& x, int64_t bytes) {
+    const char* begin = address<const char>(x);
+    ask_for_huge_pages(begin, begin + bytes);
   });
   m.def("exp32", [](const py::object& x, const py::object& y, int64_t n) {
     sweeps().exp32(address<const float>(x), address<float>(y), n);

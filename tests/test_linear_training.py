@@ -188,3 +188,11 @@ def test_peak_memory_is_within_the_budget(rows: int, classes: int, budget: int) 
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
     assert int(done.stdout) <= budget << 20
+
+
+def test_the_example_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = pytest.importorskip("examples.language_model", reason="needs the source tree")
+    monkeypatch.setattr(example, "rows", example.rows[: 100 + 32 * 8])
+    found = example.main()
+    assert found["teacher"] < 3_000
+    assert found["student"] < 20_000  # of 30,522 words

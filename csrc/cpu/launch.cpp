@@ -3,7 +3,6 @@
 #include "../launch.h"
 
 #include <pthread.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
@@ -12,6 +11,7 @@
 #include <vector>
 
 #include "losses.h"
+#include "pages.h"
 #include "projected.h"
 #include "threads.h"
 
@@ -48,18 +48,8 @@ void clear(const Matrix& g, int64_t row, int64_t from, int64_t to) {
   if (to > from) std::memset(g.at(row, from), 0, static_cast<size_t>((to - from) * size_of(g.dtype)));
 }
 
-// Asks for huge pages under a gradient that nobody has touched: 4 KiB faults would cost as much as the arithmetic.
 void ask_for_huge_pages(const Rows& rows, const Matrix& g) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t(1) << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(g.at(0, 0));
-  const uintptr_t end = reinterpret_cast<uintptr_t>(g.at(rows.rows - 1, rows.padded));
-  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)rows;
-  (void)g;
-#endif
+  ask_for_huge_pages(g.at(0, 0), g.at(rows.rows - 1, rows.padded));
 }
 
 // What one thread works with. Kept from call to call, so that a row costs no allocation.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +40,13 @@ _FAULTS = {2: "weight", 3: "per_row"}
 def isa() -> str:
     """Instruction set in use: "baseline", "avx2" or "avx512"."""
     return _native.isa()
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory that nobody has touched, in huge pages where the system has them."""
+    memory = torch.empty(shape, dtype=dtype)
+    _native.ask_for_huge_pages(memory, memory.nbytes)
+    return memory
 
 
 def _copied(rows: Rows, logits_name: str) -> Rows:

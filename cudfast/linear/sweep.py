@@ -27,6 +27,7 @@ from .chunks import Chunk, chunks, flat
 from .columns import Filled, Work, gradients, merged_state
 from .gradients import Found, Gradients
 from .layers import Needs, Problem
+from .memory import fresh
 
 _CALL = 256  # bytes a row of the call: packed states, losses, labels, weights
 _MERGE = 1024  # bytes a row of a tile while states merge, in f64
@@ -75,10 +76,10 @@ class _Buffers:
     def __init__(self, p: Problem, tile: tiles.Tile, needs: Needs) -> None:
         self._p, device = p, p.rows.logits.device
         size = (tile.rows * tile.classes,)
-        self._student = torch.empty(size, dtype=p.student.dtype, device=device)
-        self._teacher = None if p.teacher is None else torch.empty(size, dtype=p.teacher.dtype, device=device)
+        self._student = fresh(size, p.student.dtype, device)
+        self._teacher = None if p.teacher is None else fresh(size, p.teacher.dtype, device)
         capped = p.student.softcap is not None and any(needs)
-        self._gradient = torch.empty(size, dtype=p.student.dtype, device=device) if capped else self._student
+        self._gradient = fresh(size, p.student.dtype, device) if capped else self._student
 
     def fill(self, hidden: Tensor, other: Tensor | None, first: int, last: int) -> Filled:
         """Logits (R, C) of the classes [first, last); other: the teacher's hidden states or logits."""
