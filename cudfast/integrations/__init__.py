@@ -1,0 +1,1 @@
+"""cudfast inside trainers that exist: one module each, imported only when it is asked for."""

@@ -1,0 +1,23 @@
+"""Frameworks that are not installed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def require(module: str, extra: str) -> Any:
+    """The module, or an ImportError that says what to install.
+
+    Example:
+        >>> require("json", "transformers").dumps([])
+        '[]'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = module.partition(".")[0]
+        raise ImportError(
+            f"cudfast.integrations.{extra} needs {name}, which does not load ({error}): "
+            f"install it with pip install 'cudfast[{extra}]'"
+        ) from error
