@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import NamedTuple, Protocol
 
@@ -118,7 +119,14 @@ def compute_dtype(rows: Rows) -> torch.dtype:
 
 def vector_dtype(device: torch.device) -> torch.dtype:
     """Dtype of the (N,) vectors: f64 wherever the device has it."""
+    if device.type == "xpu":
+        return torch.float64 if _has_f64(device) else torch.float32
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+@functools.cache
+def _has_f64(device: torch.device) -> bool:
+    return bool(torch.get_device_module(device).get_device_properties(device).has_fp64)
 
 
 def masks(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -336,3 +337,25 @@ def test_the_environment_sets_the_default(monkeypatch: pytest.MonkeyPatch) -> No
         ValueError, match=r"^CUDFAST_BACKEND='cublas': expected one of auto, native, triton, reference$"
     ):
         backends.choose("auto", torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("_fresh_choice")
+@pytest.mark.parametrize(
+    ("kind", "properties", "message"),
+    [
+        ("cuda", {"major": 6, "minor": 1}, "Some GPU has compute capability 6.1, and Triton needs 7.0 or newer"),
+        ("xpu", {"has_fp64": False}, "Some GPU has no float64, which the scalars of a row need"),
+    ],
+)
+def test_a_gpu_that_triton_cannot_use(
+    monkeypatch: pytest.MonkeyPatch, kind: str, properties: dict[str, object], message: str
+) -> None:
+    found = types.SimpleNamespace(name="Some GPU", **properties)
+    module = types.SimpleNamespace(get_device_properties=lambda device: found)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    real, device = backends.load, torch.device(kind, 7)
+    monkeypatch.setattr(backends, "load", lambda name: object() if name == "triton" else real(name))
+    with pytest.raises(ValueError, match=re.escape(f"backend 'triton' does not work on this GPU ({message}), got")):
+        backends.choose("triton", device)
+    with pytest.warns(RuntimeWarning, match=f"reference backend, which is much slower: {message}"):
+        assert backends.choose("auto", device) is real("reference")

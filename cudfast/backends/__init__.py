@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 
-from ..rows import Backend
+from ..rows import Backend, vector_dtype
 
 NAMES = ("native", "triton", "reference")
 GPUS = ("cuda", "xpu")  # as torch names them; ROCm is "cuda", too
@@ -41,13 +41,25 @@ def _default(device: torch.device) -> str:
     fast = "native" if device.type == "cpu" else "triton"
     missing = load(fast)
     if not isinstance(missing, str):
-        return fast
+        missing = lacking(device) if fast == "triton" else ""
+        if not missing:
+            return fast
     warnings.warn(
         f"cudfast: {device.type.upper()} tensors go through the reference backend, which is much slower: {missing}",
         RuntimeWarning,
         stacklevel=2,
     )
     return "reference"
+
+
+def lacking(device: torch.device) -> str:
+    """What a GPU lacks that the Triton kernels need, or ""."""
+    found = torch.get_device_module(device).get_device_properties(device)
+    if device.type == "cuda" and not torch.version.hip and found.major < 7:
+        return f"{found.name} has compute capability {found.major}.{found.minor}, and Triton needs 7.0 or newer"
+    if vector_dtype(device) != torch.float64:
+        return f"{found.name} has no float64, which the scalars of a row need"
+    return ""
 
 
 def _fits(name: str, device: torch.device) -> str:
@@ -58,6 +70,8 @@ def _fits(name: str, device: torch.device) -> str:
         found = load(name)
         if not (device.type == "cpu" and not isinstance(found, str) and found.interpreted()):  # type: ignore[attr-defined]
             return "works on GPU tensors (and on CPU tensors when TRITON_INTERPRET=1 is set, one element at a time)"
+    if name == "triton" and device.type in GPUS and (missing := lacking(device)):
+        return f"does not work on this GPU ({missing})"
     return ""
 
 
