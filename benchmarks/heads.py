@@ -118,18 +118,19 @@ def liger(x: Heads, *, chunk: int, compiled: bool) -> Callable[[], Found]:
     return with_gradients(x, lambda: loss(x.h, x.w, x.th, x.tw, x.labels))
 
 
-def trl(x: Heads) -> Callable[[], Found]:
-    """KL only, without labels."""
+def trl(x: Heads, *, tokens: int = 4096, vocabulary: int = 32_768) -> Callable[[], Found]:
+    """KL only, without labels. The defaults are TRL's tiles."""
     module: Any = importlib.import_module("trl.kernels.chunked_divergence")
 
     def loss() -> Tensor:
+        module.TOKEN_CHUNK_SIZE, module.VOCAB_CHUNK_SIZE = tokens, vocabulary
         found: Tensor = module.ChunkedDivergenceFunction.apply(x.h, x.w, None, x.th, x.tw, None, 0.0, TEMPERATURE)[0]
         return found.mean()
 
     return with_gradients(x, loss)
 
 
-def torch_ce(x: Heads, *, chunked: bool) -> Callable[[], Found]:
-    """PyTorch's own linear cross-entropy (2.13)."""
-    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+def torch_ce(x: Heads, *, chunk: int | None = None, chunked: bool = True) -> Callable[[], Found]:
+    """PyTorch's own linear cross-entropy (2.13); chunk None: of the size that it chooses."""
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk) if chunked else None
     return with_gradients(x, lambda: functional.linear_cross_entropy(x.h, x.w, x.labels, options=options))
