@@ -112,6 +112,7 @@ def bench_cross_entropy(race: Race, sizes: Sizes) -> None:
     ours, eager = heads.ours(x, kd_weight=0.0, ce_weight=1.0), heads.eager_ce(x)
     for got, wanted in zip(ours(), eager()):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    settings: dict[str, Callable[[], Callable[[], object]]]
     settings = {"whole": partial(heads.torch_ce, x, chunked=False), "its own chunks": partial(heads.torch_ce, x)}
     settings |= {f"chunks of {c}": partial(heads.torch_ce, x, chunk=c) for c in (256, 512, 1024) if c < sizes.rows}
     peer = best("F.linear_cross_entropy", settings, teacher=False)
@@ -129,7 +130,7 @@ def bench_cross_entropy(race: Race, sizes: Sizes) -> None:
 
 # ---- Memory ----
 
-MEMORY = {
+MEMORY: dict[str, Callable[[Heads], Callable[[], heads.Found]]] = {
     OURS: heads.ours,
     "fused, 64 MiB": lambda x: heads.ours(x, memory_budget=64 << 20),
     EAGER: heads.eager,

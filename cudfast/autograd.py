@@ -7,6 +7,7 @@ fullgraph=True; there the gradient is always made in backward, from the saved st
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from . import backends
 from .options import CUDOptions, DUSOptions, parse, text_of
-from .rows import STUDENT_COLUMNS, TEACHER_COLUMNS, Backend, Rows, State, compute_dtype, masks, row_name, vector_dtype
+from .projection import Projection
+from .rows import Backend, Constraints, Rows, State, columns_of, compute_dtype, masks, row_name, vector_dtype
 
 
 class Call(NamedTuple):
@@ -199,6 +201,21 @@ def evaluate(rows: Rows, call: Call) -> tuple[Tensor, State | None]:
 # ---- torch.library: the same two sweeps, traceable ----
 
 
+def parsed_of(options: str, constraints: Constraints | None) -> CUDOptions | DUSOptions:
+    """Constraints stand for the calibration, which the text does not know."""
+    parsed = parse(options)
+    return parsed if constraints is None else dataclasses.replace(parsed, calibration=None)  # type: ignore[arg-type]
+
+
+def packed_of(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[str, list[Tensor], str]:
+    """Options and constraints as an op takes them: a text, tensors, and what those are."""
+    if isinstance(options, CUDOptions) and isinstance(options.calibration, Projection):
+        options = dataclasses.replace(options, calibration=None)  # whose text would hold whole tensors
+    if rows.constraints is None:
+        return text_of(options), [], ""
+    return text_of(options), *rows.constraints.packed()
+
+
 @torch.library.custom_op("cudfast::row_state", mutates_args=())
 def row_state_op(
     logits: Tensor,
@@ -207,14 +224,17 @@ def row_state_op(
     weight: Tensor | None,
     per_row: Tensor | None,
     num_items: Tensor | None,
+    constraints: list[Tensor],
     scalar: float,
     classes: int,
     options: str,
+    flags: str,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """First sweep: loss () or (N,), states (N, columns), top-1 (N,), divisors (2,)."""
-    rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes)
-    parsed = parse(options)
+    bounds = Constraints.unpacked(constraints, flags)
+    rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes, bounds)
+    parsed = parsed_of(options, bounds)
     backend = backends.choose(parsed.backend, logits.device)
     loss, state = backend.row_state(rows, parsed, statistics=statistics, keep=True, gradient=None, fresh=False)
     assert state is not None
@@ -231,19 +251,22 @@ def _(
     weight: Tensor | None,
     per_row: Tensor | None,
     num_items: Tensor | None,
+    constraints: list[Tensor],
     scalar: float,
     classes: int,
     options: str,
+    flags: str,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes)
-    parsed = parse(options)
+    bounds = Constraints.unpacked(constraints, flags)
+    rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes, bounds)
+    parsed = parsed_of(options, bounds)
     dtype = compute_dtype(rows)
     student = isinstance(parsed, CUDOptions)
     count = logits.numel() // logits.shape[-1]
     return (
         logits.new_empty((count,) if parsed.reduction == "none" else (), dtype=dtype),
-        logits.new_empty((count, len(STUDENT_COLUMNS if student else TEACHER_COLUMNS)), dtype=dtype),
+        logits.new_empty((count, len(columns_of(rows, parsed))), dtype=dtype),
         logits.new_empty((count if student else 0,), dtype=torch.int64),
         logits.new_empty((2,), dtype=vector_dtype(logits.device)),
     )
@@ -256,17 +279,20 @@ def row_gradient_op(
     labels: Tensor | None,
     weight: Tensor | None,
     per_row: Tensor | None,
+    constraints: list[Tensor],
     scalar: float,
     classes: int,
     options: str,
+    flags: str,
     sums: Tensor,
     top1: Tensor,
     divisors: Tensor,
     upstream: Tensor,
 ) -> Tensor:
     """Second sweep: the gradient (..., >= V) for `upstream` () or (N,)."""
-    rows = Rows(logits, target, labels, weight, per_row, scalar, None, classes)
-    parsed = parse(options)
+    bounds = Constraints.unpacked(constraints, flags)
+    rows = Rows(logits, target, labels, weight, per_row, scalar, None, classes, bounds)
+    parsed = parsed_of(options, bounds)
     backend = backends.choose(parsed.backend, logits.device)
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     backend.row_gradient(rows, parsed, State(sums, top1, divisors), upstream, gradient, fresh=True)
@@ -280,9 +306,11 @@ def _(
     labels: Tensor | None,
     weight: Tensor | None,
     per_row: Tensor | None,
+    constraints: list[Tensor],
     scalar: float,
     classes: int,
     options: str,
+    flags: str,
     sums: Tensor,
     top1: Tensor,
     divisors: Tensor,
@@ -292,19 +320,20 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, labels, weight, per_row, _, scalar, classes, options, _ = inputs
+    logits, target, labels, weight, per_row, _, constraints, *plain, _ = inputs
     _, sums, top1, divisors = output
-    ctx.plain = (scalar, classes, options)
-    ctx.save_for_backward(logits, target, labels, weight, per_row, sums, top1, divisors)
+    ctx.plain = plain
+    ctx.save_for_backward(logits, target, labels, weight, per_row, sums, top1, divisors, *constraints)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if upstream is None:
-        return (None,) * 10
-    logits, target, labels, weight, per_row, sums, top1, divisors = ctx.saved_tensors
-    gradient = row_gradient_op(logits, target, labels, weight, per_row, *ctx.plain, sums, top1, divisors, upstream)
-    return (gradient, *(None,) * 9)
+def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    *tensors, sums, top1, divisors = ctx.saved_tensors[:8]
+    constraints = list(ctx.saved_tensors[8:])
+    gradient = None
+    if upstream is not None:
+        gradient = row_gradient_op(*tensors, constraints, *ctx.plain, sums, top1, divisors, upstream)
+    return (gradient, *(None,) * 5, [None] * len(constraints), *(None,) * 5)
 
 
 row_state_op.register_autograd(_backward, setup_context=_setup)
@@ -314,6 +343,7 @@ def _evaluate_op(rows: Rows, call: Call) -> tuple[Tensor, State]:
     items = rows.num_items
     if items is not None:
         items = torch.as_tensor(items, dtype=vector_dtype(rows.logits.device), device=rows.logits.device)
+    options, constraints, flags = packed_of(rows, call.options)
     loss, *state = row_state_op(
         rows.logits,
         rows.target,
@@ -321,9 +351,11 @@ def _evaluate_op(rows: Rows, call: Call) -> tuple[Tensor, State]:
         rows.weight,
         rows.per_row,
         items,
+        constraints,
         rows.scalar,
         rows.classes,
-        text_of(call.options),
+        options,
+        flags,
         call.statistics,
     )
     return loss, State(*state)

@@ -133,11 +133,6 @@ def check_call(rows: Rows, name: str, call: Call) -> None:
             "cudfast losses do not work inside torch.func transforms (vmap, grad, jvp, jacrev, ...): use "
             "loss.backward() or torch.autograd.grad, and pass a batch as one tensor instead of mapping over it"
         )
-    if rows.constraints is not None and torch.compiler.is_compiling():
-        raise RuntimeError(
-            "calibration=Projection(...) does not work under torch.compile yet: keep the loss outside the compiled "
-            "function, or wrap it in torch.compiler.disable"
-        )
     if call.grad_out is None and not call.options.inplace:
         return
     if torch.compiler.is_compiling():
@@ -244,4 +239,11 @@ def constraints_of(projection: Projection, logits: Tensor, classes: int, name: s
                 f"Projection({what}=...) is on {sets.indices.device} and {name} on {logits.device}: "
                 f"use {what}.to({str(logits.device)!r})"
             )
-    return Constraints(projection.near, wrong, projection.wrong == "top1", bounds, projection.on_infeasible == "relax")
+    return Constraints(
+        projection.near,
+        wrong,
+        projection.wrong is not None and wrong is None,
+        bounds,
+        projection.on_infeasible == "relax",
+        not (projection.min_entropy is None and projection.max_entropy is None),
+    )

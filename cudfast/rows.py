@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,6 +22,9 @@ PROJECTED_COLUMNS = ("beta", "centre", "near", "wrong", "rest", "confidence", "p
 TEACHER_COLUMNS = ("m", "z", "e", "z_y")
 
 
+_SETS = ("near", "wrong")
+
+
 class Constraints(NamedTuple):
     """A `Projection` for one call. The bounds are NaN in rows without them."""
 
@@ -29,6 +33,27 @@ class Constraints(NamedTuple):
     top1: bool  # the wrong class is the teacher's top-1 where that is not near
     bounds: Tensor  # (N, 4) f64: min_near_mass, max_wrong_mass, min_entropy, max_entropy
     relax: bool
+    entropy: bool  # whether some row may have a bound on its entropy
+
+    def packed(self) -> tuple[list[Tensor], str]:
+        """As tensors and a text: how they pass through a torch.library op."""
+        tensors, flags = [self.bounds], []
+        for name, sets in zip(_SETS, (self.near, self.wrong)):
+            if sets is not None:
+                tensors += [sets.offsets, sets.indices]
+                flags.append(name)
+        flags += [name for name in ("top1", "relax", "entropy") if getattr(self, name)]
+        return tensors, " ".join(flags)
+
+    @classmethod
+    def unpacked(cls, tensors: Sequence[Tensor], flags: str) -> Constraints | None:
+        """Inverse of `packed`; None for no tensors."""
+        if not tensors:
+            return None
+        given, rest = flags.split(), iter(tensors)
+        bounds = next(rest)
+        near, wrong = (ClassSets.trusted(next(rest), next(rest)) if name in given else None for name in _SETS)
+        return cls(near, wrong, "top1" in given, bounds, "relax" in given, "entropy" in given)
 
 
 class Part(NamedTuple):

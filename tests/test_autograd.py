@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cudfast import CUDLoss, CUDOptions, DUSLoss, DUSOptions
+from cudfast import ClassSets, CUDLoss, CUDOptions, DUSLoss, DUSOptions, Projection
 from cudfast.autograd import row_gradient_op, row_state_op
+from cudfast.checks import constraints_of
 from cudfast.functional import cud_loss, dus_loss
 from cudfast.options import text_of
 
@@ -286,18 +287,21 @@ def test_opcheck(batch: tuple[Tensor, ...]) -> None:
     student, teacher, labels = batch
     cud, dus = text_of(CUDOptions()), text_of(DUSOptions(reduction="none"))
     weight, tau = torch.rand(N, dtype=torch.float64), torch.rand(N, dtype=torch.float64) + 1
+    near = ClassSets.from_groups(torch.arange(V) // 2)
+    asked = constraints_of(Projection(near=near, min_near_mass=0.3, min_entropy=0.5), student, V, "student_logits")
+    tensors, flags = asked.packed()
+    bounds = (tensors, 2.0, V, cud, flags)
     for logits in (student.clone().requires_grad_(), student.to(torch.bfloat16).requires_grad_()):
         for args in (
-            (logits, teacher, labels, weight, tau, None, 2.0, V, cud, True),
-            (logits, teacher, None, None, None, torch.tensor(7.0), 3.0, V - 5, cud, False),
-            (logits, None, labels.clamp(min=0), None, None, None, 1.0, V, dus, False),
+            (logits, teacher, labels, weight, tau, None, [], 2.0, V, cud, "", True),
+            (logits, teacher, None, None, None, torch.tensor(7.0), [], 3.0, V - 5, cud, "", False),
+            (logits, None, labels.clamp(min=0), None, None, None, [], 1.0, V, dus, "", False),
+            (logits, teacher, labels, None, None, None, *bounds, False),
         ):
             torch.library.opcheck(row_state_op, args)
-    _, sums, top1, divisors = row_state_op(student, teacher, labels, None, None, None, 2.0, V, cud, False)
+    _, sums, top1, divisors = row_state_op(student, teacher, labels, None, None, None, *bounds, False)
     one = torch.ones(())
-    torch.library.opcheck(
-        row_gradient_op, (student, teacher, labels, None, None, 2.0, V, cud, sums, top1, divisors, one)
-    )
+    torch.library.opcheck(row_gradient_op, (student, teacher, labels, None, None, *bounds, sums, top1, divisors, one))
 
 
 def test_no_gradient_is_wanted(batch: tuple[Tensor, ...]) -> None:

@@ -97,15 +97,16 @@ def test_opcheck() -> None:
     x.labels = torch.tensor([1, -1, 3, -100, 5])
     given = (x.th, x.tw, None, x.labels, None, None)
     for options in (CUDOptions(), CUDOptions(save="state")):
-        texts = (text_of(options), text_of(LinearOptions()))
+        texts = (text_of(options), "", text_of(LinearOptions()))
         torch.library.opcheck(
-            linear_state_op, (x.h, x.w, x.b, *given, None, 2.0, 40, *texts, True, [True, False, True])
+            linear_state_op, (x.h, x.w, x.b, *given, None, [], 2.0, 40, *texts, True, [True, False, True])
         )
     with torch.no_grad():
-        _, *state, _, _, _ = linear_state_op(x.h, x.w, x.b, *given, None, 2.0, 40, *texts, False, [False, False, False])
+        frozen = [False, False, False]
+        _, *state, _, _, _ = linear_state_op(x.h, x.w, x.b, *given, None, [], 2.0, 40, *texts, False, frozen)
         torch.library.opcheck(
             linear_gradient_op,
-            (x.h, x.w, x.b, *given, 2.0, 40, *texts, [True, True, True], *state, torch.ones(())),
+            (x.h, x.w, x.b, *given, [], 2.0, 40, *texts, [True, True, True], *state, torch.ones(())),
             test_utils=("test_schema", "test_faketensor"),
         )
 

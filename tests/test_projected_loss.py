@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cudfast import ClassSets, CUDLoss, CUDOptions, Projection, calibrate
+from cudfast import ClassSets, CUDLoss, CUDOptions, FusedLinearCUDLoss, Projection, calibrate
 from cudfast.functional import cud_loss
 
 from .test_temperature import awkward
@@ -222,7 +222,32 @@ def test_nan_stays_in_its_row(backend: str, bad: float, bounds: dict[str, float]
     assert gradient.isnan().any(-1).tolist() == [False, True, True, True, False]
 
 
-def test_not_under_compile() -> None:
-    loss = torch.compile(CUDLoss(calibration=Projection(min_near_mass=0.5)), backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match=r"does not work under torch\.compile"):
-        loss(torch.randn(2, 4, requires_grad=True), torch.randn(2, 4), torch.tensor([1, 2]))
+@pytest.mark.parametrize("fields", [{}, {"max_wrong_mass": 0.05, "wrong": "far"}, {"min_entropy": 1.5}])
+def test_compile(backend: str, fields: dict[str, Any]) -> None:
+    """Constraints reach the compiled graph, one tensor for each that is one."""
+    torch._dynamo.reset()
+    near, far = sets(30)
+    least = torch.tensor([0.2, 0.3, 0.4, 0.5])
+    projection = Projection(
+        near=near, min_near_mass=least, **{**fields, **({"wrong": far} if "wrong" in fields else {})}
+    )
+    loss = CUDLoss(calibration=projection, backend=backend)
+    teacher, labels = torch.randn(4, 30) * 3, torch.tensor([1, -1, 20, 9])
+    found = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        x = torch.linspace(-2, 2, 120).reshape(4, 30).requires_grad_()
+        value, statistics = function(x * 1.5, teacher, labels, return_stats=True)
+        found.append((value, *torch.autograd.grad(value, x), statistics.moved_mass))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
+
+
+def test_linear_compile() -> None:
+    near, _ = sets(30)
+    loss = FusedLinearCUDLoss(calibration=Projection(near=near, min_near_mass=0.4, max_wrong_mass=0.1), save="state")
+    weight, teacher_weight, labels = torch.randn(30, 8), torch.randn(30, 8) * 2, torch.tensor([1, -1, 20, 9])
+    found = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        hidden = torch.linspace(-2, 2, 32).reshape(4, 8).requires_grad_()
+        value = function(hidden * 1.5, weight, labels, teacher_hidden=hidden.detach(), teacher_weight=teacher_weight)
+        found.append((value, *torch.autograd.grad(value, hidden)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)

@@ -61,7 +61,9 @@ def test_twelve_sweeps_are_enough(V: int, name: str) -> None:
     def found(wanted: Tensor) -> tuple[Tensor, int]:
         given = bounds.clone()
         given[:, column] = wanted
-        made = project(t, labels >= 0, labels, Constraints(None, None, top1=True, bounds=given, relax=True))
+        made = project(
+            t, labels >= 0, labels, Constraints(None, None, top1=True, bounds=given, relax=True, entropy=True)
+        )
         return torch.special.entr(made.logits.softmax(-1)).sum(-1), made.sweeps
 
     free, _ = found(torch.full((N,), -100.0 * sign, dtype=f64))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..autograd import Once, keeps_gradient
-from ..options import parse, parse_linear, text_of
-from ..rows import STUDENT_COLUMNS, TEACHER_COLUMNS, State, compute_dtype, vector_dtype
+from ..autograd import Once, keeps_gradient, packed_of, parsed_of
+from ..options import CUDOptions, parse_linear, text_of
+from ..rows import Constraints, State, columns_of, compute_dtype, vector_dtype
 from .gradients import Found
 from .layers import NOTHING_NEEDED, Needs, Problem, Tensors, problem_of, tensors_of
 from .sweep import sweep
@@ -109,6 +109,20 @@ def evaluate(p: Problem, *, statistics: bool) -> tuple[Tensor, State]:
 # ---- torch.library: the same sweeps, traceable ----
 
 
+def _problem(
+    x: Tensors,
+    scalar: float,
+    num_items: Tensor | None,
+    classes: int,
+    constraints: list[Tensor],
+    options: str,
+    flags: str,
+    linear: str,
+) -> Problem:
+    bounds = Constraints.unpacked(constraints, flags)
+    return problem_of(x, scalar, num_items, classes, bounds, parsed_of(options, bounds), parse_linear(linear))
+
+
 @torch.library.custom_op("cudfast::linear_state", mutates_args=())
 def linear_state_op(
     hidden: Tensor,
@@ -121,9 +135,11 @@ def linear_state_op(
     row_weight: Tensor | None,
     per_row: Tensor | None,
     num_items: Tensor | None,
+    constraints: list[Tensor],
     scalar: float,
     classes: int,
     options: str,
+    flags: str,
     linear: str,
     statistics: bool,
     needs: list[bool],
@@ -131,7 +147,7 @@ def linear_state_op(
     """Loss () or (N,); states (N, columns), top-1 (N,) and divisors (2,); gradients of hidden, weight and bias for an
     upstream gradient of 1, (0,) where they are not needed or are made in backward."""
     x = Tensors(hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, per_row)
-    p = problem_of(x, scalar, num_items, classes, None, parse(options), parse_linear(linear))
+    p = _problem(x, scalar, num_items, classes, constraints, options, flags, linear)
     made = _made_in_forward(p)
     found = sweep(p, Needs(*needs) if made else NOTHING_NEEDED, statistics=statistics)
     assert found.losses is not None
@@ -161,21 +177,23 @@ def _(
     row_weight: Tensor | None,
     per_row: Tensor | None,
     num_items: Tensor | None,
+    constraints: list[Tensor],
     scalar: float,
     classes: int,
     options: str,
+    flags: str,
     linear: str,
     statistics: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = Tensors(hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, per_row)
-    p = problem_of(x, scalar, num_items, classes, None, parse(options), parse_linear(linear))
-    dtype, student = compute_dtype(p.rows), target is not None
+    p = _problem(x, scalar, num_items, classes, constraints, options, flags, linear)
+    dtype, student = compute_dtype(p.rows), isinstance(p.options, CUDOptions)
     count = hidden.numel() // hidden.shape[-1]
     made = _made_in_forward(p)
     return (
         hidden.new_empty((count,) if p.options.reduction == "none" else (), dtype=dtype),
-        hidden.new_empty((count, len(STUDENT_COLUMNS if student else TEACHER_COLUMNS)), dtype=dtype),
+        hidden.new_empty((count, len(columns_of(p.rows, p.options))), dtype=dtype),
         hidden.new_empty((count if student else 0,), dtype=torch.int64),
         hidden.new_empty((2,), dtype=vector_dtype(hidden.device)),
         *_fake_gradients(hidden, weight, bias, needs if made else NOTHING_NEEDED),
@@ -193,9 +211,11 @@ def linear_gradient_op(
     labels: Tensor | None,
     row_weight: Tensor | None,
     per_row: Tensor | None,
+    constraints: list[Tensor],
     scalar: float,
     classes: int,
     options: str,
+    flags: str,
     linear: str,
     needs: list[bool],
     sums: Tensor,
@@ -205,7 +225,7 @@ def linear_gradient_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias for `upstream` () or (N,), (0,) where they are not needed."""
     x = Tensors(hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, per_row)
-    p = problem_of(x, scalar, None, classes, None, parse(options), parse_linear(linear))
+    p = _problem(x, scalar, None, classes, constraints, options, flags, linear)
     found = sweep(p, Needs(*needs), statistics=False, state=State(sums, top1, divisors), upstream=_flat(upstream))
     first, second, third = (hidden.new_empty(0) if g is None else g for g in found.gradients)
     return first, second, third
@@ -222,9 +242,11 @@ def _(
     labels: Tensor | None,
     row_weight: Tensor | None,
     per_row: Tensor | None,
+    constraints: list[Tensor],
     scalar: float,
     classes: int,
     options: str,
+    flags: str,
     linear: str,
     needs: list[bool],
     sums: Tensor,
@@ -236,14 +258,15 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _, scalar, classes, options, linear, _, needs = inputs
-    ctx.plain = (scalar, classes, options, linear, needs)
+    *tensors, _, constraints, scalar, classes, options, flags, linear, _, needs = inputs
+    ctx.plain = (scalar, classes, options, flags, linear, needs)
+    ctx.bounds = len(constraints)
     ctx.made = any(g.numel() for g in output[4:])
-    ctx.save_for_backward(*((*tensors[:3], *output[4:]) if ctx.made else (*tensors, *output[1:4])))
+    ctx.save_for_backward(*((*tensors[:3], *output[4:]) if ctx.made else (*tensors, *output[1:4], *constraints)))
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     found: list[Tensor | None] = [None, None, None]
     if upstream is not None:
         needs = ctx.plain[-1]
@@ -252,9 +275,10 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Ten
             gradients = [(g * upstream).to(g.dtype) for g in saved[3:]]
         else:
             count = len(Tensors._fields)
-            gradients = list(linear_gradient_op(*saved[:count], *ctx.plain, *saved[count:], upstream))
+            state, constraints = saved[count : count + 3], list(saved[count + 3 :])
+            gradients = list(linear_gradient_op(*saved[:count], constraints, *ctx.plain, *state, upstream))
         found = [g if needed else None for g, needed in zip(gradients, needs)]
-    return (*found, *(None,) * 13)
+    return (*found, *(None,) * 7, [None] * ctx.bounds, *(None,) * 7)
 
 
 linear_state_op.register_autograd(_backward, setup_context=_setup)
@@ -264,12 +288,15 @@ def _evaluate_op(p: Problem, *, statistics: bool) -> tuple[Tensor, State]:
     rows, items = p.rows, p.rows.num_items
     if items is not None:
         items = torch.as_tensor(items, dtype=vector_dtype(rows.logits.device), device=rows.logits.device)
+    options, constraints, flags = packed_of(rows, p.options)
     loss, sums, top1, divisors, *_ = linear_state_op(
         *tensors_of(p),
         items,
+        constraints,
         rows.scalar,
         rows.classes,
-        text_of(p.options),
+        options,
+        flags,
         text_of(p.linear),
         statistics,
         list(_needs(p)),

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ...options import CUDOptions, DUSOptions, WClip
-from ...projection import Projection
 from ...rows import Rows, State, columns_of, compute_dtype, dense, divisors_of, row_layout
 from . import projected, search, student, teacher
 from .pieces import count, scale_rows
@@ -232,7 +231,7 @@ class Call(NamedTuple):
         assert target is not None
         g = rows.logits if gradient is None else gradient
         step = 0 if upstream is None or upstream.dim() == 0 else 1
-        top1, entropy, writes = rows.constraints.top1, self.bounds_entropy and fold, gradient is not None
+        top1, entropy, writes = rows.constraints.top1, rows.constraints.entropy and fold, gradient is not None
         registers = TWO_PROGRAMS.get(compiler(rows.logits.device), {})
         sets = self.constraints(state)
 
@@ -265,13 +264,6 @@ class Call(NamedTuple):
         some = state.top1 if rows.labels is None else rows.labels
         near, wrong = ((None, some) if sets is None else (sets.offsets, sets.indices) for sets in (c.near, c.wrong))
         return c.bounds, *near, *wrong
-
-    @property
-    def bounds_entropy(self) -> bool:
-        """Whether any row may have a bound on its entropy."""
-        assert isinstance(self.options, CUDOptions)
-        c = self.options.calibration
-        return isinstance(c, Projection) and not (c.min_entropy is None and c.max_entropy is None)
 
     @property
     def power(self) -> int:
