@@ -228,9 +228,8 @@ def test_compile(backend: str, fields: dict[str, Any]) -> None:
     torch._dynamo.reset()
     near, far = sets(30)
     least = torch.tensor([0.2, 0.3, 0.4, 0.5])
-    projection = Projection(
-        near=near, min_near_mass=least, **{**fields, **({"wrong": far} if "wrong" in fields else {})}
-    )
+    wrong = {"wrong": far} if "wrong" in fields else {}
+    projection = Projection(near=near, min_near_mass=least, **{**fields, **wrong})
     loss = CUDLoss(calibration=projection, backend=backend)
     teacher, labels = torch.randn(4, 30) * 3, torch.tensor([1, -1, 20, 9])
     found = []
