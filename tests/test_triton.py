@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import types
 from typing import Any
 
 import pytest
@@ -159,6 +160,9 @@ def test_on_the_cpu_it_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_gpu_takes_triton_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
+    found = types.SimpleNamespace(name="Some GPU", major=9, minor=0)
+    module = types.SimpleNamespace(get_device_properties=lambda device: found)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     all_backends.choose.cache_clear()
     assert all_backends.choose("auto", cuda) is backend
     monkeypatch.setattr(
