@@ -44,12 +44,13 @@ class Setup:
         return DataLoader(TensorDataset(self.x, self.labels), batch_size=size)
 
 
-def fit(path: Path, module: Any, batches: Any, epochs: int = 1, ckpt_path: Path | None = None, **options: Any) -> Any:
+def trainer_in(path: Path, **options: Any) -> Any:
     silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    checkpoints = {"enable_checkpointing": False}
-    trainer = lightning.Trainer(
-        accelerator="cpu", max_epochs=epochs, default_root_dir=path, **silent, **checkpoints, **options
-    )
+    return lightning.Trainer(accelerator="cpu", default_root_dir=path, enable_checkpointing=False, **silent, **options)
+
+
+def fit(path: Path, module: Any, batches: Any, epochs: int = 1, ckpt_path: Path | None = None, **options: Any) -> Any:
+    trainer = trainer_in(path, max_epochs=epochs, **options)
     trainer.fit(module, batches, ckpt_path=ckpt_path)
     return trainer
 
@@ -179,14 +180,7 @@ def test_validation(tmp_path: Path, reduction: Any) -> None:
     x = Setup()
     x.labels[:5], x.labels[6] = -100, -1
     module = DistillationModule(x.student, x.teacher, CUDLoss(reduction=reduction))
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
-    [metrics] = trainer.validate(module, x.batches(5), verbose=False)
+    [metrics] = trainer_in(tmp_path).validate(module, x.batches(5), verbose=False)
     counts, labelled = x.labels != -100, x.labels >= 0
     total = 0.0
     for xs, labels in x.batches(5):
