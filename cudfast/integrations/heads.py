@@ -1,0 +1,90 @@
+"""Causal language models of transformers, read before their last layer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The model inside a PEFT adapter, or the model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def names_of(model: nn.Module) -> frozenset[str]:
+    """What the model's forward calls its inputs."""
+    return frozenset(inspect.signature(type(unwrapped(model)).forward).parameters) - {"self", "args", "kwargs"}
+
+
+class Head:
+    """The last layer of a causal model: ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``.
+
+    Args:
+        model: as transformers has them, with a backbone in `base_model` and an `nn.Linear` as output embeddings.
+        name: what errors call it, "student" or "teacher".
+        scale, softcap: of its logits. Where they are 1.0 and None, `logit_scale` and `final_logit_softcapping` of the
+            model's config hold.
+
+    Raises:
+        TypeError: a model that is not made like that. ValueError (from `hidden`): logits that are made otherwise.
+    """
+
+    def __init__(self, model: nn.Module, name: str, scale: float, softcap: float | None) -> None:
+        inner = unwrapped(model)
+        self.backbone = getattr(inner, "base_model", inner)
+        layer = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+        if self.backbone is inner or not isinstance(layer, nn.Linear) or "logits_to_keep" not in names_of(inner):
+            raise TypeError(
+                f"{name}: {type(inner).__name__} cannot be read before its last layer: expected a causal language "
+                "model of transformers with a base_model, an nn.Linear from get_output_embeddings() and a "
+                "logits_to_keep argument of forward; use CUDLoss, which takes logits"
+            )
+        self.layer: nn.Linear = layer
+        config = inner.config.get_text_config()
+        self.name = name
+        self.scale: float = (getattr(config, "logit_scale", None) or 1.0) if scale == 1.0 else scale
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None) if softcap is None else softcap
+        self.hidden: Tensor | None = None
+        self._checked = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within it, `hidden` is what the backbone returned last."""
+
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.hidden = output[0]
+
+        handle = self.backbone.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self.hidden = None
+
+    def taken(self, logits: Tensor) -> Tensor:
+        """The hidden states (B, S, D) that gave these logits (B, K, V) of the last K positions."""
+        assert self.hidden is not None
+        if not self._checked:
+            self._check(self.hidden[:, -1], logits[:, -1])
+            self._checked = True
+        return self.hidden
+
+    @torch.no_grad()
+    def _check(self, hidden: Tensor, logits: Tensor) -> None:
+        """That nothing else happens between the backbone and the logits, to the precision of bfloat16."""
+        made = F.linear(hidden, self.layer.weight, self.layer.bias).float() * self.scale
+        if self.softcap is not None:
+            made = self.softcap * torch.tanh(made / self.softcap)
+        error, largest = (made - logits).abs().max().item(), logits.abs().max().item()
+        if not error <= 0.02 * largest:
+            raise ValueError(
+                f"{self.name}: its logits differ by up to {error:.3g} (of {largest:.3g}) from its last layer's with "
+                f"scale {self.scale} and soft cap {self.softcap}: if it scales them, pass {self.name}_logit_scale= or "
+                f"{self.name}_logit_softcap= to FusedLinearCUDLoss; otherwise use CUDLoss, which takes logits"
+            )

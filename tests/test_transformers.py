@@ -1,0 +1,422 @@
+"""The losses in transformers' Trainer: steps against steps by hand, accumulation, evaluation, saving, and errors."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+
+from datasets import Dataset  # noqa: E402
+from transformers import Trainer, TrainingArguments  # noqa: E402
+
+from cudfast import CUDLoss, DUSLoss, FusedLinearCUDLoss, FusedLinearDUSLoss  # noqa: E402
+from cudfast.integrations.transformers import DistillationTrainer, TrainerLoss  # noqa: E402
+
+CLASSES, VOCAB, PAD = 5, 64, 0
+
+
+def bert(seed: int, hidden: int = 16, dropout: float = 0.0) -> Any:
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=CLASSES,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def qwen(seed: int, hidden: int = 16, vocab: int = VOCAB, kind: str = "Qwen2", **config: Any) -> Any:
+    torch.manual_seed(seed)
+    made = getattr(transformers, f"{kind}Config")(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=32,
+        pad_token_id=PAD,
+        **{"initializer_range": 0.5, **config},
+    )
+    return getattr(transformers, f"{kind}ForCausalLM")(made)
+
+
+def sentences(rows: int = 16) -> Dataset:
+    """For classification; of one length, so that any batch is the same."""
+    ids = torch.randint(1, VOCAB, (rows, 7))
+    labels = torch.randint(CLASSES, (rows,))
+    return Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": [[1] * 7] * rows, "label": labels.tolist()})
+
+
+def texts(rows: int = 16, side: str = "right") -> Dataset:
+    """For language models: between 3 and 9 tokens, padded to 9 on one side; no loss of the padding."""
+    found: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for row in range(rows):
+        ids = torch.randint(1, VOCAB, (3 + row % 7,)).tolist()
+        blank = 9 - len(ids)
+        for name, filled, empty in (
+            ("input_ids", ids, PAD),
+            ("attention_mask", [1] * len(ids), 0),
+            ("labels", ids, -100),
+        ):
+            found[name].append(filled + [empty] * blank if side == "right" else [empty] * blank + filled)
+    return Dataset.from_dict(found)
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    """One step of plain SGD over everything, unless changed."""
+    return TrainingArguments(
+        str(folder),
+        **{
+            "max_steps": 1,
+            "per_device_train_batch_size": 16,
+            "learning_rate": 0.1,
+            "optim": "sgd",
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+            "report_to": "none",
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **changes,
+        },
+    )
+
+
+def close(got: nn.Module, wanted: nn.Module, tolerance: float = 1e-6) -> None:
+    for (name, a), b in zip(got.named_parameters(), wanted.parameters()):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def moved(student: nn.Module, before: nn.Module) -> bool:
+    return any(not torch.equal(a, b) for a, b in zip(student.parameters(), before.parameters()))
+
+
+def batch_of(data: Dataset) -> dict[str, Tensor]:
+    return {{"label": "labels"}.get(name, name): torch.tensor(data[name][:]) for name in data.column_names}
+
+
+def by_hand(student: nn.Module, teacher: nn.Module, loss: Any, data: Dataset, lr: float = 0.1) -> nn.Module:
+    """A copy of the student after one step."""
+    student, batch = copy.deepcopy(student).train(), batch_of(data)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        target = teacher(**batch).logits
+    logits, items = student(**batch).logits, (labels != -100).sum()
+    if logits.dim() == 3:
+        logits, target, labels, items = logits[:, :-1], target[:, :-1], labels[:, 1:], (labels[:, 1:] != -100).sum()
+    loss(logits, target, labels, num_items=items).backward()
+    with torch.no_grad():
+        for p in student.parameters():
+            p -= lr * p.grad
+    return student
+
+
+def trainer_of(form: str, student: Any, teacher: Any, loss: Any, **kwargs: Any) -> Trainer:
+    if form == "hook":
+        return Trainer(student, compute_loss_func=TrainerLoss(loss, teacher, student), **kwargs)
+    return DistillationTrainer(student, teacher_model=teacher, loss=loss, **kwargs)
+
+
+FORMS = pytest.mark.parametrize("form", ["hook", "subclass"])
+
+
+@FORMS
+@pytest.mark.parametrize("task", ["classes", "left", "right"])
+def test_a_step_is_the_step_by_hand(form: str, task: str, tmp_path: Path) -> None:
+    make, data = (bert, sentences()) if task == "classes" else (qwen, texts(side=task))
+    student, teacher = make(0), make(1, hidden=32).eval()
+    before, taught = copy.deepcopy(student), copy.deepcopy(teacher)
+    wanted = by_hand(student, teacher, CUDLoss(), data)
+    trainer = trainer_of(form, student, teacher, CUDLoss(), args=arguments(tmp_path), train_dataset=data)
+    trainer.train()
+    close(student, wanted)
+    assert moved(student, before)
+    close(teacher, taught, 0)
+    assert all(p.grad is None for p in teacher.parameters())
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in student.parameters()}
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Gemma2", "Cohere"])  # plain; a soft cap; a scale
+def test_hidden_states_give_the_step_of_the_logits(kind: str, tmp_path: Path) -> None:
+    config: dict[str, Any] = {"Gemma2": {"final_logit_softcapping": 3.0}, "Cohere": {"logit_scale": 0.5}}.get(kind, {})
+    student, teacher, data = qwen(0, kind=kind, **config), qwen(1, 32, kind=kind, **config).eval(), texts()
+    wanted = by_hand(student, teacher, CUDLoss(), data)
+    lengths = []
+    handle = student.lm_head.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+    changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 16}
+    trainer = DistillationTrainer(
+        student,
+        teacher_model=teacher,
+        loss=FusedLinearCUDLoss(),
+        args=arguments(tmp_path, **changes),
+        train_dataset=data,
+        eval_dataset=data,
+    )
+    trainer.train()
+    close(student, wanted, 2e-6)
+    found = trainer.evaluate()
+    assert lengths == [1] * 5
+    handle.remove()
+    plain = trainer_of("subclass", student, teacher, CUDLoss(), args=trainer.args, eval_dataset=data)
+    assert found["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+    assert trainer.predict(data).predictions.shape == (16, 9, VOCAB)
+    assert all(not module._forward_hooks for module in student.modules())
+
+
+@FORMS
+@pytest.mark.parametrize("task", ["classes", "text"])
+def test_accumulation_changes_nothing(form: str, task: str, tmp_path: Path) -> None:
+    make, data = (bert, sentences()) if task == "classes" else (qwen, texts())
+    students = []
+    for size, steps in ((16, 1), (4, 4)):
+        student, teacher = make(0), make(1).eval()
+        changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        trainer = trainer_of(form, student, teacher, CUDLoss(), args=arguments(tmp_path, **changes), train_dataset=data)
+        trainer.train()
+        students.append(student)
+    close(*students)
+
+
+@FORMS
+def test_evaluation_is_the_mean_and_returns_predictions(form: str, tmp_path: Path) -> None:
+    student, teacher, data = bert(0), bert(1).eval(), sentences(12)
+    trainer = trainer_of(
+        form,
+        student,
+        teacher,
+        CUDLoss(),
+        args=arguments(tmp_path, per_device_eval_batch_size=4),
+        eval_dataset=data,
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+    )
+    found, batch = trainer.evaluate(), batch_of(data)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        wanted = CUDLoss()(student.eval()(**batch).logits, teacher(**batch).logits, labels)
+    assert found["eval_loss"] == pytest.approx(wanted.item(), rel=1e-5)
+    assert 0 <= found["eval_accuracy"] <= 1
+    assert trainer.predict(data).predictions.shape == (12, CLASSES)
+
+
+@FORMS
+def test_padded_vocabulary(form: str, tmp_path: Path) -> None:
+    student, teacher, data = qwen(0), qwen(1, vocab=72).eval(), texts()
+    loss = CUDLoss(num_classes=VOCAB)
+    wanted = by_hand(student, teacher, loss, data)
+    trainer_of(form, student, teacher, loss, args=arguments(tmp_path), train_dataset=data).train()
+    close(student, wanted)
+    trainer = trainer_of(form, student, teacher, CUDLoss(), args=arguments(tmp_path), train_dataset=data)
+    with pytest.raises(ValueError, match=r"64 classes and teacher_logits has 72: .* pass num_classes=64"):
+        trainer.train()
+
+
+@FORMS
+def test_resumes_from_a_checkpoint(form: str, tmp_path: Path) -> None:
+    data, changes = texts(), {"max_steps": 4, "per_device_train_batch_size": 4, "optim": "adamw_torch"}
+    ends = []
+    for folder, resumed in (("whole", False), ("parts", True)):
+        student, teacher = qwen(0), qwen(1).eval()
+        saving = arguments(tmp_path / folder, save_strategy="steps", save_steps=2, **changes)
+        trainer = trainer_of(form, student, teacher, CUDLoss(), args=saving, train_dataset=data)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2") if resumed else None)
+        ends.append(student)
+    close(*ends, 0)
+
+
+@pytest.mark.parametrize("loss", [CUDLoss(), FusedLinearCUDLoss()])
+def test_autocast_in_bfloat16(loss: Any, tmp_path: Path) -> None:
+    student, teacher, data = qwen(0), qwen(1).eval(), texts()
+    wanted = by_hand(student, teacher, CUDLoss(), data)
+    before = copy.deepcopy(student)
+    trainer_of("subclass", student, teacher, loss, args=arguments(tmp_path, bf16=True), train_dataset=data).train()
+    close(student, wanted, 0.02)
+    assert moved(student, before)
+
+
+@FORMS
+def test_a_saved_student_is_a_plain_model(form: str, tmp_path: Path) -> None:
+    student, teacher = bert(0), bert(1).eval()
+    keys = list(student.state_dict())
+    trainer = trainer_of(form, student, teacher, CUDLoss(), args=arguments(tmp_path), train_dataset=sentences())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert type(again) is type(student)
+    assert list(again.state_dict()) == keys
+    close(again, student, 0)
+    if form == "hook":
+        trainer.compute_loss_func.handle.remove()
+    assert not student._forward_pre_hooks
+    torch.save(student, tmp_path / "whole.pt")
+
+
+@pytest.mark.parametrize("task", ["classes", "text"])
+def test_trains_the_teacher(task: str, tmp_path: Path) -> None:
+    make, data = (bert, sentences()) if task == "classes" else (qwen, texts())
+    model, batch = make(0), batch_of(data)
+    wanted, labels = copy.deepcopy(model), batch.pop("labels")
+    logits = wanted(**batch).logits
+    if task == "text":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    DUSLoss()(logits, labels).backward()
+    torch.optim.SGD(wanted.parameters(), 0.1).step()
+    hook = TrainerLoss(DUSLoss(), shift=task == "text" or None)
+    Trainer(model, args=arguments(tmp_path), train_dataset=data, compute_loss_func=hook).train()
+    close(model, wanted)
+
+
+class Teacher(nn.Module):
+    """Reads a column that no student knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, CLASSES)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layer(image)  # type: ignore[no-any-return]
+
+
+class Plain(nn.Module):
+    """A student that takes no other column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(VOCAB, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.layer(self.embedding(input_ids).mean(1))}
+
+
+@FORMS
+def test_a_column_of_the_teacher_alone(form: str, tmp_path: Path) -> None:
+    data = sentences().remove_columns("attention_mask").add_column("image", torch.randn(16, 3).tolist())
+    student, before = Plain(), Plain()
+    before.load_state_dict(student.state_dict())
+    teacher = Teacher().eval()
+    args = arguments(tmp_path)
+    if form == "hook":
+        trainer = trainer_of(form, student, teacher, CUDLoss(), args=args, train_dataset=data)
+        with pytest.raises(ValueError, match=r"Teacher, was given no input .*image.*remove_unused_columns=False"):
+            trainer.train()
+        trainer.compute_loss_func.handle.remove()
+        args.remove_unused_columns = False
+    trainer_of(form, student, teacher, CUDLoss(), args=args, train_dataset=data).train()
+    batch = batch_of(data)
+    target = teacher(batch["image"]).detach()
+    CUDLoss()(before(batch["input_ids"])["logits"], target, batch["labels"]).backward()
+    torch.optim.SGD(before.parameters(), 0.1).step()
+    close(student, before)
+
+
+def test_refuses() -> None:
+    student, teacher = bert(0), bert(1).eval()
+    cases: list[tuple[type[Exception], str, Any]] = [
+        (
+            TypeError,
+            "expected CUDLoss or DUSLoss, got FusedLinearCUDLoss; .* DistillationTrainer",
+            lambda: TrainerLoss(FusedLinearCUDLoss(), teacher, student),
+        ),  # type: ignore[arg-type]
+        (TypeError, "teacher is None: expected the teacher model", lambda: TrainerLoss(CUDLoss(), None, student)),
+        (TypeError, "student is None: expected the student model", lambda: TrainerLoss(CUDLoss(), teacher)),
+        (TypeError, "DUSLoss trains the teacher", lambda: TrainerLoss(DUSLoss(), teacher)),
+        (
+            ValueError,
+            "reduction='sum' and ignore_index=-100: expected 'mean' and -100",
+            lambda: TrainerLoss(CUDLoss(reduction="sum"), teacher, student),
+        ),
+        (
+            ValueError,
+            "the teacher's parameter .* is the student's, too",
+            lambda: TrainerLoss(CUDLoss(), student, student),
+        ),
+        (
+            TypeError,
+            "compute_loss_func was given to DistillationTrainer",
+            lambda: DistillationTrainer(student, teacher_model=teacher, loss=CUDLoss(), compute_loss_func=print),
+        ),
+        (
+            TypeError,
+            "expected CUDLoss or DUSLoss, got FusedLinearDUSLoss",
+            lambda: DistillationTrainer(student, teacher_model=teacher, loss=FusedLinearDUSLoss()),
+        ),  # type: ignore[arg-type]
+        (
+            TypeError,
+            "student: BertForSequenceClassification cannot be read before its last layer",
+            lambda: DistillationTrainer(student, teacher_model=teacher, loss=FusedLinearCUDLoss()),
+        ),
+    ]
+    for error, match, call in cases:
+        with pytest.raises(error, match=match):
+            call()
+
+
+def test_refuses_in_a_call() -> None:
+    student, teacher = bert(0), bert(1)
+    hook, batch = TrainerLoss(CUDLoss(), teacher, student), batch_of(sentences())
+    labels = batch.pop("labels")
+    outputs = student(**batch)
+    with pytest.raises(RuntimeError, match=r"teacher is in training mode.*teacher\.eval\(\)"):
+        hook(outputs, labels)
+    teacher.eval()
+    with pytest.raises(RuntimeError, match="the student was not run before its loss"):
+        hook(outputs, labels)
+    with pytest.raises(ValueError, match="the batch has no 'labels'"):
+        hook(outputs, None)
+    with pytest.raises(RuntimeError, match=r"num_items_in_batch has 2 values, .*torchrun"):
+        hook(student(**batch), labels, torch.tensor([[8], [8]]))
+    teacher.to("meta")
+    with pytest.raises(RuntimeError, match=r"the teacher is on meta and the student on cpu: call teacher\.to\('cpu'\)"):
+        hook(student(**batch), labels)
+    with pytest.raises(ValueError, match=r"logits have shape \(2, 3, 4\), .* pass shift=True"):
+        TrainerLoss(DUSLoss())(torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.long))
+
+
+def test_who_shifts() -> None:
+    tagger = transformers.BertForTokenClassification(bert(0).config)
+    assert TrainerLoss(CUDLoss(), qwen(0), qwen(1)).shift
+    assert TrainerLoss(CUDLoss(), bert(1), tagger).shift is False
+    batch = batch_of(texts())
+    labels = (batch.pop("labels") % CLASSES).where(batch["attention_mask"] > 0, -100)
+    teacher = transformers.BertForTokenClassification(bert(1).config).eval()
+    value = TrainerLoss(CUDLoss(), teacher, tagger)(tagger(**batch), labels, 7)
+    with torch.no_grad():
+        wanted = CUDLoss()(tagger.eval()(**batch).logits, teacher(**batch).logits, labels, num_items=7)
+    torch.testing.assert_close(value, wanted)
+
+
+def test_hidden_states_that_do_not_give_the_logits(tmp_path: Path) -> None:
+    granite = {"kind": "Granite", "logits_scaling": 4.0}
+    student, teacher, data = qwen(0, **granite), qwen(1).eval(), texts()
+    trainer = trainer_of(
+        "subclass", student, teacher, FusedLinearCUDLoss(), args=arguments(tmp_path), train_dataset=data
+    )
+    with pytest.raises(ValueError, match=r"student: its logits differ by up to .*student_logit_scale="):
+        trainer.train()
+    wanted = by_hand(student, teacher, CUDLoss(), data)
+    loss = FusedLinearCUDLoss(student_logit_scale=0.25)
+    trainer_of("subclass", student, teacher, loss, args=arguments(tmp_path), train_dataset=data).train()
+    close(student, wanted, 2e-6)
+
+
+def test_imports_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "cudfast.integrations.transformers")
+    with pytest.raises(ImportError, match=r"needs transformers.*pip install 'cudfast\[transformers\]'"):
+        importlib.import_module("cudfast.integrations.transformers")
