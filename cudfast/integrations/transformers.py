@@ -56,16 +56,7 @@ class _Distillation:
     accepted: tuple[type[Any], ...] = (CUDLoss, DUSLoss)
 
     def __init__(self, loss: Any, teacher: nn.Module | None, student: nn.Module | None, shift: bool | None) -> None:
-        if not isinstance(loss, self.accepted):
-            raise TypeError(
-                f"loss: expected {' or '.join(kind.__name__ for kind in self.accepted)}, got {type(loss).__name__}; "
-                "FusedLinearCUDLoss, which takes hidden states, belongs to DistillationTrainer"
-            )
-        if loss.options.reduction != "mean" or loss.options.ignore_index != -100:
-            raise ValueError(
-                f"loss has reduction={loss.options.reduction!r} and ignore_index={loss.options.ignore_index}: expected "
-                "'mean' and -100, as Trainer divides by the number of labels that are not -100"
-            )
+        check_loss(loss, self.accepted)
         if isinstance(loss, DUSLoss):
             if teacher is not None:
                 raise TypeError("DUSLoss trains the teacher and takes no other: leave teacher out, or use CUDLoss")
@@ -149,6 +140,20 @@ class _Distillation:
                 "pass TrainingArguments(remove_unused_columns=False), or use DistillationTrainer, which keeps the "
                 "columns of both"
             ) from error
+
+
+def check_loss(loss: Any, accepted: tuple[type[Any], ...]) -> None:
+    """That the loss is of an accepted kind, and counts what trainers count."""
+    if not isinstance(loss, accepted):
+        raise TypeError(
+            f"loss: expected {' or '.join(kind.__name__ for kind in accepted)}, got {type(loss).__name__}; "
+            "FusedLinearCUDLoss, which takes hidden states, belongs to DistillationTrainer, and CUDLoss to the others"
+        )
+    if loss.options.reduction != "mean" or loss.options.ignore_index != -100:
+        raise ValueError(
+            f"loss has reduction={loss.options.reduction!r} and ignore_index={loss.options.ignore_index}: expected "
+            "'mean' and -100, as trainers divide by the number of labels that are not -100"
+        )
 
 
 def _check_apart(teacher: nn.Module, student: nn.Module) -> None:
