@@ -420,3 +420,8 @@ def test_imports_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "cudfast.integrations.transformers")
     with pytest.raises(ImportError, match=r"needs transformers.*pip install 'cudfast\[transformers\]'"):
         importlib.import_module("cudfast.integrations.transformers")
+
+
+def test_example() -> None:
+    example = pytest.importorskip("examples.trainer_transformers", reason="needs the source tree")
+    assert all(0 < value < 3 for value in example.main(steps=20).values())

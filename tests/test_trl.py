@@ -197,3 +197,8 @@ def test_refuses(tmp_path: Path) -> None:
     other = {"use_uld_loss": True, "teacher_tokenizer_name_or_path": str(tmp_path / "tokenizer")}
     with pytest.raises(ValueError, match="use_uld_loss=True compares sorted probabilities"):
         made(GOLDTrainer, CUDLoss(), None, qwen(0), qwen(1).eval(), chats(), tmp_path, **other)
+
+
+def test_example() -> None:
+    example = pytest.importorskip("examples.trainer_trl", reason="needs the source tree")
+    assert 0 < example.main(steps=2) < 10
