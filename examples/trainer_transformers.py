@@ -1,6 +1,7 @@
 """A teacher fine-tuned with DUSLoss and a student distilled with CUDLoss by transformers' Trainer; seconds."""
 
 import tempfile
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -14,8 +15,8 @@ CLASSES, VOCABULARY, LENGTH = 20, 100, 8
 
 def model(width: int) -> BertForSequenceClassification:
     size = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 2 * width}
-    config = BertConfig(vocab_size=VOCABULARY, num_labels=CLASSES, **size)
-    return BertForSequenceClassification(config)
+    config: dict[str, Any] = {"vocab_size": VOCABULARY, "num_labels": CLASSES, **size}
+    return BertForSequenceClassification(BertConfig(**config))
 
 
 def sentences(rows: int) -> Dataset:

@@ -2,6 +2,7 @@
 
 import string
 import tempfile
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -16,8 +17,8 @@ WORDS = ["<pad>", "<eos>", *string.ascii_lowercase]
 
 
 def model(width: int) -> Qwen2ForCausalLM:
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    size = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1, **heads}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    size: dict[str, Any] = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1, **heads}
     config = Qwen2Config(vocab_size=len(WORDS), initializer_range=0.3, **size)
     return Qwen2ForCausalLM(config)
 
@@ -32,7 +33,7 @@ def main(steps: int = 20) -> float:
     alphabet = " ".join(string.ascii_lowercase)
     pairs = [{"user": alphabet[: 2 * i], "assistant": alphabet[2 * i :]} for i in range(1, 25)]
     data = Dataset.from_list([{"messages": [{"role": r, "content": t} for r, t in pair.items()]} for pair in pairs])
-    lengths = {"max_steps": steps, "max_length": 32, "max_new_tokens": 8}
+    lengths: dict[str, Any] = {"max_steps": steps, "max_length": 32, "max_new_tokens": 8}
     with tempfile.TemporaryDirectory() as folder:
         args = GKDConfig(
             folder, learning_rate=1e-2, logging_steps=1, report_to="none", use_cpu=True, bf16=False, **lengths
