@@ -119,3 +119,12 @@ def test_a_thousand_calls_leak_nothing() -> None:
     tracemalloc.stop()
     assert traced < 200_000
     assert grown < 8_000_000  # a leak of one gradient a call would be 96 MB
+
+
+def test_the_import_brings_no_trainer() -> None:
+    script = """
+import sys, cudfast
+print([name for name in ("transformers", "trl", "lightning", "torchdistill") if name in sys.modules])
+"""
+    found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert found.stdout == "[]\n"
