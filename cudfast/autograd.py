@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .options import CUDOptions, DUSOptions, parse, text_of
-from .projection import Projection
+from .options import CUDOptions, DUSOptions, cross_entropy, parse, text_of
 from .rows import Backend, Constraints, Rows, State, columns_of, compute_dtype, masks, row_name, vector_dtype
 
 
@@ -201,16 +200,16 @@ def evaluate(rows: Rows, call: Call) -> tuple[Tensor, State | None]:
 # ---- torch.library: the same two sweeps, traceable ----
 
 
-def parsed_of(options: str, constraints: Constraints | None) -> CUDOptions | DUSOptions:
-    """Constraints stand for the calibration, which the text does not know."""
+def parsed_of(options: str, constraints: Constraints | None, target: Tensor | None) -> CUDOptions | DUSOptions:
+    """Constraints stand for the calibration, which the text does not know; without a target, cross-entropy is left."""
     parsed = parse(options)
+    if isinstance(parsed, CUDOptions) and target is None:
+        return cross_entropy(parsed)
     return parsed if constraints is None else dataclasses.replace(parsed, calibration=None)  # type: ignore[arg-type]
 
 
 def packed_of(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[str, list[Tensor], str]:
     """Options and constraints as an op takes them: a text, tensors, and what those are."""
-    if isinstance(options, CUDOptions) and isinstance(options.calibration, Projection):
-        options = dataclasses.replace(options, calibration=None)  # whose text would hold whole tensors
     if rows.constraints is None:
         return text_of(options), [], ""
     return text_of(options), *rows.constraints.packed()
@@ -234,7 +233,7 @@ def row_state_op(
     """First sweep: loss () or (N,), states (N, columns), top-1 (N,), divisors (2,)."""
     bounds = Constraints.unpacked(constraints, flags)
     rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes, bounds)
-    parsed = parsed_of(options, bounds)
+    parsed = parsed_of(options, bounds, target)
     backend = backends.choose(parsed.backend, logits.device)
     loss, state = backend.row_state(rows, parsed, statistics=statistics, keep=True, gradient=None, fresh=False)
     assert state is not None
@@ -260,7 +259,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bounds = Constraints.unpacked(constraints, flags)
     rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes, bounds)
-    parsed = parsed_of(options, bounds)
+    parsed = parsed_of(options, bounds, target)
     dtype = compute_dtype(rows)
     student = isinstance(parsed, CUDOptions)
     count = logits.numel() // logits.shape[-1]
@@ -292,7 +291,7 @@ def row_gradient_op(
     """Second sweep: the gradient (..., >= V) for `upstream` () or (N,)."""
     bounds = Constraints.unpacked(constraints, flags)
     rows = Rows(logits, target, labels, weight, per_row, scalar, None, classes, bounds)
-    parsed = parsed_of(options, bounds)
+    parsed = parsed_of(options, bounds, target)
     backend = backends.choose(parsed.backend, logits.device)
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     backend.row_gradient(rows, parsed, State(sums, top1, divisors), upstream, gradient, fresh=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Literal, overload
 
 import torch
@@ -20,7 +19,7 @@ from .checks import (
     temperature_of,
     weight_of,
 )
-from .options import CUDOptions, DUSOptions
+from .options import CUDOptions, DUSOptions, cross_entropy
 from .projection import Projection
 from .rows import Rows
 from .statistics import StudentStatistics, TeacherStatistics, student_statistics, teacher_statistics
@@ -138,7 +137,8 @@ def cud_loss(
     scalar, per_row = temperature_of(temperature, options.temperature, student, "student_logits")
     if options.kd_weight == 0 and not return_stats:  # plain cross-entropy needs one matrix and one exponential
         rows = Rows(student, None, flat_labels, flat_weight, None, 1.0, items, classes)
-        call = Call(cross_entropy(options), False, grad_out)
+        # A compiled graph knows no options that are made in it: its op makes them.
+        call = Call(options if torch.compiler.is_compiling() else cross_entropy(options), False, grad_out)
     else:
         constraints = None
         if isinstance(options.calibration, Projection) and flat_labels is not None:
@@ -153,23 +153,6 @@ def cud_loss(
         return loss
     assert state is not None
     return loss, student_statistics(rows, options, state)
-
-
-@functools.lru_cache(maxsize=64)
-def cross_entropy(options: CUDOptions) -> DUSOptions:
-    """The teacher loss with cross-entropy alone is what is left of the student loss at kd_weight=0."""
-    return DUSOptions(
-        ce_weight=options.ce_weight,
-        focal_weight=0.0,
-        entropy_weight=0.0,
-        ignore_index=options.ignore_index,
-        unlabeled_index=options.unlabeled_index,
-        reduction=options.reduction,
-        save=options.save,
-        inplace=options.inplace,
-        backend=options.backend,
-        check_finite=options.check_finite,
-    )
 
 
 @overload

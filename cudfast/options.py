@@ -275,9 +275,39 @@ class LinearOptions:
         return 256 << 20 if self.memory_budget == "auto" else self.memory_budget
 
 
+@functools.lru_cache(maxsize=64)
+def cross_entropy(options: CUDOptions) -> DUSOptions:
+    """The teacher loss with cross-entropy alone is what is left of the student loss at kd_weight=0."""
+    return DUSOptions(
+        ce_weight=options.ce_weight,
+        focal_weight=0.0,
+        entropy_weight=0.0,
+        ignore_index=options.ignore_index,
+        unlabeled_index=options.unlabeled_index,
+        reduction=options.reduction,
+        save=options.save,
+        inplace=options.inplace,
+        backend=options.backend,
+        check_finite=options.check_finite,
+    )
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def text_of(options: LossOptions | LinearOptions) -> str:
-    """The options as JSON: how they pass through a torch.library op."""
+    """The options as JSON: how they pass through a torch.library op.
+
+    A projection is left out: its constraints are tensors.
+
+    Raises:
+        RuntimeError: the options were made while a graph was traced, where they are an empty shell.
+    """
+    if not vars(options):
+        raise RuntimeError(
+            f"{type(options).__name__} was made inside a function that torch.compile traces: make it, or the loss, "
+            "outside of that function"
+        )
+    if isinstance(options, CUDOptions) and isinstance(options.calibration, Projection):
+        options = dataclasses.replace(options, calibration=None)
     return json.dumps({"kind": type(options).__name__, **dataclasses.asdict(options)}, default=str)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cudfast import ClassSets, CUDLoss, CUDOptions, FusedLinearCUDLoss, Projection, calibrate
+from cudfast import ClassSets, CUDLoss, CUDOptions, FusedLinearCUDLoss, Projection, WClip, calibrate
 from cudfast.functional import cud_loss
 
 from .test_temperature import awkward
@@ -250,3 +250,45 @@ def test_linear_compile() -> None:
         value = function(hidden * 1.5, weight, labels, teacher_hidden=hidden.detach(), teacher_weight=teacher_weight)
         found.append((value, *torch.autograd.grad(value, hidden)))
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("calibration", [Projection(min_near_mass=0.5), WClip()])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ce_weight": 3.0},
+        {"kd_weight": 0.0, "ce_weight": 3.0},
+        {"reduction": "none", "kd_weight": 0.1},
+        {"ignore_index": 7},
+    ],
+)
+def test_every_option_reaches_the_compiled_graph(fields: dict[str, Any], calibration: Any, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    loss = CUDLoss(calibration=calibration, **fields)
+    teacher, labels, found = torch.randn(4, 30) * 3, torch.tensor([1, -1, 7, 9]), []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=dynamic)):
+        x = torch.linspace(-2, 2, 120).reshape(4, 30).requires_grad_()
+        value = function(x * 1.5, teacher, labels)
+        found.append((value, *torch.autograd.grad(value.sum(), x)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
+
+
+def test_options_that_are_made_while_tracing() -> None:
+    torch._dynamo.reset()
+    teacher, labels = torch.randn(4, 30) * 3, torch.tensor([1, -1, 7, 9])
+
+    def inside(x: Tensor) -> Tensor:
+        return cud_loss(x, teacher, labels, CUDOptions(ce_weight=3.0))
+
+    with pytest.raises(Exception, match=r"(?s)CUDOptions|text_of"):
+        torch.compile(inside, backend="aot_eager", fullgraph=True)(torch.randn(4, 30))
+
+
+def test_a_label_without_mass(backend: str) -> None:
+    teacher = torch.zeros(1, 4)
+    teacher[0, 2] = -INF
+    projection = Projection(min_near_mass=0.5, on_infeasible="relax")
+    loss = CUDLoss(calibration=projection, backend=backend)
+    _, statistics = loss(torch.zeros(1, 4), teacher, torch.tensor([2]), return_stats=True)
+    assert statistics.label_prob_calibrated == 0

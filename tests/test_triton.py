@@ -126,6 +126,11 @@ def test_what_is_wrong_makes_its_row_nan(label: int) -> None:
         assert gradient(rows.sum(), student).isnan().any(-1).tolist() == [False, True, False, False]
     rows = dus_loss(student, labels, DUSOptions(reduction="none", backend="triton"))
     assert rows.isnan().tolist() == [False, True, False, False]
+    bounded = CUDOptions(
+        reduction="none", backend="triton", calibration=Projection(min_near_mass=0.5, on_infeasible="relax")
+    )
+    for far in (labels, torch.where(labels == label, 10**11, labels)):
+        assert cud_loss(student, teacher, far, bounded).isnan().tolist() == [False, True, False, False]
 
 
 def test_maxima_of_pairs_are_those_of_each() -> None:

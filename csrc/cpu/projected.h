@@ -343,7 +343,7 @@ struct ProjectedLossOfRows {
     if (!rows.labelled(row)) return;
     const int set = begin(0) != end(0) ? 0 : 2;  // where the label is
     state.prob = std::exp(state.t_y - log_all);
-    state.target = std::exp(seen(state.t_y) - mass[set] + log_m[set]);
+    if (state.t_y > kNothing<double>) state.target = std::exp(seen(state.t_y) - mass[set] + log_m[set]);
     for (int i = 0; i < 3; ++i) state.moved += max(0.0, std::exp(log_m[i]) - std::exp(mass[i] - total));
   }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from ..autograd import Call
@@ -18,8 +19,7 @@ from ..checks import (
     temperature_of,
     weight_of,
 )
-from ..functional import cross_entropy
-from ..options import CUDOptions, DUSOptions, LinearOptions
+from ..options import CUDOptions, DUSOptions, LinearOptions, cross_entropy
 from ..projection import Projection
 from ..rows import Rows, State
 from ..statistics import StudentStatistics, TeacherStatistics, student_statistics, teacher_statistics
@@ -196,7 +196,7 @@ def fused_linear_cud_loss(
         classes,
         constraints,
     )
-    made = cross_entropy(options) if plain else options
+    made = cross_entropy(options) if plain and not torch.compiler.is_compiling() else options
     found = _evaluated(problem(rows, student, None if plain else teacher, made, linear), return_stats)
     if not return_stats:
         return found[0]

@@ -116,7 +116,7 @@ def projected_rows(
     k = tl.zeros((), tl.int64)
     alone = tl.full((), -1, tl.int64)
     own, own_end, near_end, wrong_at, wrong_end, wants_top1 = sets_of_row(
-        row, y, labelled & (ignored == 0), bounds, near_offsets, wrong_offsets, TOP1
+        row, y, labelled & (ignored == 0), bounds, near_offsets, near, wrong_offsets, TOP1
     )
     at = sums + row * COLUMNS
     works = ignored == 0
@@ -141,7 +141,7 @@ def projected_rows(
             # Read again, so that no register keeps it during the sweep.
             ignored, labelled, y, kd, ce = marks(row, labels, weight, V, ignore_index, unlabeled_index)
             own, own_end, near_end, wrong_at, wrong_end, wants_top1 = sets_of_row(
-                row, y, labelled, bounds, near_offsets, wrong_offsets, TOP1
+                row, y, labelled, bounds, near_offsets, near, wrong_offsets, TOP1
             )
         near_top, near_k = set_top(t_row, near, own, near_end, R)
         wrong_top, wrong_k = set_top(t_row, wrong, wrong_at, wrong_end, R)

@@ -216,7 +216,7 @@ def find_temperature(
         high = tl.load(work + HIGH)
         if sweeps == 2:
             beyond = tl.where(floor, low < 0, high > HOTTEST)
-            beta = tl.where(beyond, tl.where(floor, 1.0 / HOTTEST, HOTTEST), beta)
+            beta = tl.where(beyond, tl.where(floor, f64(1.0 / HOTTEST), f64(HOTTEST)), beta)
             out_of_reach = beyond & (missed_by > NATS)
             going = tl.where(beyond, 0, 1)
         elif sweeps > settling:
@@ -244,7 +244,7 @@ def temper_rows(
         _, labelled, y, _, _ = marks(row, labels, weight, V, ignore_index, unlabeled_index)
         t_row = t_ptr + row_start(row, t_inner, t_outer, t_stride)
         own, own_end, near_end, wrong_at, wrong_end, wants_top1 = sets_of_row(
-            row, y, labelled, bounds, near_offsets, wrong_offsets, TOP1
+            row, y, labelled, bounds, near_offsets, near, wrong_offsets, TOP1
         )
         near_top = set_top(t_row, near, own, near_end, R)[0]
         wrong_top = set_top(t_row, wrong, wrong_at, wrong_end, R)[0]

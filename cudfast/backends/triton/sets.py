@@ -115,7 +115,7 @@ def set_tempered(t_row, indices, begin, end, middle, beta, R: tl.constexpr):
 
 
 @triton.jit
-def sets_of_row(row, y, bounded, bounds, near_offsets, wrong_offsets, TOP1: tl.constexpr):
+def sets_of_row(row, y, bounded, bounds, near_offsets, near, wrong_offsets, TOP1: tl.constexpr):
     """(own, own_end, near_end, wrong_at, wrong_end, wants_top1).
 
     N(y) are the places [own, own_end) of the near list, summed apart up to near_end: all of them or none.
@@ -131,7 +131,7 @@ def sets_of_row(row, y, bounded, bounds, near_offsets, wrong_offsets, TOP1: tl.c
             own_end = tl.load(near_offsets + y + 1)
         else:
             own = row
-            own_end = row + 1
+            own_end = tl.where(tl.load(near + row) == y, row + 1, row)  # nowhere when the label is no class
         near_end = tl.where(low == low, own_end, own)
         if wrong_offsets is not None:
             wrong_at = tl.load(wrong_offsets + y)
