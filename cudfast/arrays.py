@@ -73,3 +73,15 @@ def progress(blocks: range, what: str) -> Iterable[int]:
     except ImportError:
         return blocks
     return bar
+
+
+def refuse_cycles(parent: Tensor) -> None:
+    """Jumps twice as far each time: after M steps whoever has not left the tree is on a cycle."""
+    M = len(parent)
+    root = parent.new_tensor([M])
+    ancestor = torch.cat([torch.where(parent < 0, root, parent), root])
+    for _ in range(M.bit_length()):
+        ancestor = ancestor[ancestor]
+    if (i := first(ancestor < M)) is not None:
+        node = int(ancestor[i])
+        raise ValueError(f"parent has a cycle through node {node}: expected every node to lead to a root, marked -1")

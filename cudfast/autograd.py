@@ -7,7 +7,6 @@ fullgraph=True; there the gradient is always made in backward, from the saved st
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -200,12 +199,10 @@ def evaluate(rows: Rows, call: Call) -> tuple[Tensor, State | None]:
 # ---- torch.library: the same two sweeps, traceable ----
 
 
-def parsed_of(options: str, constraints: Constraints | None, target: Tensor | None) -> CUDOptions | DUSOptions:
-    """Constraints stand for the calibration, which the text does not know; without a target, cross-entropy is left."""
+def parsed_of(options: str, target: Tensor | None) -> CUDOptions | DUSOptions:
+    """Of a call: without a target, cross-entropy is what is left of the student loss."""
     parsed = parse(options)
-    if isinstance(parsed, CUDOptions) and target is None:
-        return cross_entropy(parsed)
-    return parsed if constraints is None else dataclasses.replace(parsed, calibration=None)  # type: ignore[arg-type]
+    return cross_entropy(parsed) if isinstance(parsed, CUDOptions) and target is None else parsed
 
 
 def packed_of(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[str, list[Tensor], str]:
@@ -233,7 +230,7 @@ def row_state_op(
     """First sweep: loss () or (N,), states (N, columns), top-1 (N,), divisors (2,)."""
     bounds = Constraints.unpacked(constraints, flags)
     rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes, bounds)
-    parsed = parsed_of(options, bounds, target)
+    parsed = parsed_of(options, target)
     backend = backends.choose(parsed.backend, logits.device)
     loss, state = backend.row_state(rows, parsed, statistics=statistics, keep=True, gradient=None, fresh=False)
     assert state is not None
@@ -259,7 +256,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bounds = Constraints.unpacked(constraints, flags)
     rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes, bounds)
-    parsed = parsed_of(options, bounds, target)
+    parsed = parsed_of(options, target)
     dtype = compute_dtype(rows)
     student = isinstance(parsed, CUDOptions)
     count = logits.numel() // logits.shape[-1]
@@ -291,7 +288,7 @@ def row_gradient_op(
     """Second sweep: the gradient (..., >= V) for `upstream` () or (N,)."""
     bounds = Constraints.unpacked(constraints, flags)
     rows = Rows(logits, target, labels, weight, per_row, scalar, None, classes, bounds)
-    parsed = parsed_of(options, bounds, target)
+    parsed = parsed_of(options, target)
     backend = backends.choose(parsed.backend, logits.device)
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     backend.row_gradient(rows, parsed, State(sums, top1, divisors), upstream, gradient, fresh=True)

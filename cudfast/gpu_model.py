@@ -117,10 +117,10 @@ def liger() -> tuple[Variant, ...]:
     of_labels = {**types, "Y_ptr": "*i64", "sum_non_ignore_weight": "fp32", "weight_sum": "fp32"}
     forward = {**divergence, "reduction": 3}
     return (
-        Variant("Liger KL, forward", kl._kldiv_kernel_forward, forward, (), 1, 2, 0, types, 1, 512),
-        Variant("Liger KL, backward", kl._kldiv_kernel_backward, divergence, (), 1, 1, 1, types, 1, 512),
-        Variant("Liger JSD, fused", jsd._jsd_kernel, joint, without, 2, 2, 1, types, 1, 1024),
-        Variant("Liger CE, fused", ce.liger_cross_entropy_kernel, labels, without, 2, 2, 1, of_labels, 2, 1024),
+        Variant("Liger KL, forward", kl._kldiv_kernel_forward, forward, (), 1, 2, 0, 1, types, 512),
+        Variant("Liger KL, backward", kl._kldiv_kernel_backward, divergence, (), 1, 1, 1, 1, types, 512),
+        Variant("Liger JSD, fused", jsd._jsd_kernel, joint, without, 2, 2, 1, 1, types, 1024),
+        Variant("Liger CE, fused", ce.liger_cross_entropy_kernel, labels, without, 2, 2, 1, 2, of_labels, 1024),
     )
 
 

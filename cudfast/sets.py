@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import as_integers, as_tensor, at_least_one, first, largest_in, progress, slices
+from .arrays import as_integers, as_tensor, at_least_one, first, largest_in, progress, refuse_cycles, slices
 from .files import load, save
 
 _LIMIT = 2**31  # members that a derived constructor makes at most: 16 GiB of indices
@@ -110,7 +110,7 @@ class ClassSets:
     def to(self, device: str | torch.device) -> ClassSets:
         """The same sets on a device; itself when they are there."""
         offsets = self.offsets.to(device)
-        return self if offsets is self.offsets else ClassSets(offsets, self.indices.to(device))
+        return self if offsets is self.offsets else ClassSets.trusted(offsets, self.indices.to(device))
 
     def contains_label(self) -> Tensor:
         """Whether each class is in its own set: bool (V,).
@@ -268,7 +268,7 @@ class ClassSets:
         M, device = len(parent), parent.device
         if (i := first((parent < -1) | (parent >= M))) is not None:
             raise ValueError(f"parent[{i}] = {parent[i]}: expected a node in [0, {M}), or -1 at a root")
-        _refuse_cycles(parent)
+        refuse_cycles(parent)
         if classes is None:
             classes = (torch.bincount(parent + 1, minlength=M + 1)[1:] == 0).nonzero().squeeze(1)
         classes = as_integers(classes, "classes", "(V,)").to(device)
@@ -439,15 +439,3 @@ class ClassSets:
     def _keys(self) -> Tensor:
         """(members,) int64, ascending: one number for a class and a member."""
         return self._owners().mul_(len(self)).add_(self.indices)
-
-
-def _refuse_cycles(parent: Tensor) -> None:
-    """Jumps twice as far each time: after M steps whoever has not left the tree is on a cycle."""
-    M = len(parent)
-    root = parent.new_tensor([M])
-    ancestor = torch.cat([torch.where(parent < 0, root, parent), root])
-    for _ in range(M.bit_length()):
-        ancestor = ancestor[ancestor]
-    if (i := first(ancestor < M)) is not None:
-        node = int(ancestor[i])
-        raise ValueError(f"parent has a cycle through node {node}: expected every node to lead to a root, marked -1")

@@ -120,7 +120,7 @@ def _problem(
     linear: str,
 ) -> Problem:
     bounds = Constraints.unpacked(constraints, flags)
-    return problem_of(x, scalar, num_items, classes, bounds, parsed_of(options, bounds, x.target), parse_linear(linear))
+    return problem_of(x, scalar, num_items, classes, bounds, parsed_of(options, x.target), parse_linear(linear))
 
 
 @torch.library.custom_op("cudfast::linear_state", mutates_args=())

@@ -37,8 +37,8 @@ class Variant(NamedTuple):
     exponentials: int  # that the method takes per element
     rows_read: int  # arrays of N V elements that the main loops read in all
     rows_written: int
-    types: dict[str, str]  # of arguments; "*logits" points to logits, what is not named is an i32
     looks: int  # main loops: how often a row is walked
+    types: dict[str, str]  # of arguments; "*logits" points to logits, what is not named is an i32
     threads: int = 0  # of a program; 0 leaves it to the plan
 
 
@@ -66,7 +66,7 @@ _WHOLE, _WITHOUT_STATE = student.student_rows, (*_VECTORS, "sums")
 _SETS = projected.projected_rows
 _NEAR = ("weight", "per_row", "upstream", "wrong_offsets")  # absent: a list of near classes, the top-1 is wrong
 VARIANTS = tuple(
-    Variant(*fields[:-1], _TYPES, fields[-1])  # type: ignore[call-arg]
+    Variant(*fields, _TYPES)  # type: ignore[call-arg]
     for fields in (
         ("student, fused", _WHOLE, _STUDENT | _flags(True, True), _WITHOUT_STATE, 4, 4, 1, 2),
         ("student, state", _WHOLE, _STUDENT | _flags(True, False), _VECTORS, 2, 2, 0, 1),

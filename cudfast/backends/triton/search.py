@@ -140,42 +140,14 @@ def find_temperature(
         count = tl.where(sweeps < STEPS, 1, PLACES)
         if sweeps < STEPS:
             sum_places(
-                t_row,
-                V,
-                near,
-                near_at,
-                near_end,
-                wrong,
-                wrong_at,
-                wrong_end,
-                alone,
-                near_top,
-                wrong_top,
-                middle,
-                work,
-                R,
-                1,
-                BLOCK,
-            )
+                t_row, V, near, near_at, near_end, wrong, wrong_at, wrong_end, alone, near_top, wrong_top, middle,
+                work, R, 1, BLOCK,
+            )  # fmt: skip
         else:
             sum_places(
-                t_row,
-                V,
-                near,
-                near_at,
-                near_end,
-                wrong,
-                wrong_at,
-                wrong_end,
-                alone,
-                near_top,
-                wrong_top,
-                middle,
-                work,
-                R,
-                PLACES,
-                BLOCK,
-            )
+                t_row, V, near, near_at, near_end, wrong, wrong_at, wrong_end, alone, near_top, wrong_top, middle,
+                work, R, PLACES, BLOCK,
+            )  # fmt: skip
         sweeps += 1
         nearest = tl.full((), 1.0, tl.float64)
         missed_by = tl.full((), float("inf"), tl.float64)
