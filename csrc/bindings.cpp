@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/pages.h"
+#include "cpu/pool.h"
 #include "cpu/sweeps.h"
 #include "launch.h"
 #include "row/element.h"
@@ -169,14 +169,13 @@ void gradient_of(const Rows& rows, const TeacherOptions& options, Divisors d, Up
 template <class Options>
 Answer row_state(const py::tuple& fields, const Options& options, int64_t ignore_index, int64_t unlabeled_index,
                  int threads, int reduction, double kd_items, double ce_items, bool statistics, const py::object& loss,
-                 const py::object& state, const py::object& gradient, bool fresh) try {
+                 const py::object& state, const py::object& gradient) try {
   const Rows rows = make_rows(fields, ignore_index, unlabeled_index, threads);
   Outputs out;
   out.loss = address<void>(loss);
   out.per_row_loss = static_cast<Reduction>(reduction) == Reduction::none;
   set_state(out, state);
   out.gradient = matrix(gradient);
-  out.fresh = fresh;
   double* const divisors = divisors_in(state);
 
   const py::gil_scoped_release unlocked;
@@ -196,12 +195,11 @@ Answer row_state(const py::tuple& fields, const Options& options, int64_t ignore
 template <class Options>
 Answer row_gradient(const py::tuple& fields, const Options& options, int64_t ignore_index, int64_t unlabeled_index,
                     int threads, const py::object& upstream, bool per_row_upstream, const py::object& state,
-                    const py::object& gradient, bool fresh) try {
+                    const py::object& gradient) try {
   const Rows rows = make_rows(fields, ignore_index, unlabeled_index, threads);
   Outputs from;
   set_state(from, state);
   from.gradient = matrix(gradient);
-  from.fresh = fresh;
   const double* const divisors = divisors_in(state);
   const Upstream u{address<const void>(upstream), per_row_upstream};
 
@@ -213,6 +211,17 @@ Answer row_gradient(const py::tuple& fields, const Options& options, int64_t ign
 } catch (const NoLayout&) {
   return {kStrides, 0};
 }
+
+// `bytes` of the pool, as a buffer that torch.frombuffer takes.
+struct Memory {
+  explicit Memory(size_t count) : bytes(count), block(Pool::instance().take(count)) {}
+  ~Memory() { Pool::instance().give(block); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  size_t bytes;
+  Block block;
+};
 
 // ---- row/ on scalars, so that a test can hold every function against its mirror ----
 
@@ -358,10 +367,12 @@ PYBIND11_MODULE(_native, m) {
     const char* const* names = runnable(count);
     return std::vector<std::string>(names, names + count);
   });
-  m.def("ask_for_huge_pages", [](const py::object& x, int64_t bytes) {
-    const char* begin = address<const char>(x);
-    ask_for_huge_pages(begin, begin + bytes);
+  py::class_<Memory>(m, "Memory", py::buffer_protocol()).def(py::init<size_t>()).def_buffer([](Memory& memory) {
+    return py::buffer_info(static_cast<char*>(memory.block.data), static_cast<py::ssize_t>(memory.bytes));
   });
+  m.def("clear_pool", [] { Pool::instance().clear(); });
+  m.def("limit_pool", [](size_t bytes) { Pool::instance().limit(bytes); });
+  m.def("pooled_bytes", [] { return Pool::instance().kept(); });
   m.def("exp32", [](const py::object& x, const py::object& y, int64_t n) {
     sweeps().exp32(address<const float>(x), address<float>(y), n);
   });

@@ -82,7 +82,6 @@ struct Outputs {
   void* state = nullptr;    // (N, columns), f32 or f64 as the loss
   int64_t* top1 = nullptr;  // (N,)
   Matrix gradient;          // (N, padded), data null when not wanted
-  bool fresh = false;       // the gradient's pages have never been touched
 };
 
 // One upstream gradient for all rows, or one per row.

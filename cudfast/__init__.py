@@ -5,6 +5,7 @@ from ._version import __version__
 from .calibration import calibrate
 from .linear import FusedLinearCUDLoss, FusedLinearDUSLoss
 from .losses import CUDLoss, DUSLoss
+from .memory import empty_cache
 from .options import CUDOptions, DUSOptions, LinearOptions, WClip
 from .projection import Projection
 from .sets import ClassSets
@@ -22,5 +23,6 @@ __all__ = [
     "WClip",
     "__version__",
     "calibrate",
+    "empty_cache",
     "functional",
 ]

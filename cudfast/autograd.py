@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .memory import LARGE, empty
 from .options import CUDOptions, DUSOptions, cross_entropy, parse, text_of
 from .rows import Backend, Constraints, Rows, State, columns_of, compute_dtype, masks, row_name, vector_dtype
 
@@ -34,13 +35,17 @@ def keeps_gradient(rows: Rows, options: CUDOptions | DUSOptions) -> bool:
     return options.save == "gradient"
 
 
-def _gradient_memory(rows: Rows, call: Call) -> tuple[Tensor, bool]:
-    """Where the gradient goes, and whether that memory is fresh."""
+def _gradient_memory(rows: Rows, call: Call) -> Tensor:
+    """Where the gradient goes."""
     if call.options.inplace:
-        return rows.logits.detach(), False
-    if call.grad_out is not None:
-        return call.grad_out, False
-    return torch.empty_like(rows.logits, memory_format=torch.contiguous_format), True
+        return rows.logits.detach()
+    return _new(rows.logits) if call.grad_out is None else call.grad_out
+
+
+def _new(logits: Tensor) -> Tensor:
+    if logits.nbytes < LARGE:
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return empty(logits.shape, logits.dtype, logits.device)
 
 
 def check_finite(rows: Rows, options: CUDOptions | DUSOptions, state: State) -> None:
@@ -92,14 +97,13 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, work: _Work) -> Tensor:
         rows, call, backend, kept = work
         options = call.options
-        gradient, fresh = _gradient_memory(rows, call) if keeps_gradient(rows, options) else (None, False)
+        gradient = _gradient_memory(rows, call) if keeps_gradient(rows, options) else None
         loss, state = backend.row_state(
             rows,
             options,
             statistics=call.statistics,
             keep=gradient is None or kept is not None,
             gradient=gradient,
-            fresh=fresh,
         )
         if kept is not None and state is not None:
             kept.append(state)
@@ -110,8 +114,7 @@ class _Loss(torch.autograd.Function):
             ctx.made, ctx.spent = None, False
             ctx.save_for_backward(logits, rows.target, rows.labels, rows.weight, rows.per_row, *state)
         else:
-            if not fresh:
-                _wrote(rows, call, gradient)
+            _wrote(rows, call, gradient)
             ctx.made, ctx.spent = (gradient, gradient._version), options.inplace
             if not options.inplace:
                 ctx.save_for_backward(logits, rows.target, rows.labels, rows.weight, rows.per_row)
@@ -166,11 +169,11 @@ class _Loss(torch.autograd.Function):
         rows = Rows(logits, target, labels, weight, per_row, *rest)
         state: State | None = State(*states) if states else None
         if state is None:
-            _, state = backend.row_state(rows, options, statistics=False, keep=True, gradient=None, fresh=False)
+            _, state = backend.row_state(rows, options, statistics=False, keep=True, gradient=None)
             assert state is not None
-        out, fresh = _gradient_memory(rows, call)
+        out = _gradient_memory(rows, call)
         flat = upstream.reshape(-1) if upstream.dim() else upstream
-        backend.row_gradient(rows, options, state, flat, out, fresh=fresh)
+        backend.row_gradient(rows, options, state, flat, out)
         _wrote(rows, call, out)
         ctx.spent = options.inplace
         return out
@@ -189,7 +192,7 @@ def evaluate(rows: Rows, call: Call) -> tuple[Tensor, State | None]:
         state = kept[0] if kept else None
     else:
         loss, state = backend.row_state(
-            rows, options, statistics=call.statistics, keep=reads_state, gradient=call.grad_out, fresh=False
+            rows, options, statistics=call.statistics, keep=reads_state, gradient=call.grad_out
         )
     if options.check_finite and state is not None:
         check_finite(rows, options, state)
@@ -232,7 +235,7 @@ def row_state_op(
     rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes, bounds)
     parsed = parsed_of(options, target)
     backend = backends.choose(parsed.backend, logits.device)
-    loss, state = backend.row_state(rows, parsed, statistics=statistics, keep=True, gradient=None, fresh=False)
+    loss, state = backend.row_state(rows, parsed, statistics=statistics, keep=True, gradient=None)
     assert state is not None
     if parsed.check_finite:
         check_finite(rows, parsed, state)
@@ -290,8 +293,8 @@ def row_gradient_op(
     rows = Rows(logits, target, labels, weight, per_row, scalar, None, classes, bounds)
     parsed = parsed_of(options, target)
     backend = backends.choose(parsed.backend, logits.device)
-    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    backend.row_gradient(rows, parsed, State(sums, top1, divisors), upstream, gradient, fresh=True)
+    gradient = _new(logits)
+    backend.row_gradient(rows, parsed, State(sums, top1, divisors), upstream, gradient)
     return gradient
 
 

@@ -102,12 +102,10 @@ class Backend(Protocol):
         statistics: bool,
         keep: bool,
         gradient: Tensor | None,
-        fresh: bool,
     ) -> tuple[Tensor, State | None]:
         """First sweep: the loss, () or (N,) for reduction="none", in the compute dtype, and the state when `keep`.
 
-        With `gradient` (..., >= V), also the gradient for an upstream gradient of 1. `fresh`: its memory has never been
-        touched.
+        With `gradient` (..., >= V), also the gradient for an upstream gradient of 1.
         """
 
     def row_gradient(
@@ -117,8 +115,6 @@ class Backend(Protocol):
         state: State,
         upstream: Tensor,
         gradient: Tensor,
-        *,
-        fresh: bool,
     ) -> None:
         """Second sweep: writes `gradient` (..., >= V) for `upstream` () or (N,)."""
 

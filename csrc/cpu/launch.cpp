@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "losses.h"
-#include "pages.h"
 #include "projected.h"
 #include "threads.h"
 
@@ -46,10 +45,6 @@ Plan plan(const Rows& rows) {
 
 void clear(const Matrix& g, int64_t row, int64_t from, int64_t to) {
   if (to > from) std::memset(g.at(row, from), 0, static_cast<size_t>((to - from) * size_of(g.dtype)));
-}
-
-void ask_for_huge_pages(const Rows& rows, const Matrix& g) {
-  ask_for_huge_pages(g.at(0, 0), g.at(rows.rows - 1, rows.padded));
 }
 
 // What one thread works with. Kept from call to call, so that a row costs no allocation.
@@ -138,7 +133,6 @@ template <class Loss>
 void run(const Loss& loss, const Outputs& out) {
   const Rows& rows = loss.rows;
   const Plan p = plan(rows);
-  if (out.fresh && out.gradient.data && rows.rows > 0) ask_for_huge_pages(rows, out.gradient);
   std::vector<double> values(static_cast<size_t>(rows.rows), 0.0);
   each_row(rows, p, [&](int64_t row, int threads) {
     if (rows.ignored(row)) {
@@ -168,7 +162,6 @@ template <class Loss>
 void run_gradient(const Loss& loss, Upstream upstream, const Outputs& from) {
   const Rows& rows = loss.rows;
   const Plan p = plan(rows);
-  if (from.fresh && rows.rows > 0) ask_for_huge_pages(rows, from.gradient);
   each_row(rows, p, [&](int64_t row, int threads) {
     if (rows.ignored(row)) return clear(from.gradient, row, 0, rows.padded);
     const double scale = upstream.data ? get(upstream.data, loss.wide, upstream.per_row ? row : 0) : 1.0;

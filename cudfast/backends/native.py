@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,11 +43,24 @@ def isa() -> str:
     return _native.isa()
 
 
-def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory that nobody has touched, in huge pages where the system has them."""
-    memory = torch.empty(shape, dtype=dtype)
-    _native.ask_for_huge_pages(memory, memory.nbytes)
-    return memory
+def pooled(numel: int, dtype: torch.dtype) -> Tensor:
+    """(numel,) of a pool that outlives its tensors; see `cudfast.empty_cache`."""
+    return torch.frombuffer(_native.Memory(numel * dtype.itemsize), dtype=dtype, count=numel)
+
+
+def empty_cache() -> None:
+    """See `cudfast.empty_cache`."""
+    _native.clear_pool()
+
+
+def _limit_of_pool(text: str) -> None:
+    if not text.isdecimal():
+        raise ValueError(f"CUDFAST_CACHE_BYTES={text!r}: expected a number of bytes >= 0")
+    _native.limit_pool(int(text))
+
+
+if "CUDFAST_CACHE_BYTES" in os.environ:
+    _limit_of_pool(os.environ["CUDFAST_CACHE_BYTES"])
 
 
 def _copied(rows: Rows, logits_name: str) -> Rows:
@@ -124,7 +138,6 @@ def row_state(
     statistics: bool,
     keep: bool,
     gradient: Tensor | None,
-    fresh: bool,
 ) -> tuple[Tensor, State | None]:
     """See `cudfast.rows.Backend`."""
     kernels = _kernels(options)
@@ -150,11 +163,10 @@ def row_state(
         loss,
         state,
         gradient,
-        fresh,
     )
     if fault == _native.STRIDES:
         rows = _copied(rows, kernels.logits)
-        return row_state(rows, options, statistics=statistics, keep=keep, gradient=gradient, fresh=fresh)
+        return row_state(rows, options, statistics=statistics, keep=keep, gradient=gradient)
     if fault:
         raise _refusal(rows, options, fault, row)
     return loss, state
@@ -179,8 +191,6 @@ def row_gradient(
     state: State,
     upstream: Tensor,
     gradient: Tensor,
-    *,
-    fresh: bool,
 ) -> None:
     """See `cudfast.rows.Backend`."""
     kernels = _kernels(options)
@@ -194,9 +204,8 @@ def row_gradient(
         upstream.dim() > 0,
         state,
         gradient,
-        fresh,
     )
     if fault == _native.STRIDES:
-        row_gradient(_copied(rows, kernels.logits), options, state, upstream, gradient, fresh=fresh)
+        row_gradient(_copied(rows, kernels.logits), options, state, upstream, gradient)
     elif fault:  # memory shared with another library may have changed since the forward pass
         raise _refusal(rows, options, fault, row)

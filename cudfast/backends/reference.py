@@ -210,9 +210,8 @@ def row_state(
     statistics: bool,
     keep: bool,
     gradient: Tensor | None,
-    fresh: bool,
 ) -> tuple[Tensor, State | None]:
-    """See `cudfast.rows.Backend`. Statistics cost nothing more here; `fresh` says nothing to PyTorch."""
+    """See `cudfast.rows.Backend`. Statistics cost nothing more here."""
     dtype = compute_dtype(rows)
     check_vectors(rows, options)
     marks = mark(rows, options)
@@ -243,8 +242,6 @@ def row_gradient(
     state: State,
     upstream: Tensor,
     gradient: Tensor,
-    *,
-    fresh: bool,
 ) -> None:
     """See `cudfast.rows.Backend`."""
     check_vectors(rows, options)

@@ -58,7 +58,7 @@ def merged_state(work: Work) -> tuple[Tensor, State]:
     whole: StudentState | TeacherState | None = None
     for first, filled, part in work.tiles():
         alone = part._replace(labels=None, weight=None, num_items=None)
-        _, packed = work.backend.row_state(alone, options, statistics=True, keep=True, gradient=None, fresh=False)
+        _, packed = work.backend.row_state(alone, options, statistics=True, keep=True, gradient=None)
         assert packed is not None
         at, inside = placed(marks.column, first, part.classes)
         here = marks.labelled & inside.squeeze(-1)
@@ -112,6 +112,6 @@ def gradients(work: Work, state: State, upstream: Tensor) -> Iterator[tuple[int,
             label = placed(marks.column.squeeze(-1), first, part.classes)[0]
             part = part._replace(labels=torch.where(marks.labelled, label, part.labels))
         packed = state._replace(top1=placed(state.top1, first, part.classes)[0])
-        work.backend.row_gradient(part, options, packed, upstream, filled.gradient, fresh=False)
+        work.backend.row_gradient(part, options, packed, upstream, filled.gradient)
         filled.gradient[:, :1] = column
         yield first, filled

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..memory import empty
 from .chunks import Chunk
 from .layers import Needs, Problem
-from .memory import fresh
 
 Found = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Of hidden states, weight and bias; None where nobody asked."""
@@ -24,10 +24,10 @@ class Gradients:
         self._bias: Tensor | None = None
         self._of_chunk: Tensor | None = None  # (R, D), until it is put where its rows belong
         if needs.hidden:
-            self._hidden = fresh((p.rows.n, hidden.shape[-1]), hidden.dtype, hidden.device)
+            self._hidden = empty((p.rows.n, hidden.shape[-1]), hidden.dtype, hidden.device)
         if needs.weight:
             dtype = p.wide if chunks > 1 else weight.dtype
-            self._weight = fresh(weight.shape, dtype, hidden.device)
+            self._weight = empty(weight.shape, dtype, hidden.device)
         if needs.bias:
             self._bias = torch.zeros(weight.shape[0], dtype=p.wide, device=hidden.device)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import backends
 from ..autograd import check_finite
+from ..memory import empty
 from ..options import CUDOptions, DUSOptions
 from ..rows import Backend, State, check_vectors, columns_of, compute_dtype, divisors_of, masks
 from . import tiles
@@ -27,7 +28,6 @@ from .chunks import Chunk, chunks, flat
 from .columns import Filled, Work, gradients, merged_state
 from .gradients import Found, Gradients
 from .layers import Needs, Problem
-from .memory import fresh
 
 _CALL = 256  # bytes a row of the call: packed states, losses, labels, weights
 _MERGE = 1024  # bytes a row of a tile while states merge, in f64
@@ -76,10 +76,10 @@ class _Buffers:
     def __init__(self, p: Problem, tile: tiles.Tile, needs: Needs) -> None:
         self._p, device = p, p.rows.logits.device
         size = (tile.rows * tile.classes,)
-        self._student = fresh(size, p.student.dtype, device)
-        self._teacher = None if p.teacher is None else fresh(size, p.teacher.dtype, device)
+        self._student = empty(size, p.student.dtype, device)
+        self._teacher = None if p.teacher is None else empty(size, p.teacher.dtype, device)
         capped = p.student.softcap is not None and any(needs)
-        self._gradient = fresh(size, p.student.dtype, device) if capped else self._student
+        self._gradient = empty(size, p.student.dtype, device) if capped else self._student
 
     def fill(self, hidden: Tensor, other: Tensor | None, first: int, last: int) -> Filled:
         """Logits (R, C) of the classes [first, last); other: the teacher's hidden states or logits."""
@@ -121,12 +121,10 @@ def _chunk(
     rows = work.rows._replace(logits=filled.student, target=filled.teacher)
     if packed is None:
         gradient = filled.gradient if wanted else None
-        loss, packed = work.backend.row_state(
-            rows, work.options, statistics=statistics, keep=True, gradient=gradient, fresh=False
-        )
+        loss, packed = work.backend.row_state(rows, work.options, statistics=statistics, keep=True, gradient=gradient)
         assert packed is not None
     elif wanted:
-        work.backend.row_gradient(rows, work.options, packed, upstream, filled.gradient, fresh=False)
+        work.backend.row_gradient(rows, work.options, packed, upstream, filled.gradient)
     return loss, packed, [(0, filled)] if wanted else ()
 
 

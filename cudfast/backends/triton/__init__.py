@@ -41,7 +41,6 @@ def row_state(
     statistics: bool,
     keep: bool,
     gradient: Tensor | None,
-    fresh: bool,
 ) -> tuple[Tensor, State | None]:
     """See `cudfast.rows.Backend`."""
     call = Call.of(rows, options)
@@ -76,8 +75,6 @@ def row_gradient(
     state: State,
     upstream: Tensor,
     gradient: Tensor,
-    *,
-    fresh: bool,
 ) -> None:
     """See `cudfast.rows.Backend`."""
     if not rows.n:
