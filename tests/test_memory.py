@@ -36,7 +36,8 @@ def large(mib: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_same_pages_again(dtype: torch.dtype) -> None:
     first = large(10, dtype)
-    assert first.shape == (10, MIB // dtype.itemsize) and first.dtype == dtype
+    assert first.shape == (10, MIB // dtype.itemsize)
+    assert first.dtype == dtype
     assert first.isnan().all()  # as torch.empty under deterministic algorithms: tests see what nobody wrote
     address = first.data_ptr()
     assert address % (2 * MIB) == 0
@@ -59,7 +60,8 @@ def test_a_view_keeps_the_pages() -> None:
 def test_a_block_serves_down_to_four_fifths_of_its_size() -> None:
     address = (first := large(20)).data_ptr()
     del first
-    assert (too_small := large(14)).data_ptr() != address
+    too_small = large(14)
+    assert too_small.data_ptr() != address
     assert large(16).data_ptr() == address
     del too_small
     assert _native.pooled_bytes() == 34 * MIB
@@ -93,7 +95,8 @@ def test_gradients_come_from_the_pool_and_go_back() -> None:
     loss(student, teacher, labels).backward()
     grad = student.grad
     assert grad is not None
-    assert grad.data_ptr() == address and torch.equal(grad, first)
+    assert grad.data_ptr() == address
+    assert torch.equal(grad, first)
 
 
 def test_the_optimizer_sees_an_ordinary_gradient() -> None:
