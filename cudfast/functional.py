@@ -90,8 +90,8 @@ def cud_loss(
         num_items: replaces both divisors of reduction="mean" (and divides the other reductions): a number or a tensor
             of one, as trainers with gradient accumulation pass it.
         return_stats: also return `StudentStatistics` of every row, from the same pass.
-        grad_out: (..., V) memory for the gradient, in the student's dtype. A fresh (N, V) allocation costs as much as
-            the arithmetic.
+        grad_out: (..., V) memory for the gradient, in the student's dtype. Without
+            it, large CPU gradients come from a pool (see `cudfast.empty_cache`).
 
     Returns:
         The loss: () or, for reduction="none", (...); float32, or float64 when the logits that count are. With

@@ -130,6 +130,11 @@ def test_live_tensors_never_share_pages(steps: list[tuple[int, bool]]) -> None:
         assert all(bool((x == tag).all()) for tag, x in live)
 
 
+def test_no_memory_is_pytorch_s_error() -> None:
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        empty((1 << 30, 1 << 30), torch.float32, CPU)
+
+
 def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **environment}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)

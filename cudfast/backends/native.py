@@ -45,7 +45,11 @@ def isa() -> str:
 
 def pooled(numel: int, dtype: torch.dtype) -> Tensor:
     """(numel,) of a pool that outlives its tensors; see `cudfast.empty_cache`."""
-    return torch.frombuffer(_native.Memory(numel * dtype.itemsize), dtype=dtype, count=numel)
+    try:
+        return torch.frombuffer(_native.Memory(numel * dtype.itemsize), dtype=dtype, count=numel)
+    except MemoryError:  # PyTorch says it better, if what waits in the pool does not help
+        empty_cache()
+        return torch.empty(numel, dtype=dtype)
 
 
 def empty_cache() -> None:
