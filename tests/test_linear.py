@@ -105,6 +105,17 @@ def test_small_tiles_on_every_backend(save: str, monkeypatch: pytest.MonkeyPatch
         close(other, found[0])
 
 
+def test_tiles_whose_first_class_has_the_number_of_a_special_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 is a class that no row has, as padding is; a label of another tile must not be taken for it."""
+    x = Batch(f64, 5, classes=23)
+    x.labels = torch.tensor([22, 0, 9, 2, 16])
+    monkeypatch.setattr(tiles, "choose", lambda *_, **__: tiles.Tile(5, 8))
+    options = CUDOptions(ignore_index=0, unlabeled_index=2)
+    loss = fused_linear_cud_loss(x.h, x.w, x.labels, options, **x.kwargs)
+    plain = cud_loss(*x.logits(), x.labels, options)
+    close((loss, *grads(loss, x.leaves)), (plain, *grads(plain, x.leaves)))
+
+
 def test_against_the_equations(backend: str) -> None:
     x = Batch()
     kd, ce = cud_rows(*x.logits(), x.labels)

@@ -121,7 +121,7 @@ def _teacher_state(rows: Rows, marks: Marks, dtype: torch.dtype) -> TeacherState
     return TeacherState(m, *teacher_fold(_centre(z, m)), z_y)
 
 
-def placed(index: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
+def placed(index: Tensor, first: int | Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Where classes lie among the columns [first, first + width): a valid column, and whether it is theirs."""
     inside = (index >= first) & (index < first + width)
     return torch.where(inside, index - first, 0), inside
@@ -134,7 +134,7 @@ def student_rows(
     state: StudentState,
     divisors: Tensor,
     upstream: Tensor | None,
-    first: int = 0,
+    first: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Loss (N,) of every row, and the gradient (N, V) for `upstream` (N,) or () when that is given.
 
@@ -169,7 +169,7 @@ def teacher_rows(
     state: TeacherState,
     divisors: Tensor,
     upstream: Tensor | None,
-    first: int = 0,
+    first: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """The same for the teacher loss."""
     dtype = state.m.dtype

@@ -1,0 +1,127 @@
+"""Rows whose classes come in parts, the tiles of one process or the shards of several: the states of the parts merge,
+and each part has its share of the gradient.
+
+A backend sees a part as rows of fewer classes. What such rows cannot say is added here: the label's logits, where the
+label lives; and one column of the gradient, where the label or the teacher's top-1 lives elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .backends.reference import Marks, placed, student_rows, teacher_rows
+from .options import CUDOptions, DUSOptions
+from .reference import NOTHING, StudentState, TeacherState, student_merge, teacher_merge
+from .rows import Backend, Rows, State, vector_dtype
+
+Whole = StudentState | TeacherState
+"""State of rows, in `vector_dtype`."""
+
+
+class Span(NamedTuple):
+    """The classes [first, first + rows.classes) of rows whose labels are classes of the whole."""
+
+    rows: Rows
+    first: int | Tensor  # (), int64
+
+
+@functools.lru_cache(maxsize=256)
+def _of_part(options: CUDOptions | DUSOptions) -> CUDOptions | DUSOptions:
+    """Options of a part, where a label counted from its first class must not meet one of the special values."""
+    unlabeled = None if options.unlabeled_index is None else -1
+    return dataclasses.replace(
+        options, reduction="none", num_classes=None, ignore_index=-100, unlabeled_index=unlabeled
+    )
+
+
+def inverse_temperature(rows: Rows) -> Tensor:
+    """1 / tau of the rows, () or (N,)."""
+    if rows.per_row is not None:
+        return 1 / rows.per_row
+    device = rows.logits.device
+    return torch.tensor(1 / rows.scalar, dtype=vector_dtype(device), device=device)
+
+
+def state_of(span: Span, options: CUDOptions | DUSOptions, marks: Marks, backend: Backend) -> Whole:
+    """One part's state, from one sweep over it."""
+    rows, first = span
+    wide = vector_dtype(rows.logits.device)
+    alone = rows._replace(labels=None, weight=None, num_items=None)
+    _, packed = backend.row_state(alone, _of_part(options), statistics=True, keep=True, gradient=None)
+    assert packed is not None
+    at, inside = placed(marks.column, first, rows.classes)
+    here = marks.labelled & inside.squeeze(-1)
+
+    def label(logits: Tensor) -> Tensor:
+        value = logits.gather(-1, at.reshape(*logits.shape[:-1], 1))
+        return torch.where(here, value.reshape(-1).to(wide), NOTHING)
+
+    found = unpacked(packed, options)
+    if isinstance(found, TeacherState):
+        return found._replace(z_y=label(rows.logits))
+    assert rows.target is not None
+    return found._replace(t_y=label(rows.target), s_y=label(rows.logits), k=found.k + first)
+
+
+def merge(left: Whole, right: Whole, inv_tau: Tensor) -> Whole:
+    """Of two disjoint parts."""
+    if isinstance(left, StudentState):
+        return student_merge(left, cast(StudentState, right), inv_tau)
+    return teacher_merge(left, cast(TeacherState, right))
+
+
+def unpacked(state: State, options: CUDOptions | DUSOptions) -> Whole:
+    """From the packed state of rows."""
+    fields = state.sums.to(vector_dtype(state.sums.device)).unbind(-1)
+    return StudentState._make((*fields, state.top1)) if isinstance(options, CUDOptions) else TeacherState(*fields)
+
+
+def finished(
+    rows: Rows, options: CUDOptions | DUSOptions, marks: Marks, whole: Whole, divisors: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, State]:
+    """Losses (N,) of rows whose parts have all been merged, and their packed states."""
+    if isinstance(whole, StudentState):
+        losses, _ = student_rows(rows, cast(CUDOptions, options), marks, whole, divisors, None)
+        state = State(torch.stack(whole[:-1], -1).to(dtype), whole.k, divisors)
+    else:
+        losses, _ = teacher_rows(rows, cast(DUSOptions, options), marks, whole, divisors, None)
+        top1 = torch.empty(0, dtype=torch.int64, device=losses.device)
+        state = State(torch.stack(whole, -1).to(dtype), top1, divisors)
+    return losses.to(dtype), state
+
+
+def write_gradient(
+    span: Span,
+    options: CUDOptions | DUSOptions,
+    marks: Marks,
+    backend: Backend,
+    state: State,
+    upstream: Tensor,
+    gradient: Tensor,
+) -> None:
+    """Writes one part's gradient (..., >= C) for `upstream` () or (N,), given the packed states of whole rows.
+
+    A label or top-1 of another part is sent to this part's first column, whose gradient is then put right.
+    """
+    rows, first = span
+    whole = unpacked(state, options)
+    edge = rows._replace(
+        logits=rows.logits[..., :1], target=None if rows.target is None else rows.target[..., :1], classes=1
+    )
+    wide = upstream.to(vector_dtype(upstream.device))
+    if isinstance(whole, StudentState):
+        _, column = student_rows(edge, cast(CUDOptions, options), marks, whole, state.divisors, wide, first)
+    else:
+        _, column = teacher_rows(edge, cast(DUSOptions, options), marks, whole, state.divisors, wide, first)
+    assert column is not None
+    if rows.labels is not None:
+        at = placed(marks.column.squeeze(-1), first, rows.classes)[0]
+        rows = rows._replace(labels=torch.where(marks.labelled, at, torch.where(marks.ignored, -100, -1)))
+    packed = state._replace(top1=placed(state.top1, first, rows.classes)[0])
+    backend.row_gradient(rows, _of_part(options), packed, upstream, gradient)
+    gradient[..., :1] = column.reshape(*gradient.shape[:-1], 1)
