@@ -10,12 +10,13 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-for name in ("babel", "jinja2", "matplotlib", "rich", "torchmetrics"):
+for name in ("babel", "jinja2", "matplotlib", "rich"):
     pytest.importorskip(name)
 ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "examples" / "cldr_names").is_dir():
@@ -25,17 +26,19 @@ sys.path.insert(0, str(ROOT))
 from rich.console import Console  # noqa: E402
 
 from examples.cldr_names import __main__ as cli  # noqa: E402
-from examples.cldr_names import data, methods, metrics  # noqa: E402
+from examples.cldr_names import data as cldr  # noqa: E402
 from examples.cldr_names.conclusion import conclude  # noqa: E402
 from examples.cldr_names.experiment import Config, Experiment, Results, work  # noqa: E402
-from examples.cldr_names.files import whole_file  # noqa: E402
-from examples.cldr_names.metrics import Scores  # noqa: E402
-from examples.cldr_names.model import STUDENT  # noqa: E402
-from examples.cldr_names.ngrams import encode  # noqa: E402
-from examples.cldr_names.progress import Meter  # noqa: E402
-from examples.cldr_names.report import METHODS, save_csv, save_html, show  # noqa: E402
+from examples.cldr_names.methods import METHODS  # noqa: E402
+from examples.cldr_names.report import save_csv, save_html, show  # noqa: E402
 from examples.cldr_names.timing import preflight, require_same  # noqa: E402
-from examples.cldr_names.train import Schedule, fit, logits_of  # noqa: E402
+from examples.common import data, methods, metrics  # noqa: E402
+from examples.common.files import whole_file  # noqa: E402
+from examples.common.metrics import Scores, outcome, score  # noqa: E402
+from examples.common.model import STUDENT  # noqa: E402
+from examples.common.ngrams import encode  # noqa: E402
+from examples.common.progress import Meter  # noqa: E402
+from examples.common.train import Schedule, fit, logits_of  # noqa: E402
 
 TINY = Config(seeds=2, trials=4, teacher_epochs=1, student_epochs=1, batch=32, timing_steps=3)
 SHARES = (0.6, 0.15, 0.25)
@@ -90,7 +93,7 @@ def test_split_rejects_shares_that_do_not_add_up(names: dict[str, set[str]]) -> 
 
 
 def test_rows_are_the_pairs_and_shift_has_only_new_strings(small: data.Dataset) -> None:
-    assert small.languages == ["a", "b", "c"]
+    assert small.classes == ["a", "b", "c"]
     rows = [small.train, small.validation, small.tests["in distribution"]]
     assert sum(map(len, rows)) == 300
     assert sum(len(part.bags) for part in rows) == 260
@@ -102,18 +105,18 @@ def test_rows_are_the_pairs_and_shift_has_only_new_strings(small: data.Dataset) 
 def test_cldr_parts_share_no_string(monkeypatch: pytest.MonkeyPatch) -> None:
     parts: list[set[str]] = []
 
-    def recording(strings: list[str], known: data.Names, languages: list[str]) -> data.Split:
+    def recording(strings: list[str], *rest: Any) -> data.Split:
         parts.append(set(strings))
-        return original(strings, known, languages)
+        return original(strings, *rest)
 
     original = data.make_split
     monkeypatch.setattr(data, "make_split", recording)
-    loaded = data.load(max_strings=50)
-    assert len(loaded.languages) > 200
+    loaded = cldr.load(max_strings=50)
+    assert len(loaded.classes) > 200
     assert len(parts) == 4
     assert sum(map(len, parts)) == len(set().union(*parts))
     for part in (loaded.train, loaded.validation, loaded.tests["in distribution"]):
-        assert len(part.label.unique()) > 0.95 * len(loaded.languages)
+        assert len(part.label.unique()) > 0.95 * len(loaded.classes)
 
 
 def test_bags_hold_the_ngrams_of_each_string() -> None:
@@ -128,25 +131,47 @@ def test_bags_hold_the_ngrams_of_each_string() -> None:
 
 def test_metrics_by_hand() -> None:
     probs = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.4, 0.6], [0.2, 0.8]])
-    labels = torch.tensor([0, 1, 1, 1])
-    found = metrics.score(probs.log(), labels)
+    rows = outcome(probs.log(), torch.tensor([0, 1, 1, 1]))
+    found = score(rows)
     assert found.accuracy == pytest.approx(3 / 4)
     assert found.nll == pytest.approx(-np.log([0.9, 0.3, 0.6, 0.8]).mean(), rel=1e-5)
-    # Every row has a bin of its own: errors of 0.1, 0.7, 0.4 and 0.2.
+    # Every row has a bin of its own, of either kind: errors of 0.1, 0.7, 0.4 and 0.2.
     assert found.ece == pytest.approx((0.1 + 0.7 + 0.4 + 0.2) / 4, rel=1e-5)
+    assert found.adaptive_ece == pytest.approx(found.ece)
     assert found.brier == pytest.approx(2 * (0.1**2 + 0.7**2 + 0.4**2 + 0.2**2) / 4, rel=1e-5)
     # From most to least confident: right, right, wrong, right.
     assert found.aurc == pytest.approx((0 + 0 + 1 / 3 + 1 / 4) / 4)
-    rows, confidence, correct = metrics.reliability(probs.log(), labels)
-    assert (rows.sum(), correct.sum()) == (4, 3)
+    assert found.auroc == pytest.approx(2 / 3)
+    total, confidence, correct = metrics.reliability(rows)
+    assert (total.sum(), correct.sum()) == (4, 3)
     assert confidence.sum() == pytest.approx(0.9 + 0.7 + 0.6 + 0.8)
 
 
 def test_metrics_of_certain_answers() -> None:
-    logits = torch.tensor([[200.0, 0.0], [0.0, 200.0]])
-    found = metrics.score(logits, torch.tensor([0, 1]))
-    assert found == Scores(accuracy=1, nll=0, ece=0, brier=0, aurc=0)
-    assert metrics.reliability(logits, torch.tensor([0, 1]))[0, -1] == 2
+    rows = outcome(torch.tensor([[200.0, 0.0], [0.0, 200.0]]), torch.tensor([0, 1]))
+    found = score(rows)
+    assert replace(found, auroc=0) == Scores(accuracy=1, nll=0, ece=0, adaptive_ece=0, brier=0, aurc=0, auroc=0)
+    assert np.isnan(found.auroc)  # no wrong answer to tell apart
+    assert metrics.reliability(rows)[0, -1] == 2
+
+
+def test_metrics_against_torchmetrics_and_repeated_rows() -> None:
+    """A weight of 3 is a row that occurs 3 times, except that ranks do not move within it."""
+    oracle = pytest.importorskip("torchmetrics.functional.classification")
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = 2 * torch.randn(500, 7, generator=generator), torch.randint(7, (500,), generator=generator)
+    logits[torch.arange(500), labels] += 1.5
+    rows = outcome(logits, labels, chunk=128)
+    found, probs = score(rows), logits.softmax(1)
+    assert found.accuracy == pytest.approx(float(oracle.multiclass_accuracy(probs, labels, 7, average="micro")))
+    assert found.ece == pytest.approx(float(oracle.multiclass_calibration_error(probs, labels, 7, n_bins=15)), rel=1e-4)
+    right = torch.from_numpy(rows.correct).long()
+    assert found.auroc == pytest.approx(float(oracle.binary_auroc(torch.from_numpy(rows.confidence), right)), rel=1e-6)
+    weights = np.random.default_rng(0).integers(0, 4, 500)
+    repeated = rows.take(np.repeat(np.arange(500), weights))
+    for name in ("accuracy", "nll", "ece", "brier", "auroc"):
+        weighted = metrics.MEASURES[name].of(rows, weights[None].astype(float))[0]
+        assert weighted == pytest.approx(getattr(score(repeated), name), rel=1e-9), name
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -169,7 +194,7 @@ def test_interrupted_write_leaves_the_folder_as_it_was(tmp_path: Path, error: ty
 def test_training_repeats_for_a_seed(small: data.Dataset) -> None:
     def train(seed: int) -> torch.Tensor:
         loss = methods.batch_loss(methods.CE_STUDENT, {}, small.train, None)
-        return logits_of(fit(STUDENT, 3, small.train, loss, Schedule(1, 0.01, 32), seed), small.train.bags)
+        return logits_of(fit(STUDENT, 3, small.train, loss, Schedule(1, 0.01, 32), seed), small.train)
 
     assert torch.equal(train(1), train(1))
     assert not torch.equal(train(1), train(2))
@@ -247,7 +272,7 @@ def test_one_seed_still_makes_a_report(tmp_path: Path, small: data.Dataset, resu
     ],
 )
 def test_conclusion_follows_the_numbers(changes: tuple[float, ...], headline: str, sentence: str) -> None:
-    same = Scores(accuracy=0.5, nll=2.0, ece=0.1, brier=0.7, aurc=0.3)
+    same = Scores(accuracy=0.5, nll=2.0, ece=0.1, adaptive_ece=0.1, brier=0.7, aurc=0.3, auroc=0.8)
     scores = {method.name: {part: [same] * len(changes) for part in data.PARTS} for method in METHODS}
     scores["CUD"] = {part: [replace(same, accuracy=0.5 + change) for change in changes] for part in data.PARTS}
     first, *rest = conclude(scores)
@@ -257,7 +282,7 @@ def test_conclusion_follows_the_numbers(changes: tuple[float, ...], headline: st
 
 
 def test_conclusion_tells_gains_from_losses() -> None:
-    same = Scores(accuracy=0.5, nll=2.0, ece=0.1, brier=0.7, aurc=0.3)
+    same = Scores(accuracy=0.5, nll=2.0, ece=0.1, adaptive_ece=0.1, brier=0.7, aurc=0.3, auroc=0.8)
     scores = {method.name: {part: [same] * 2 for part in data.PARTS} for method in METHODS}
     scores["CUD"] = {part: [replace(same, accuracy=0.4, nll=1.5)] * 2 for part in data.PARTS}
     assert conclude(scores)[0] == (

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-_NEEDED = ("babel", "jinja2", "matplotlib", "rich", "torchmetrics")
+_NEEDED = ("babel", "jinja2", "matplotlib", "rich")
 _INTERRUPTED = 130
 
 
@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from rich.console import Console
 
+    from ..common.progress import Meter
     from .data import load
     from .experiment import FULL, QUICK, Experiment, work
-    from .progress import Meter
     from .report import save_csv, save_html, show
     from .timing import preflight
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     data = load(max_strings=config.max_strings)
     rows = {"train": data.train, "validation": data.validation, **data.tests}
     sizes = ", ".join(f"{len(part)} {name}" for name, part in rows.items())
-    console.print(f"{len(data.languages)} languages; rows: {sizes}", highlight=False)
+    console.print(f"{len(data.classes)} languages; rows: {sizes}", highlight=False)
     with Meter(console, work(data, config)) as meter:
         results = Experiment(data, config, meter).run()
     paths = [*save_csv(args.out, results), save_html(args.out, results, data, config)]

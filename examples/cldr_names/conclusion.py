@@ -6,9 +6,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .data import PARTS
-from .methods import CE_STUDENT, CE_TEACHER, CUD, DUS_TEACHER, EXACT, KD, KD_CLIP, KD_DUS
-from .metrics import MEASURES, Scores
+from ..common.data import PARTS
+from ..common.methods import CE_STUDENT, CE_TEACHER, CUD, DUS_TEACHER, EXACT, KD, KD_CLIP, KD_DUS
+from ..common.metrics import MEASURES as ALL_MEASURES
+from ..common.metrics import Scores
+
+MEASURES = {name: ALL_MEASURES[name] for name in ("accuracy", "nll", "ece", "brier", "aurc")}
+"""What the demo shows; its CSV of single runs has the others, too."""
 
 PAIRS = (
     (CUD.name, KD.name),
@@ -41,8 +45,8 @@ class Difference:
 
     def __str__(self) -> str:
         shown = MEASURES[self.measure]
-        text = f"{shown.factor * self.mean:+.{shown.digits}f}"
-        return text if self.spread is None else f"{text}±{shown.factor * self.spread:.{shown.digits}f}"
+        text = shown.text(self.mean, "+")
+        return text if self.spread is None else f"{text}±{shown.text(self.spread)}"
 
 
 def difference(one: Sequence[Scores], other: Sequence[Scores], measure: str) -> Difference:

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import babel
-import jinja2
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from .conclusion import PAIRS, compare, conclude
-from .data import PARTS, Dataset
+from ..common.data import PARTS, Dataset
+from ..common.figures import bar_chart, mean_and_spread, reliability_diagrams
+from ..common.files import whole_file
+from ..common.metrics import Scores
+from ..common.report import cells, measure_table, save_page
+from .conclusion import MEASURES, PAIRS, compare, conclude
 from .experiment import Config, Results
-from .figures import bar_chart, mean_and_spread, reliability_diagrams
-from .files import whole_file
-from .methods import STUDENTS, TEACHERS
-from .metrics import MEASURES, Scores
+from .methods import METHODS, STUDENTS, TEACHERS
 from .timing import Timing
 
-METHODS = TEACHERS + STUDENTS
 _MARKS = {"better": "▲", "worse": "▼", "same": " ", "unknown": " "}
-
-
-def cells(scores: list[Scores]) -> list[str]:
-    """Mean ± spread over seeds of every measure, as text."""
-    texts = []
-    for name, shown in MEASURES.items():
-        mean, spread = mean_and_spread([shown.factor * getattr(s, name) for s in scores])
-        texts.append(f"{mean:.{shown.digits}f}" + (f"±{spread:.{shown.digits}f}" if len(scores) > 1 else ""))
-    return texts
 
 
 def timing_lines(timing: Timing) -> list[str]:
@@ -49,24 +36,16 @@ def timing_lines(timing: Timing) -> list[str]:
     return [*lines, f"plain PyTorch / native: loss {loss:.2f}, whole step {step:.2f}"]
 
 
-def _table(title: str, first: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title)
-    table.add_column(first, no_wrap=True)
-    for shown in MEASURES.values():
-        table.add_column(shown.title, justify="right")
-    return table
-
-
 def show(console: Console, results: Results) -> None:
     """Print the results, the differences, the cost of the loss and the conclusion."""
-    table = _table("Results: mean±standard deviation over seeds", "Method")
+    table = measure_table("Results: mean±standard deviation over seeds", "Method", MEASURES)
     for part in PARTS:
         table.add_row(f"[bold]{part}[/bold]")
         for method in METHODS:
             last = method in (TEACHERS[-1], STUDENTS[-1])
-            table.add_row(method.name, *cells(results.scores[method.name][part]), end_section=last)
+            table.add_row(method.name, *cells(results.scores[method.name][part], MEASURES), end_section=last)
     console.print(table)
-    table = _table("Differences by seed; ▲ better, ▼ worse by more than their deviation", "Methods")
+    table = measure_table("Differences by seed; ▲ better, ▼ worse by more than their deviation", "Methods", MEASURES)
     for part in PARTS:
         table.add_row(f"[bold]{part}[/bold]")
         for one, other in PAIRS:
@@ -90,7 +69,7 @@ def save_csv(folder: Path, results: Results) -> list[Path]:
             writer.writerow([name, part, len(scores), *(f"{x:.6f}" for x in values)])
     with whole_file(runs) as file:
         writer = csv.writer(file)
-        writer.writerow(["method", "part", "seed", *MEASURES])
+        writer.writerow(["method", "part", "seed", *(field.name for field in fields(Scores))])
         for name, part, scores in entries:
             for seed, single in enumerate(scores, start=1):
                 writer.writerow([name, part, seed, *(f"{x:.6f}" for x in asdict(single).values())])
@@ -99,35 +78,26 @@ def save_csv(folder: Path, results: Results) -> list[Path]:
 
 def save_html(folder: Path, results: Results, data: Dataset, config: Config) -> Path:
     """Write report.html, which needs no other file."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     pictures = {
-        "bars": bar_chart(results.scores),
-        "teachers": reliability_diagrams(results.bins, [method.name for method in TEACHERS]),
-        "students": reliability_diagrams(results.bins, [method.name for method in STUDENTS]),
+        "bars": bar_chart(results.scores, PARTS, rule=len(TEACHERS)),
+        "teachers": reliability_diagrams(results.bins, [method.name for method in TEACHERS], PARTS),
+        "students": reliability_diagrams(results.bins, [method.name for method in STUDENTS], PARTS),
     }
-    text = environment.get_template("report.html.j2").render(
+    return save_page(
+        folder / "report.html",
+        Path(__file__).with_name("report.html.j2"),
+        pictures,
         teachers=TEACHERS,
         students=STUDENTS,
         measures=MEASURES.values(),
         parts=PARTS,
-        cells={m.name: {part: cells(results.scores[m.name][part]) for part in PARTS} for m in METHODS},
+        cells={m.name: {part: cells(results.scores[m.name][part], MEASURES) for part in PARTS} for m in METHODS},
         differences={part: {pair: compare(results.scores, *pair, part) for pair in PAIRS} for part in PARTS},
         choices=results.choices,
         timing=timing_lines(results.timing),
         conclusion=conclude(results.scores),
-        pictures={name: base64.b64encode(svg.encode()).decode() for name, svg in pictures.items()},
         data=data,
         ceilings={part: data.tests[part].ceiling() for part in PARTS},
         config=config,
         versions={"babel": babel.__version__, "torch": torch.__version__},
     )
-    path = folder / "report.html"
-    with whole_file(path) as file:
-        file.write(text)
-    return path

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .data import Split
+from ..common.data import Split
+from ..common.methods import CUD, KNOBS, Setting, distillation
+from ..common.model import STUDENT
+from ..common.train import adam
 from .eager import cud_loss
-from .methods import CUD, KNOBS, Setting, distillation
-from .model import STUDENT, NgramNet
-from .train import adam
 
 DistilLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 _WARM_UP = 5
@@ -46,13 +46,13 @@ class _Contestant:
     def __init__(self, loss: DistilLoss, classes: int, rate: float) -> None:
         torch.manual_seed(0)
         self.loss = loss
-        self.model = NgramNet(STUDENT, classes)
+        self.model = STUDENT.build(classes)
         self.optimizer = adam(self.model, rate)
         self.times: list[tuple[float, float]] = []
 
     def step(self, rows: Split, teacher: Tensor, batch: Tensor) -> None:
         begin = time.perf_counter()
-        logits = self.model(*rows.bags.take(rows.string[batch]))
+        logits = self.model.read(rows, rows.string[batch])
         targets, labels = teacher[rows.string[batch]], rows.label[batch]
         self.optimizer.zero_grad()
         before = time.perf_counter()
@@ -116,7 +116,7 @@ def measure(rows: Split, teacher: Tensor, setting: Setting, batch: int, steps: i
     contestants = [_Contestant(loss, classes, setting["student_rate"]) for loss in (native, eager)]
     first = torch.arange(min(batch, len(rows)))
     with torch.no_grad():
-        logits = contestants[0].model(*rows.bags.take(rows.string[first]))
+        logits = contestants[0].model.read(rows, rows.string[first])
     require_same(native, eager, logits, teacher[rows.string[first]], rows.label[first])
     generator = torch.Generator().manual_seed(0)
     for number in range(_WARM_UP + steps):

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .data import Split
-from .model import NgramNet, Size
-from .ngrams import Bags
+from .model import Net, Size, VectorSize
 
 BatchLoss = Callable[[Tensor, Tensor], Tensor]
 """(logits [N, V], row numbers [N]) -> scalar loss."""
@@ -25,31 +24,31 @@ class Schedule:
     batch: int
 
 
-def adam(model: NgramNet, rate: float) -> torch.optim.Optimizer:
+def adam(model: Net, rate: float) -> torch.optim.Optimizer:
     """Return the optimizer of every training; one fused pass over all weights beats sparse updates here."""
     return torch.optim.Adam(model.parameters(), lr=rate, fused=True)
 
 
 def fit(
-    size: Size,
+    size: Size | VectorSize,
     classes: int,
     rows: Split,
     loss: BatchLoss,
     schedule: Schedule,
     seed: int,
     tick: Callable[[], None] = lambda: None,
-) -> NgramNet:
+) -> Net:
     """Train a new network on ``rows``; ``tick`` is called after each step. Deterministic for a given seed."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = NgramNet(size, classes)
+    model = size.build(classes)
     optimizer = adam(model, schedule.rate)
     steps = schedule.epochs * steps_per_epoch(rows, schedule.batch)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(schedule.epochs):
         for batch in rows.batches(schedule.batch, generator):
             optimizer.zero_grad()
-            loss(model(*rows.bags.take(rows.string[batch])), batch).backward()
+            loss(model.read(rows, rows.string[batch]), batch).backward()
             optimizer.step()
             cosine.step()
             tick()
@@ -62,6 +61,6 @@ def steps_per_epoch(rows: Split, batch: int) -> int:
 
 
 @torch.no_grad()
-def logits_of(model: NgramNet, bags: Bags, chunk: int = 4096) -> Tensor:
-    """Logits [S, V] of every bag."""
-    return torch.cat([model(*bags.take(which)) for which in torch.arange(len(bags)).split(chunk)])
+def logits_of(model: Net, rows: Split, chunk: int = 4096) -> Tensor:
+    """Logits [S, V] of every string of ``rows``."""
+    return torch.cat([model.read(rows, which) for which in torch.arange(len(rows.bags)).split(chunk)])
