@@ -343,6 +343,19 @@ def test_statistics_of_plain_cross_entropy(backend: str, batch: tuple[torch.Tens
     assert stats.moved_mass[labels != -100].eq(0).all()
 
 
+@pytest.mark.parametrize("temperature", [2.0, 3.0])
+def test_a_teacher_read_for_statistics_only_does_not_touch_the_gradient(backend: str, temperature: float) -> None:
+    """Not even where it gives mass to no class, or none to the label."""
+    student, teacher, labels = torch.randn(3, V, requires_grad=True), torch.randn(3, V), torch.tensor([0, 1, 2])
+    teacher[1], teacher[2, 2] = -torch.inf, -torch.inf
+    for save in ("gradient", "state"):
+        plain = CUDOptions(temperature=temperature, kd_weight=0, ce_weight=1, save=save, backend=backend)
+        loss, _ = cud_loss(student, teacher, labels, plain, return_stats=True)
+        expected = F.cross_entropy(student, labels)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(gradient(loss, student), gradient(expected, student))
+
+
 def test_teacher_statistics(backend: str, batch: tuple[torch.Tensor, ...]) -> None:
     logits, _, labels = batch
     labels = torch.where(labels == -1, 2, labels)

@@ -194,6 +194,14 @@ struct StudentLossOfRows {
       m.student_tau *= rescale(below(part->m_s, state.m_s) * inv_tau);
       m.student_one *= rescale(below(part->m_s, state.m_s));
     }
+    if (r.gradient.teacher_tau == 0) {  // what is read for statistics only must not turn 0 into NaN
+      b.t = b.s;
+      b.t_dtype = b.s_dtype;
+      b.kept.teacher = b.kept.student;
+      b.view = {};
+      m.m_t = m.m_s;
+      m.teacher_tau = 0;
+    }
     sweeps().student_gradient(b, m);
   }
 
@@ -204,7 +212,7 @@ struct StudentLossOfRows {
     const double inv_tau = 1 / rows.value_at(row);
     const bool clipped = r.loss.clip.r > 0;
     const auto at = [&](double s, double dt) { return element<0, 1, true>(r.gradient, dt, s - state.m_s, inv_tau); };
-    const double dt_y = clipped ? r.loss.clip.t_y : state.t_y - state.m_t;
+    const double dt_y = r.gradient.teacher_tau == 0 ? 0 : clipped ? r.loss.clip.t_y : state.t_y - state.m_t;
     const double g_y = at(state.s_y, dt_y);
     store(g, row, rows.labels[row], state.s_y == kNothing<double> ? g_y : g_y - r.gradient.label);
     if (clipped) store(g, row, state.k, at(state.s_k, r.loss.clip.t_k));
