@@ -135,7 +135,7 @@ def ops_check(device: str) -> None:
     labels = torch.randint(300, (8,), device=device)
     for options in (CUDOptions(backend="triton"), DUSOptions(backend="triton")):
         target = student.detach() * 2 if isinstance(options, CUDOptions) else None
-        arguments: Any = (student, target, labels, None, None, None, [], 2.0, 300, text_of(options), "", False)
+        arguments: Any = (student, target, labels, None, None, None, [], 2.0, 300, text_of(options), "", "", False)
         torch.library.opcheck(row_state_op, arguments)
 
 

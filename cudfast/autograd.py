@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .distributed.group import Shard
+from .distributed.sharded import Sharded
 from .memory import LARGE, empty
 from .options import CUDOptions, DUSOptions, cross_entropy, parse, text_of
 from .rows import Backend, Constraints, Rows, State, columns_of, compute_dtype, masks, row_name, vector_dtype
@@ -24,6 +26,7 @@ class Call(NamedTuple):
     options: CUDOptions | DUSOptions
     statistics: bool
     grad_out: Tensor | None  # where the gradient goes, instead of fresh memory
+    shard: Shard | None = None  # when other ranks hold more classes of the same rows
 
 
 def keeps_gradient(rows: Rows, options: CUDOptions | DUSOptions) -> bool:
@@ -97,7 +100,8 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, work: _Work) -> Tensor:
         rows, call, backend, kept = work
         options = call.options
-        gradient = _gradient_memory(rows, call) if keeps_gradient(rows, options) else None
+        made = call.shard is None and keeps_gradient(rows, options)
+        gradient = _gradient_memory(rows, call) if made else None
         loss, state = backend.row_state(
             rows,
             options,
@@ -179,12 +183,17 @@ class _Loss(torch.autograd.Function):
         return out
 
 
+def _backend(options: CUDOptions | DUSOptions, device: torch.device, shard: Shard | None) -> Backend:
+    found = backends.choose(options.backend, device)
+    return found if shard is None else Sharded(found, shard)
+
+
 def evaluate(rows: Rows, call: Call) -> tuple[Tensor, State | None]:
     """The loss () or (N,), differentiable where that is wanted, and the state when statistics are."""
     options = call.options
     if torch.compiler.is_compiling():
         return _evaluate_op(rows, call)
-    backend = backends.choose(options.backend, rows.logits.device)
+    backend = _backend(options, rows.logits.device, call.shard)
     reads_state = call.statistics or options.check_finite
     if torch.is_grad_enabled() and rows.logits.requires_grad:
         kept: list[State] | None = [] if reads_state else None
@@ -228,13 +237,14 @@ def row_state_op(
     classes: int,
     options: str,
     flags: str,
+    shard: str,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """First sweep: loss () or (N,), states (N, columns), top-1 (N,), divisors (2,)."""
+    """First sweep: loss () or (N,), states (N, columns), top-1 (N,), divisors (2,), or (3,) of a shard."""
     bounds = Constraints.unpacked(constraints, flags)
     rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes, bounds)
     parsed = parsed_of(options, target)
-    backend = backends.choose(parsed.backend, logits.device)
+    backend = _backend(parsed, logits.device, Shard.parsed(shard))
     loss, state = backend.row_state(rows, parsed, statistics=statistics, keep=True, gradient=None)
     assert state is not None
     if parsed.check_finite:
@@ -255,6 +265,7 @@ def _(
     classes: int,
     options: str,
     flags: str,
+    shard: str,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bounds = Constraints.unpacked(constraints, flags)
@@ -267,7 +278,7 @@ def _(
         logits.new_empty((count,) if parsed.reduction == "none" else (), dtype=dtype),
         logits.new_empty((count, len(columns_of(rows, parsed))), dtype=dtype),
         logits.new_empty((count if student else 0,), dtype=torch.int64),
-        logits.new_empty((2,), dtype=vector_dtype(logits.device)),
+        logits.new_empty((3 if shard else 2,), dtype=vector_dtype(logits.device)),
     )
 
 
@@ -283,6 +294,7 @@ def row_gradient_op(
     classes: int,
     options: str,
     flags: str,
+    shard: str,
     sums: Tensor,
     top1: Tensor,
     divisors: Tensor,
@@ -292,7 +304,7 @@ def row_gradient_op(
     bounds = Constraints.unpacked(constraints, flags)
     rows = Rows(logits, target, labels, weight, per_row, scalar, None, classes, bounds)
     parsed = parsed_of(options, target)
-    backend = backends.choose(parsed.backend, logits.device)
+    backend = _backend(parsed, logits.device, Shard.parsed(shard))
     gradient = _new(logits)
     backend.row_gradient(rows, parsed, State(sums, top1, divisors), upstream, gradient)
     return gradient
@@ -310,6 +322,7 @@ def _(
     classes: int,
     options: str,
     flags: str,
+    shard: str,
     sums: Tensor,
     top1: Tensor,
     divisors: Tensor,
@@ -332,7 +345,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any
     gradient = None
     if upstream is not None:
         gradient = row_gradient_op(*tensors, constraints, *ctx.plain, sums, top1, divisors, upstream)
-    return (gradient, *(None,) * 5, [None] * len(constraints), *(None,) * 5)
+    return (gradient, *(None,) * 5, [None] * len(constraints), *(None,) * 6)
 
 
 row_state_op.register_autograd(_backward, setup_context=_setup)
@@ -355,6 +368,7 @@ def _evaluate_op(rows: Rows, call: Call) -> tuple[Tensor, State]:
         rows.classes,
         options,
         flags,
+        "" if call.shard is None else call.shard.text,
         call.statistics,
     )
     return loss, State(*state)

@@ -4,20 +4,25 @@ what the sweeps read, or raises."""
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .autograd import Call
 from .options import NUMBERS, TEMPERATURES
 from .projection import BOUNDS, Projection
 from .rows import DTYPES, Constraints, Rows, row_layout, vector_dtype
 from .sets import ClassSets
 
+if TYPE_CHECKING:
+    from .autograd import Call
+    from .distributed.group import Shard
+
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
-def logits_of(value: object, name: str) -> Tensor:
+def logits_of(value: object, name: str, *, empty: bool = False) -> Tensor:
+    """Logits (..., V); empty: V may be 0."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor of logits (..., V), got {type(value).__name__}")
     if value.dtype not in DTYPES:
@@ -26,14 +31,27 @@ def logits_of(value: object, name: str) -> Tensor:
     if value.layout != torch.strided:
         raise TypeError(f"{name} has layout {value.layout}: expected a dense (strided) tensor; call .to_dense() first")
     shape = value.shape
-    if not shape or shape[-1] == 0:
+    if not shape or (shape[-1] == 0 and not empty):
         raise ValueError(f"{name} has shape {tuple(value.shape)}: expected (..., V) with at least one class")
     return value
 
 
-def classes_of(student: Tensor, teacher: Tensor | None, num_classes: int | None, names: tuple[str, str]) -> int:
-    """How many leading columns are classes."""
+def classes_of(
+    student: Tensor,
+    teacher: Tensor | None,
+    num_classes: int | None,
+    names: tuple[str, str],
+    shard: Shard | None = None,
+) -> int:
+    """How many leading columns are classes; of a shard, all of them until it is known where it begins."""
     width = student.shape[-1]
+    if shard is not None:
+        if teacher is not None and teacher.shape[-1] != width:
+            raise ValueError(
+                f"{names[0]} has {width} classes on this rank and {names[1]} has {teacher.shape[-1]}: expected both "
+                "cut at the same classes"
+            )
+        return width
     if num_classes is None and (teacher is None or teacher.shape[-1] == width):
         return width
     widths = {names[0]: width}

@@ -19,6 +19,7 @@ from .checks import (
     temperature_of,
     weight_of,
 )
+from .distributed.group import Shard, telling
 from .options import CUDOptions, DUSOptions, cross_entropy
 from .projection import Projection
 from .rows import Rows
@@ -37,6 +38,7 @@ def cud_loss(
     num_items: float | Tensor | None = ...,
     return_stats: Literal[False] = ...,
     grad_out: Tensor | None = ...,
+    shard: Shard | None = ...,
 ) -> Tensor: ...
 @overload
 def cud_loss(
@@ -50,6 +52,7 @@ def cud_loss(
     num_items: float | Tensor | None = ...,
     return_stats: Literal[True],
     grad_out: Tensor | None = ...,
+    shard: Shard | None = ...,
 ) -> tuple[Tensor, StudentStatistics]: ...
 @overload
 def cud_loss(
@@ -63,6 +66,7 @@ def cud_loss(
     num_items: float | Tensor | None = ...,
     return_stats: bool,
     grad_out: Tensor | None = ...,
+    shard: Shard | None = ...,
 ) -> Tensor | tuple[Tensor, StudentStatistics]: ...
 
 
@@ -77,6 +81,7 @@ def cud_loss(
     num_items: float | Tensor | None = None,
     return_stats: bool = False,
     grad_out: Tensor | None = None,
+    shard: Shard | None = None,
 ) -> Tensor | tuple[Tensor, StudentStatistics]:
     """Student loss of Calibrated Uncertainty Distillation, Eq. 9. See `cudfast.CUDLoss` for the meaning of the terms.
 
@@ -92,6 +97,8 @@ def cud_loss(
         return_stats: also return `StudentStatistics` of every row, from the same pass.
         grad_out: (..., V) memory for the gradient, in the student's dtype. Without
             it, large CPU gradients come from a pool (see `cudfast.empty_cache`).
+        shard: the classes of this process where those of a row are spread over a process group; V is then their number
+            here, and everything else that of the whole. See `cudfast.CUDLoss`.
 
     Returns:
         The loss: () or, for reduction="none", (...); float32, or float64 when the logits that count are. With
@@ -110,42 +117,48 @@ def cud_loss(
     """
     if not isinstance(options, CUDOptions):
         raise TypeError(f"options: expected CUDOptions, got {type(options).__name__}")
-    student = logits_of(student_logits, "student_logits")
-    teacher = None
-    if teacher_logits is not None:
-        teacher = logits_of(teacher_logits, "teacher_logits")
-        if teacher.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "teacher_logits requires grad, and no gradient flows to the teacher: run the teacher under "
-                "torch.no_grad(), or pass teacher_logits.detach()"
+    with telling(shard):
+        student = logits_of(student_logits, "student_logits", empty=shard is not None)
+        teacher = None
+        if teacher_logits is not None:
+            teacher = logits_of(teacher_logits, "teacher_logits", empty=shard is not None)
+            if teacher.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    "teacher_logits requires grad, and no gradient flows to the teacher: run the teacher under "
+                    "torch.no_grad(), or pass teacher_logits.detach()"
+                )
+            if teacher.shape != student.shape and teacher.shape[:-1] != student.shape[:-1]:
+                raise ValueError(
+                    f"student_logits has shape {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)}: "
+                    "expected the same leading shape"
+                )
+            if teacher.device != student.device:
+                raise ValueError(
+                    f"student_logits is on {student.device} and teacher_logits on {teacher.device}: move them to one "
+                    "device"
+                )
+        elif options.kd_weight > 0 or return_stats:
+            raise TypeError(
+                "teacher_logits is None: expected logits (..., V), unless kd_weight=0 and return_stats=False"
             )
-        if teacher.shape != student.shape and teacher.shape[:-1] != student.shape[:-1]:
-            raise ValueError(
-                f"student_logits has shape {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)}: expected "
-                "the same leading shape"
-            )
-        if teacher.device != student.device:
-            raise ValueError(
-                f"student_logits is on {student.device} and teacher_logits on {teacher.device}: move them to one device"
-            )
-    elif options.kd_weight > 0 or return_stats:
-        raise TypeError("teacher_logits is None: expected logits (..., V), unless kd_weight=0 and return_stats=False")
-    classes = classes_of(student, teacher, options.num_classes, ("student_logits", "teacher_logits"))
-    flat_labels = labels_of(labels, student, "student_logits")
-    flat_weight = weight_of(weight, student, "student_logits") if weight is not None else None
-    items = num_items_of(num_items) if num_items is not None else None
-    scalar, per_row = temperature_of(temperature, options.temperature, student, "student_logits")
-    if options.kd_weight == 0 and not return_stats:  # plain cross-entropy needs one matrix and one exponential
-        rows = Rows(student, None, flat_labels, flat_weight, None, 1.0, items, classes)
-        # A compiled graph knows no options that are made in it: its op makes them.
-        call = Call(options if torch.compiler.is_compiling() else cross_entropy(options), False, grad_out)
-    else:
-        constraints = None
-        if isinstance(options.calibration, Projection) and flat_labels is not None:
-            constraints = constraints_of(options.calibration, student, classes, "student_logits")
-        rows = Rows(student, teacher, flat_labels, flat_weight, per_row, scalar, items, classes, constraints)
-        call = Call(options, return_stats, grad_out)
-    check_call(rows, "student_logits", call)
+        classes = classes_of(student, teacher, options.num_classes, ("student_logits", "teacher_logits"), shard)
+        flat_labels = labels_of(labels, student, "student_logits")
+        flat_weight = weight_of(weight, student, "student_logits") if weight is not None else None
+        items = num_items_of(num_items) if num_items is not None else None
+        scalar, per_row = temperature_of(temperature, options.temperature, student, "student_logits")
+        if options.kd_weight == 0 and not return_stats:  # plain cross-entropy needs one matrix and one exponential
+            rows = Rows(student, None, flat_labels, flat_weight, None, 1.0, items, classes)
+            # A compiled graph knows no options that are made in it: its op makes them.
+            call = Call(options if torch.compiler.is_compiling() else cross_entropy(options), False, grad_out, shard)
+        else:
+            constraints = None
+            if isinstance(options.calibration, Projection) and flat_labels is not None:
+                if shard is not None:
+                    raise ValueError("calibration=Projection(...) needs all classes of a row: leave out process_group")
+                constraints = constraints_of(options.calibration, student, classes, "student_logits")
+            rows = Rows(student, teacher, flat_labels, flat_weight, per_row, scalar, items, classes, constraints)
+            call = Call(options, return_stats, grad_out, shard)
+        check_call(rows, "student_logits", call)
     loss, state = evaluate(rows, call)
     if options.reduction == "none":
         loss = loss.reshape(student.shape[:-1])
@@ -166,6 +179,7 @@ def dus_loss(
     num_items: float | Tensor | None = ...,
     return_stats: Literal[False] = ...,
     grad_out: Tensor | None = ...,
+    shard: Shard | None = ...,
 ) -> Tensor: ...
 @overload
 def dus_loss(
@@ -178,6 +192,7 @@ def dus_loss(
     num_items: float | Tensor | None = ...,
     return_stats: Literal[True],
     grad_out: Tensor | None = ...,
+    shard: Shard | None = ...,
 ) -> tuple[Tensor, TeacherStatistics]: ...
 @overload
 def dus_loss(
@@ -190,6 +205,7 @@ def dus_loss(
     num_items: float | Tensor | None = ...,
     return_stats: bool,
     grad_out: Tensor | None = ...,
+    shard: Shard | None = ...,
 ) -> Tensor | tuple[Tensor, TeacherStatistics]: ...
 
 
@@ -203,6 +219,7 @@ def dus_loss(
     num_items: float | Tensor | None = None,
     return_stats: bool = False,
     grad_out: Tensor | None = None,
+    shard: Shard | None = None,
 ) -> Tensor | tuple[Tensor, TeacherStatistics]:
     """Teacher loss of Calibrated Uncertainty Distillation, Eq. 3. See `cudfast.DUSLoss` for the meaning of the terms.
 
@@ -215,6 +232,7 @@ def dus_loss(
         num_items: replaces the divisor of reduction="mean" (and divides the other reductions).
         return_stats: also return `TeacherStatistics` of every row, from the same pass.
         grad_out: (..., V) memory for the gradient, in the logits' dtype.
+        shard: as in `cud_loss`; alpha is that of all classes.
 
     Returns:
         The loss: () or, for reduction="none", (...); float32, or float64 for float64 logits. With return_stats, a pair.
@@ -231,27 +249,30 @@ def dus_loss(
     """
     if not isinstance(options, DUSOptions):
         raise TypeError(f"options: expected DUSOptions, got {type(options).__name__}")
-    logits = logits_of(logits, "logits")
-    if labels is None:
-        raise TypeError("labels is None: the teacher loss needs a label (or ignore_index) for every row")
-    classes = classes_of(logits, None, options.num_classes, ("logits", ""))
-    flat_labels = labels_of(labels, logits, "logits")
-    assert flat_labels is not None
-    per_row = None
-    if alpha is not None:
-        per_row = alpha_of(alpha, flat_labels, classes)
-    rows = Rows(
-        logits,
-        None,
-        flat_labels,
-        weight_of(weight, logits, "logits"),
-        per_row,
-        options.alpha,
-        num_items_of(num_items),
-        classes,
-    )
-    call = Call(options, return_stats, grad_out)
-    check_call(rows, "logits", call)
+    with telling(shard):
+        logits = logits_of(logits, "logits", empty=shard is not None)
+        if labels is None:
+            raise TypeError("labels is None: the teacher loss needs a label (or ignore_index) for every row")
+        classes = classes_of(logits, None, options.num_classes, ("logits", ""), shard)
+        flat_labels = labels_of(labels, logits, "logits")
+        assert flat_labels is not None
+        per_row = None
+        if alpha is not None:
+            if shard is not None:
+                shard = shard.of_all(alpha)
+            per_row = alpha_of(alpha, flat_labels, classes if shard is None else shard.classes or 0)
+        rows = Rows(
+            logits,
+            None,
+            flat_labels,
+            weight_of(weight, logits, "logits"),
+            per_row,
+            options.alpha,
+            num_items_of(num_items),
+            classes,
+        )
+        call = Call(options, return_stats, grad_out, shard)
+        check_call(rows, "logits", call)
     loss, state = evaluate(rows, call)
     if options.reduction == "none":
         loss = loss.reshape(logits.shape[:-1])

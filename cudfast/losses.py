@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from .distributed.group import Shard
 from .functional import cud_loss, dus_loss
 from .options import BackendName, CUDOptions, DUSOptions, LinearOptions, LossOptions, Reduction, Save, WClip
 from .projection import Projection
 from .statistics import StudentStatistics, TeacherStatistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def changed(options: LossOptions | LinearOptions) -> str:
@@ -51,6 +56,10 @@ class CUDLoss(nn.Module):
         inplace: write the gradient over the student logits.
         backend: "auto", "native" or "reference".
         check_finite: raise on rows whose loss is NaN, naming the first.
+        process_group: the ranks that hold the classes of a row, each some consecutive ones: logits are (..., V_r), with
+            V_r of any size, 0 too; all else is whole and the same on every rank, and so are the loss and the
+            statistics. docs/distributed.md says what is sent (nothing of size V). Default None: one process.
+        class_offset: the first class of this rank. Default None: ranks hold classes in their order.
 
     Shapes:
         student_logits (..., V), teacher_logits (..., V), labels (...), weight (...), temperature () or (...);
@@ -86,8 +95,11 @@ class CUDLoss(nn.Module):
         inplace: bool = False,
         backend: BackendName = "auto",
         check_finite: bool = False,
+        process_group: ProcessGroup | None = None,
+        class_offset: int | None = None,
     ) -> None:
         super().__init__()
+        self.shard = Shard.of(process_group, class_offset)
         self.options = CUDOptions(
             temperature=temperature,
             kd_weight=kd_weight,
@@ -124,6 +136,7 @@ class CUDLoss(nn.Module):
             temperature=temperature,
             num_items=num_items,
             return_stats=return_stats,
+            shard=self.shard,
         )
 
     def extra_repr(self) -> str:
@@ -147,7 +160,8 @@ class DUSLoss(nn.Module):
         alpha: focal scale > 0: a number or a tensor (V,). Default 1.0 (paper).
         gate_threshold, gate_scale, gate_power: the gate. Default 0.5, 1.0, 1.0 (ours; the paper leaves them open).
         differentiate_gate: let the gradient flow through the gate's ramp. Default False (the gate is a weight).
-        ignore_index, reduction, num_classes, save, inplace, backend, check_finite: as in `CUDLoss`.
+        ignore_index, reduction, num_classes, save, inplace, backend, check_finite, process_group, class_offset: as in
+            `CUDLoss`; alpha is that of all classes.
 
     Shapes:
         logits (..., V), labels (...), weight (...); returns () or (...) for reduction="none".
@@ -183,8 +197,11 @@ class DUSLoss(nn.Module):
         inplace: bool = False,
         backend: BackendName = "auto",
         check_finite: bool = False,
+        process_group: ProcessGroup | None = None,
+        class_offset: int | None = None,
     ) -> None:
         super().__init__()
+        self.shard = Shard.of(process_group, class_offset)
         scalar, per_class = split_alpha(alpha)
         self.register_buffer("alpha", per_class, persistent=False)
         self.options = DUSOptions(
@@ -224,6 +241,7 @@ class DUSLoss(nn.Module):
             weight=weight,
             num_items=num_items,
             return_stats=return_stats,
+            shard=self.shard,
         )
 
     def extra_repr(self) -> str:

@@ -17,10 +17,13 @@ from torch import Tensor
 from .backends.reference import Marks, placed, student_rows, teacher_rows
 from .options import CUDOptions, DUSOptions
 from .reference import NOTHING, StudentState, TeacherState, student_merge, teacher_merge
-from .rows import Backend, Rows, State, vector_dtype
+from .rows import Backend, Rows, State, columns_of, compute_dtype, vector_dtype
 
 Whole = StudentState | TeacherState
 """State of rows, in `vector_dtype`."""
+
+
+_LOGITS = ("m_t", "s_k", "m_s", "t_y", "s_y", "m", "z_y")  # columns of a state that are logits, not sums
 
 
 class Span(NamedTuple):
@@ -47,17 +50,36 @@ def inverse_temperature(rows: Rows) -> Tensor:
     return torch.tensor(1 / rows.scalar, dtype=vector_dtype(device), device=device)
 
 
-def state_of(span: Span, options: CUDOptions | DUSOptions, marks: Marks, backend: Backend) -> Whole:
-    """One part's state, from one sweep over it."""
-    rows, first = span
-    wide = vector_dtype(rows.logits.device)
+def swept(rows: Rows, options: CUDOptions | DUSOptions, backend: Backend) -> State:
+    """One part's packed state, from one sweep over it; it knows no label."""
+    if rows.classes == 0:
+        return _nothing(rows, options)
     alone = rows._replace(labels=None, weight=None, num_items=None)
     _, packed = backend.row_state(alone, _of_part(options), statistics=True, keep=True, gradient=None)
     assert packed is not None
+    return packed
+
+
+def _nothing(rows: Rows, options: CUDOptions | DUSOptions) -> State:
+    """Of a part without classes."""
+    device = rows.logits.device
+    row = torch.tensor(
+        [NOTHING if column in _LOGITS else 0 for column in columns_of(rows, options)], dtype=compute_dtype(rows)
+    )
+    top1 = torch.zeros(rows.n if isinstance(options, CUDOptions) else 0, dtype=torch.int64, device=device)
+    return State(row.to(device).repeat(rows.n, 1), top1, torch.ones(2, dtype=vector_dtype(device), device=device))
+
+
+def state_of(span: Span, options: CUDOptions | DUSOptions, marks: Marks, packed: State) -> Whole:
+    """One part's state as that of some classes of the whole, the label picked up where it lives."""
+    rows, first = span
     at, inside = placed(marks.column, first, rows.classes)
     here = marks.labelled & inside.squeeze(-1)
+    wide = vector_dtype(rows.logits.device)
 
     def label(logits: Tensor) -> Tensor:
+        if rows.classes == 0:
+            return torch.full_like(marks.weights.kd, NOTHING, dtype=wide)
         value = logits.gather(-1, at.reshape(*logits.shape[:-1], 1))
         return torch.where(here, value.reshape(-1).to(wide), NOTHING)
 

@@ -88,7 +88,7 @@ class State(NamedTuple):
 
     sums: Tensor  # (N, columns), in the compute dtype
     top1: Tensor  # (N,) int64 for the student loss, (0,) for the teacher loss
-    divisors: Tensor  # (2,) f64: of the KD term, of the label terms
+    divisors: Tensor  # (2,) f64: of the KD term, of the label terms; (3,) of a shard, whose first class follows
 
 
 class Backend(Protocol):

@@ -290,12 +290,12 @@ def test_opcheck(batch: tuple[Tensor, ...]) -> None:
     near = ClassSets.from_groups(torch.arange(V) // 2)
     asked = constraints_of(Projection(near=near, min_near_mass=0.3, min_entropy=0.5), student, V, "student_logits")
     tensors, flags = asked.packed()
-    bounds = (tensors, 2.0, V, cud, flags)
+    bounds = (tensors, 2.0, V, cud, flags, "")
     for logits in (student.clone().requires_grad_(), student.to(torch.bfloat16).requires_grad_()):
         for args in (
-            (logits, teacher, labels, weight, tau, None, [], 2.0, V, cud, "", True),
-            (logits, teacher, None, None, None, torch.tensor(7.0), [], 3.0, V - 5, cud, "", False),
-            (logits, None, labels.clamp(min=0), None, None, None, [], 1.0, V, dus, "", False),
+            (logits, teacher, labels, weight, tau, None, [], 2.0, V, cud, "", "", True),
+            (logits, teacher, None, None, None, torch.tensor(7.0), [], 3.0, V - 5, cud, "", "", False),
+            (logits, None, labels.clamp(min=0), None, None, None, [], 1.0, V, dus, "", "", False),
             (logits, teacher, labels, None, None, None, *bounds, False),
         ):
             torch.library.opcheck(row_state_op, args)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends.reference import mark
 from ..options import CUDOptions, DUSOptions
-from ..parts import Span, Whole, finished, inverse_temperature, merge, state_of, write_gradient
+from ..parts import Span, Whole, finished, inverse_temperature, merge, state_of, swept, write_gradient
 from ..rows import Backend, Rows, State, compute_dtype
 
 
@@ -45,7 +45,7 @@ def merged_state(work: Work) -> tuple[Tensor, State]:
     marks, inv_tau = mark(rows, options), inverse_temperature(rows)
     whole: Whole | None = None
     for _, span in work.tiles():
-        new = state_of(span, options, marks, work.backend)
+        new = state_of(span, options, marks, swept(span.rows, options, work.backend))
         whole = new if whole is None else merge(whole, new, inv_tau)
         dtype = compute_dtype(span.rows)
     assert whole is not None

@@ -1,0 +1,269 @@
+"""Ranks that hold consecutive classes: which each of them holds, and the few bytes that they send each other.
+
+Before anything is merged every rank says in HEADER bytes what it was given. Ranks that do not go together all raise the
+same error, which names one that differs; so does a rank that refused its arguments, while the others wait for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import time
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+HEADER = 1024  # bytes of a header: the options as text, and what the arguments are
+_PATIENCE = 0.5  # seconds for a broken connection to show
+
+
+def _resolved(name: str) -> Any:
+    return importlib.import_module("torch.distributed.distributed_c10d")._resolve_process_group(name)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This process's share of the classes.
+
+    Args:
+        group: name of a process group: `process_group.group_name`.
+        class_offset: the first class that this rank holds, or None: the ranks hold consecutive classes in their order.
+        classes: how many classes there are in all, where an argument of the call says so.
+
+    Example:
+        >>> Shard("default", class_offset=1000)
+        Shard(group='default', class_offset=1000, classes=None)
+    """
+
+    group: str
+    class_offset: int | None = None
+    classes: int | None = None
+
+    @staticmethod
+    def of(process_group: Any, class_offset: int | None = None) -> Shard | None:
+        """From a loss's arguments; None for no group.
+
+        Raises:
+            TypeError, ValueError: no process group, one that this process is not in, or an offset that is none.
+        """
+        if process_group is None:
+            if class_offset is not None:
+                raise ValueError(f"class_offset={class_offset} without process_group: expected both, or neither")
+            return None
+        if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(
+                f"process_group: expected a torch.distributed.ProcessGroup that this process is in (dist.group.WORLD, "
+                f"dist.new_group(...), mesh.get_group(...)), got {type(process_group).__name__}"
+            )
+        if class_offset is not None:
+            if isinstance(class_offset, bool) or not isinstance(class_offset, int):
+                raise TypeError(f"class_offset: expected an int, got {type(class_offset).__name__}")
+            if class_offset < 0:
+                raise ValueError(f"class_offset={class_offset}: expected the first class of this rank, >= 0")
+        return Shard(process_group.group_name, class_offset)
+
+    @property
+    def process_group(self) -> Any:
+        """The group itself."""
+        return _resolved(self.group)
+
+    @property
+    def text(self) -> str:
+        """How it passes through a torch.library op."""
+        return json.dumps([self.group, self.class_offset, self.classes])
+
+    @staticmethod
+    def parsed(text: str) -> Shard | None:
+        """Inverse of `text`; None for ""."""
+        return Shard(*json.loads(text)) if text else None
+
+    def of_all(self, per_class: Any) -> Shard:
+        """The same with the number of all classes, which (V,) `per_class` says."""
+        return replace(self, classes=per_class.shape[0] if isinstance(per_class, Tensor) and per_class.dim() else 0)
+
+
+class telling:  # noqa: N801 (used as a statement)
+    """While arguments are checked: if they are refused, the other ranks, who wait for a header, are told why."""
+
+    def __init__(self, shard: Shard | None) -> None:
+        self._shard = shard
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if self._shard is not None and isinstance(error, Exception) and not torch.compiler.is_compiling():
+            _Headers(self._shard, {"error": f"{type(error).__name__}: {error}"}).tell()
+
+
+class Layout(NamedTuple):
+    """Who holds which classes."""
+
+    first: int  # of this rank
+    total: int
+
+
+def _name(group: Any, rank: int) -> str:
+    everywhere = dist.get_global_rank(group, rank)
+    return f"rank {rank}" if everywhere == rank else f"rank {rank} of the group (rank {everywhere} of all)"
+
+
+def _is_gloo(group: Any, device: torch.device) -> bool:
+    return f"{device.type}:gloo" in dist.get_backend_config(group)
+
+
+def _lost(group: Any, device: torch.device, error: Exception) -> RuntimeError:
+    """The error of a collective that failed, with the ranks whose connections are closed."""
+    gone = []
+    if _is_gloo(group, device):
+        pending: dict[int, Any] = {}
+        place = torch.empty(1, device=device)
+        for rank in range(dist.get_world_size(group)):
+            if rank == dist.get_rank(group):
+                continue
+            try:
+                pending[rank] = dist.irecv(
+                    place, dist.get_global_rank(group, rank), group=group, tag=dist.get_rank(group)
+                )
+            except RuntimeError:
+                gone.append(rank)
+        if not gone:
+            time.sleep(_PATIENCE)
+            gone = [rank for rank, work in pending.items() if work.is_completed()]
+    names = ", ".join(_name(group, rank) for rank in gone)
+    who = (
+        f"{names} cannot be reached any more" if gone else "the group's timeout has passed, or a rank cannot be reached"
+    )
+    return RuntimeError(
+        f"an exchange of {dist.get_world_size(group)} ranks failed in {_name(group, dist.get_rank(group))}: {who}. A "
+        f"rank that died, ended with an error or did not call the loss is the cause; see its log. ({error})"
+    )
+
+
+def gather(group: Any, message: Tensor) -> Tensor:
+    """(R, ...) the messages of all ranks, of one shape and dtype everywhere.
+
+    Raises:
+        RuntimeError: a rank cannot be reached, by name.
+    """
+    return Gathering(group, message).wait()
+
+
+class Gathering:
+    """A `gather` on its way."""
+
+    def __init__(self, group: Any, message: Tensor) -> None:
+        self._group, self._message = group, message.contiguous()
+        self._all = message.new_empty((dist.get_world_size(group), *message.shape))
+        try:
+            self._work = dist.all_gather(list(self._all.unbind(0)), self._message, group=group, async_op=True)
+        except RuntimeError as error:
+            raise _lost(group, message.device, error) from error
+
+    def wait(self) -> Tensor:
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise _lost(self._group, self._message.device, error) from error
+        return self._all
+
+
+class _Headers:
+    """What every rank was given, on its way; on the host where the group has a way there, since the host reads it."""
+
+    def __init__(self, shard: Shard, given: dict[str, Any]) -> None:
+        self._group = shard.process_group
+        text = json.dumps(given).encode()
+        if "error" in given:
+            text = json.dumps({"error": given["error"].encode("ascii", "replace").decode()[: HEADER - 200]}).encode()
+        if len(text) > HEADER:
+            raise AssertionError(f"a header of {len(text)} bytes")
+        self._text = torch.frombuffer(bytearray(text.ljust(HEADER)), dtype=torch.uint8)
+
+    def _sent(self, device: torch.device) -> Gathering:
+        by_host = "cpu:" in dist.get_backend_config(self._group)
+        return Gathering(self._group, self._text if by_host else self._text.to(device))
+
+    def tell(self) -> None:
+        config = dist.get_backend_config(self._group)
+        self._sent(torch.device("cpu" if "cpu:" in config else config.partition(":")[0])).wait()
+
+    def ask(self, device: torch.device) -> Agreement:
+        return Agreement(self._group, self._sent(device))
+
+
+class Agreement(NamedTuple):
+    """Headers on their way."""
+
+    group: Any
+    gathering: Gathering
+
+    def wait(self) -> Layout:
+        """The layout of the classes.
+
+        Raises:
+            ValueError: ranks that do not go together. RuntimeError: a rank refused its arguments, or cannot be reached.
+        """
+        headers = self.gathering.wait().cpu().numpy().tobytes()
+        return _layout(headers, dist.get_rank(self.group), self.group.group_name)
+
+
+def ask(shard: Shard, device: torch.device, given: dict[str, Any]) -> Agreement:
+    """Sends this rank's header. given: "classes" (of this rank) and whatever must be the same on every rank."""
+    mine = {"classes": given["classes"], "offset": shard.class_offset}
+    alike = {"classes in all": shard.classes, **{key: value for key, value in given.items() if key != "classes"}}
+    return _Headers(shard, {"mine": mine, "alike": alike}).ask(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(headers: bytes, rank: int, group_name: str) -> Layout:
+    group = _resolved(group_name)
+    said = [json.loads(headers[i : i + HEADER]) for i in range(0, len(headers), HEADER)]
+    for other, header in enumerate(said):
+        if "error" in header:
+            raise RuntimeError(f"{_name(group, other)} refused its arguments, so no rank goes on: {header['error']}")
+    for other, header in enumerate(said):
+        for key, value in header["alike"].items():
+            if value != (expected := said[0]["alike"][key]):
+                raise ValueError(
+                    f"{_name(group, other)} was given {key} = {value}, and {_name(group, 0)} {expected}: expected the "
+                    "same on every rank of process_group"
+                )
+    first = _firsts(group, [header["mine"] for header in said])
+    total = sum(header["mine"]["classes"] for header in said)
+    if total == 0:
+        raise ValueError("no rank of process_group has a class: expected logits (..., V_r) with at least one in all")
+    expected = said[0]["alike"]["classes in all"]
+    if expected is not None and expected != total:
+        raise ValueError(
+            f"the ranks of process_group hold {total} classes in all, and alpha or sets are for {expected}"
+        )
+    return Layout(first[rank], total)
+
+
+def _firsts(group: Any, said: list[dict[str, Any]]) -> list[int]:
+    """The first class of every rank."""
+    widths, offsets = [s["classes"] for s in said], [s["offset"] for s in said]
+    if all(offset is None for offset in offsets):
+        return [sum(widths[:rank]) for rank in range(len(widths))]
+    for rank, offset in enumerate(offsets):
+        if offset is None:
+            with_one = next(r for r, o in enumerate(offsets) if o is not None)
+            raise ValueError(
+                f"{_name(group, with_one)} gave class_offset={offsets[with_one]}, and {_name(group, rank)} none: "
+                "expected it on every rank, or on none"
+            )
+    end, before = 0, "0 is the first"
+    for offset, rank in sorted((o, r) for r, o in enumerate(offsets) if widths[r]):
+        if offset != end:
+            raise ValueError(
+                f"{_name(group, rank)} gave class_offset={offset}, but {before}: expected class_offset={end}, so that "
+                "the ranks hold every class once"
+            )
+        end = offset + widths[rank]
+        before = f"{_name(group, rank)} holds the classes [{offset}, {end})"
+    return offsets

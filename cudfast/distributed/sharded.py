@@ -1,0 +1,156 @@
+"""Rows whose classes are spread over ranks, as a backend: one sweep over this rank's classes, one exchange of row
+states, and then what is not of size V on every rank alike, so that backward needs nobody."""
+
+from __future__ import annotations
+
+import functools
+import json
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.reference import mark
+from ..options import CUDOptions, DUSOptions, text_of
+from ..parts import Span, Whole, finished, inverse_temperature, merge, state_of, swept, unpacked, write_gradient
+from ..rows import Backend, Rows, State, check_vectors, compute_dtype, divisors_of, masks, vector_dtype
+from .group import Layout, Shard, ask, gather
+
+_OF_A_RANK = ("save", "inplace", "backend")  # options that ranks may choose for themselves
+
+
+class Sharded:
+    """A backend over a process group: each rank's rows hold some of the classes, the labels are those of the whole."""
+
+    def __init__(self, inner: Backend, shard: Shard) -> None:
+        self._inner, self._shard = inner, shard
+
+    def row_state(
+        self,
+        rows: Rows,
+        options: CUDOptions | DUSOptions,
+        *,
+        statistics: bool,
+        keep: bool,
+        gradient: Tensor | None,
+    ) -> tuple[Tensor, State | None]:
+        """See `cudfast.rows.Backend`. The divisors of the state are followed by this rank's first class."""
+        agreement = ask(self._shard, rows.logits.device, _given(rows, options))
+        layout = None
+        if options.num_classes is not None:
+            layout = agreement.wait()
+            rows = _cut(rows, options, layout.first)
+        packed = swept(rows, options, self._inner)
+        layout = layout or agreement.wait()
+        marks = mark(rows, options)
+        mine = state_of(Span(rows, layout.first), options, marks, packed)
+        whole = _refused(rows, options, layout, self._merged(mine, rows, options))
+        divisors = divisors_of(rows, options)
+        losses, state = finished(rows, options, marks, whole, divisors, compute_dtype(rows))
+        state = state._replace(divisors=torch.cat([divisors, divisors.new_tensor([layout.first])]))
+        if gradient is not None:
+            self.row_gradient(rows, options, state, losses.new_ones(()), gradient)
+        if options.reduction != "none":
+            losses = losses.sum(dtype=vector_dtype(losses.device)).to(losses.dtype)
+        return losses, state if keep else None
+
+    def _merged(self, mine: Whole, rows: Rows, options: CUDOptions | DUSOptions) -> Whole:
+        """The state of all ranks' classes."""
+        dtype, columns = compute_dtype(rows), [x for x in mine if x.dtype != torch.int64]
+        message = torch.stack(columns, -1).to(dtype).view(torch.uint8)
+        if isinstance(options, CUDOptions):
+            message = torch.cat([message, mine[-1].unsqueeze(-1).view(torch.uint8)], -1)
+        found = gather(self._shard.process_group, message)  # (R, N, bytes)
+        width = len(columns) * dtype.itemsize
+        sums = found[..., :width].contiguous().view(dtype)
+        top1 = found[..., width:].contiguous().view(torch.int64).squeeze(-1) if found.shape[-1] > width else sums
+        parts = unpacked(State(sums, top1, sums), options)
+        inv_tau = inverse_temperature(rows)
+        while (count := len(parts[0])) > 1:  # neighbours first: their sums are alike
+            pairs = merge(_ranks(parts, 0, count - 1, 2), _ranks(parts, 1, count, 2), inv_tau)
+            last = _ranks(parts, count - count % 2, count, 1)
+            parts = _of(parts, (torch.cat([a, b]) for a, b in zip(pairs, last)))
+        return _of(parts, (x[0] for x in parts))
+
+    def row_gradient(
+        self,
+        rows: Rows,
+        options: CUDOptions | DUSOptions,
+        state: State,
+        upstream: Tensor,
+        gradient: Tensor,
+    ) -> None:
+        """See `cudfast.rows.Backend`: of this rank's classes."""
+        first: Any = state.divisors[2].to(torch.int64)
+        if options.num_classes is not None:
+            rows = _cut(rows, options, int(first))
+        if rows.classes == 0:
+            gradient.zero_()
+            return
+        marks = mark(rows, options)
+        state = state._replace(divisors=state.divisors[:2])
+        write_gradient(Span(rows, first), options, marks, self._inner, state, upstream, gradient)
+
+    def scale(self, gradient: Tensor, upstream: Tensor) -> Tensor:
+        """See `cudfast.rows.Backend`."""
+        return self._inner.scale(gradient, upstream)
+
+
+def _of(like: Whole, fields: Iterable[Tensor]) -> Whole:
+    return type(like)(*fields)
+
+
+def _ranks(parts: Whole, begin: int, end: int, step: int) -> Whole:
+    return _of(parts, (x[begin:end:step] for x in parts))
+
+
+def _cut(rows: Rows, options: CUDOptions | DUSOptions, first: int) -> Rows:
+    """Without the columns beyond `num_classes`."""
+    assert options.num_classes is not None
+    return rows._replace(classes=max(0, min(rows.classes, options.num_classes - first)))
+
+
+@functools.lru_cache(maxsize=256)
+def _fields(options: CUDOptions | DUSOptions) -> dict[str, Any]:
+    return {key: value for key, value in json.loads(text_of(options)).items() if key not in _OF_A_RANK}
+
+
+def _given(rows: Rows, options: CUDOptions | DUSOptions) -> dict[str, Any]:
+    """What this rank says of its arguments."""
+    items = rows.num_items
+    return {
+        "classes": rows.classes,
+        "leading shape": list(rows.logits.shape[:-1]),
+        "compute dtype": str(compute_dtype(rows)),
+        "teacher logits": rows.target is not None,
+        "labels": _digest(rows.labels),
+        "weight": _digest(rows.weight),
+        "temperature or alpha": _digest(rows.per_row) if rows.per_row is not None else rows.scalar,
+        "num_items": _digest(items) if isinstance(items, Tensor) else items,
+        "options": _fields(options),
+    }
+
+
+def _digest(x: Tensor | None) -> str | None:
+    """Of a vector that the host can read: that ranks were given the same."""
+    if x is None:
+        return None
+    return f"{x.numel()} values" + (
+        f" (crc32 {zlib.crc32(x.detach().reshape(-1).contiguous().numpy().data):08x})" if x.is_cpu else ""
+    )
+
+
+def _refused(rows: Rows, options: CUDOptions | DUSOptions, layout: Layout, whole: Whole) -> Whole:
+    """A label that is no class: an error, or, where the host reads nothing, a row of NaN."""
+    total = layout.total if options.num_classes is None else min(layout.total, options.num_classes)
+    rows = rows._replace(classes=total)
+    if rows.logits.is_cpu:
+        check_vectors(rows, options)
+        return whole
+    if rows.labels is None:
+        return whole
+    _, labelled = masks(rows, options)
+    outside = labelled & ((rows.labels < 0) | (rows.labels >= total))
+    return _of(whole, (torch.where(outside, torch.nan, x) if x.is_floating_point() else x for x in whole))

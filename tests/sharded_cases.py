@@ -1,0 +1,223 @@
+"""What tests/test_sharded.py runs in every one of four processes: losses over shards against those of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cudfast import CUDLoss, DUSLoss, WClip
+from cudfast.functional import cud_loss
+
+from .ranks import run_cases, start
+
+N, V = 11, 96
+f32, f64 = torch.float32, torch.float64
+TOLERANCE = {f32: 1e-6, f64: 1e-12}
+CASES: dict[str, Callable[[], None]] = {}
+
+
+def case(f: Callable[[], None]) -> Callable[[], None]:
+    CASES[f.__name__] = f
+    return f
+
+
+def main(rank: int, ranks: int, folder: Path) -> None:
+    start(rank, ranks, folder)
+    run_cases(rank, ranks, folder, list(CASES), CASES)
+    dist.destroy_process_group()
+
+
+_GROUPS: list[Any] = []
+
+
+def groups() -> Iterator[tuple[Any, list[int]]]:
+    """This process's group of two and that of all four, each with cuts that are even, uneven, and with empty shards."""
+    if not _GROUPS:
+        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        _GROUPS.extend([pairs[dist.get_rank() // 2], dist.group.WORLD])
+    for widths in ([48, 48], [95, 1], [0, 96]):
+        yield _GROUPS[0], widths
+    for widths in ([24, 24, 24, 24], [1, 50, 13, 32], [0, 60, 0, 36], [0, 0, 0, 96]):
+        yield _GROUPS[1], widths
+
+
+def mine(x: Tensor, group: Any, widths: list[int]) -> Tensor:
+    """This rank's columns."""
+    rank = dist.get_rank(group)
+    first = sum(widths[:rank])
+    return x[..., first : first + widths[rank]]
+
+
+def batch(dtype: torch.dtype, rows: int = N) -> tuple[Tensor, Tensor, Tensor]:
+    """Student, teacher, labels: labels and top-1 everywhere, ties of the top-1 in far classes, classes that cannot
+    happen, rows without a label, rows that are ignored."""
+    s, t = torch.randn(2, rows, V, dtype=f64) * 3
+    labels = torch.randint(V, (rows,))
+    labels[:4] = torch.tensor([0, V - 1, -1, -100])
+    t[:3, [5, 50, V - 1]] = 11.0  # ties: the first of them is the top-1, wherever the others live
+    t[4, 70:] = -torch.inf
+    s[5, :30] = t[5, :30] = -torch.inf
+    labels[4], labels[5] = 80, 40  # a label without mass
+    return s.to(dtype), t.to(dtype), labels
+
+
+def close(got: Tensor, wanted: Tensor, what: object) -> None:
+    assert got.shape == wanted.shape, what
+    assert got.dtype == wanted.dtype, what
+    error = (got - wanted).abs() / wanted.abs().clamp(min=1)
+    error = torch.where(got.isnan() & wanted.isnan() | (got == wanted), 0, error)
+    tolerance = TOLERANCE.get(got.dtype, 1e-2)
+    assert bool((error <= tolerance).all()), f"{what}: {float(error.max()):.1e}"
+
+
+def agree(
+    group: Any,
+    widths: list[int],
+    loss: type,
+    options: dict[str, Any],
+    logits: tuple[Tensor, ...],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Loss, gradient and statistics of shards are those of one process, whatever the upstream gradient."""
+    what = (loss.__name__, widths, options, list(kwargs))
+    whole = [logits[0].clone().requires_grad_(), *logits[1:]]
+    wanted, wanted_stats = loss(**options)(*whole, *args, **kwargs, return_stats=True)
+    upstream = torch.rand_like(wanted) + 0.5
+    (wanted_grad,) = torch.autograd.grad(wanted, whole[0], upstream)
+    parts = [mine(x, group, widths).clone() for x in logits]
+    parts[0].requires_grad_()
+    got, stats = loss(**options, process_group=group)(*parts, *args, **kwargs, return_stats=True)
+    (grad,) = torch.autograd.grad(got, parts[0], upstream)
+    close(got, wanted, what)
+    close(grad, mine(wanted_grad, group, widths), what)
+    for name, a, b in zip(stats._fields, stats, wanted_stats):
+        close(a, b, (name, *what)) if a.is_floating_point() else torch.testing.assert_close(a, b, msg=f"{name} {what}")
+
+
+STUDENT: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0, "reduction": "none"},
+    {"temperature": 3.0, "reduction": "sum", "calibration": None},
+    {"kd_weight": 1.0, "ce_weight": 0.0, "calibration": WClip(0.9, 1.0)},
+    {"save": "gradient", "ignore_index": 0, "unlabeled_index": 7},
+    {"backend": "reference", "temperature": 4.0},
+]
+TEACHER: list[dict[str, Any]] = [
+    {},
+    {"gamma": 2.0, "differentiate_gate": True, "reduction": "none"},
+    {"focal_weight": 0.0, "entropy_weight": 0.0, "reduction": "sum", "backend": "reference"},
+]
+
+
+@case
+def student_loss() -> None:
+    for group, widths in groups():
+        for dtype in (f32, f64):
+            *logits, labels = batch(dtype)
+            for options in STUDENT:
+                agree(group, widths, CUDLoss, options, tuple(logits), labels % V if "save" in options else labels)
+
+
+@case
+def teacher_loss() -> None:
+    for group, widths in groups():
+        for dtype in (f32, f64):
+            logits, _, labels = batch(dtype)
+            labels[2] = 3
+            for options in TEACHER:
+                agree(group, widths, DUSLoss, options, (logits,), labels)
+            agree(group, widths, DUSLoss, {"alpha": torch.rand(V) + 0.5}, (logits,), labels)
+
+
+@case
+def everything_of_a_call() -> None:
+    """Weights (some 0), a temperature per row, num_items, no labels, leading shapes, mixed dtypes."""
+    for group, widths in groups():
+        s, t, labels = batch(f64)
+        weight, tau = torch.rand(N), torch.rand(N) * 3 + 0.5
+        weight[6] = 0
+        agree(group, widths, CUDLoss, {}, (s, t), labels, weight=weight, temperature=tau, num_items=5)
+        agree(group, widths, CUDLoss, {}, (s, t), None)
+        agree(
+            group,
+            widths,
+            CUDLoss,
+            {"reduction": "none"},
+            (s[:10].view(2, 5, V), t[:10].view(2, 5, V)),
+            labels[:10].view(2, 5),
+        )
+        agree(group, widths, CUDLoss, {}, (s.bfloat16(), t.float()), labels)
+        agree(group, widths, DUSLoss, {}, (s,), labels.clamp(min=0), weight=weight, num_items=torch.tensor(3.0))
+
+
+@case
+def cross_entropy_alone() -> None:
+    for group, widths in groups():
+        s, _, labels = batch(f64)
+        whole = s.clone().requires_grad_()
+        part = mine(s, group, widths).clone().requires_grad_()
+        wanted = CUDLoss(kd_weight=0, ce_weight=1.0)(whole, None, labels)
+        got = CUDLoss(kd_weight=0, ce_weight=1.0, process_group=group)(part, None, labels)
+        close(got, wanted, widths)
+        close(
+            *(torch.autograd.grad(x, y)[0] for x, y in ((got, part),)),
+            mine(torch.autograd.grad(wanted, whole)[0], group, widths),
+            widths,
+        )
+
+
+@case
+def rows_that_are_nan_or_none() -> None:
+    """A NaN in one rank's classes is a NaN row in every rank; no rows at all."""
+    for group, widths in groups():
+        s, t, labels = batch(f64)
+        s[7, 90], t[8, 3], t[9, 40], s[10] = torch.nan, torch.nan, torch.inf, -torch.inf
+        agree(group, widths, CUDLoss, {"reduction": "none"}, (s, t), labels)
+        agree(group, widths, CUDLoss, {}, (s[:0], t[:0]), labels[:0])
+
+
+@case
+def given_offsets_and_padding() -> None:
+    """Ranks whose classes are not in their order; the last classes are padding."""
+    for group, widths in groups():
+        s, t, labels = batch(f64)
+        rank, last = dist.get_rank(group), len(widths) - 1
+        turned = widths[::-1]
+        first = sum(turned[: last - rank])
+        part = slice(first, first + turned[last - rank])
+        x = s[:, part].clone().requires_grad_()
+        whole = s.clone().requires_grad_()
+        labels = labels.clamp(max=70)
+        loss = CUDLoss(process_group=group, class_offset=first, num_classes=71)(x, t[:, part], labels)
+        wanted = CUDLoss(num_classes=71)(whole, t, labels)
+        close(loss, wanted, widths)
+        close(torch.autograd.grad(loss, x)[0], torch.autograd.grad(wanted, whole)[0][:, part], widths)
+
+
+@case
+def inplace_grad_out_and_twice() -> None:
+    for group, widths in groups():
+        s, t, labels = batch(f64)
+        whole = s.clone().requires_grad_()
+        (wanted,) = torch.autograd.grad(CUDLoss()(whole, t, labels), whole)
+        wanted = mine(wanted, group, widths)
+        part, teacher = mine(s, group, widths).clone().requires_grad_(), mine(t, group, widths)
+        logits = part * 1
+        CUDLoss(process_group=group, inplace=True)(logits, teacher, labels).backward()
+        close(part.grad, wanted, "inplace")
+        close(logits.detach(), wanted, "inplace")
+        out = torch.empty_like(part)
+        shard = CUDLoss(process_group=group).shard
+        loss = cud_loss(part, teacher, labels, grad_out=out, shard=shard)
+        for _ in range(2):
+            (grad,) = torch.autograd.grad(loss, part, retain_graph=True)
+            close(grad, wanted, "grad_out")
+        with torch.no_grad():
+            cud_loss(part, teacher, labels, grad_out=out.zero_(), shard=shard)
+        close(out, wanted, "no_grad")
