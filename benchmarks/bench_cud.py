@@ -1,113 +1,73 @@
-"""CUDLoss, forward and backward, against PyTorch."""
+"""CUDLoss, forward and backward, against what else one could use."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional
 
-from .cases import TEMPERATURE, Inputs, compiled, cud_cases, eager_cud, make, through, with_gradient
-from .measure import QUICK, Contestant, Errors, Loss, Race, Shape, gate, truth
+from cudfast.bench.cases import make, through, with_gradient
+from cudfast.bench.contestants import CE, CUD, Contestant, yardsticks
+from cudfast.bench.shapes import SHAPES
 
-LARGE = (
-    Shape(512, 32_000, "tokens of a vocabulary as Llama 2's or Mistral's"),
-    Shape(128, 128_256, "tokens of Llama 3's vocabulary"),
-)
-BANKING = Shape(32, 77, "a batch of Banking77")
-ROUNDS, SLOW_ROUNDS = (6, 2) if QUICK else (30, 5)
-SMALL_ROUNDS, SMALL_WARM = (100 if QUICK else 500), 5
+from . import peers
+from .conftest import Runner
+from .rounds import EVERY, QUICK, ROUNDS
 
-
-def ours(data: Inputs, **options: float) -> list[Contestant]:
-    """Every way to call the library, the given gradient first."""
-    return [
-        Contestant(name, with_gradient(forward), data.restore if name == "in place" else lambda: None)
-        for name, forward in cud_cases(data, **options).items()
-    ]
+LARGE = ("Llama 2", "Llama 3")
+EVERYBODY = ("ImageNet", "Llama 2", "Llama 3", "Qwen", "Gemma", "Amazon-3M", "10M", "100M")
 
 
-def floor(data: Inputs) -> Contestant:
-    """Reads both logits and writes one matrix, and no more."""
-    student = data.plain
-    return Contestant("torch.add", lambda: torch.add(student, data.teacher, out=data.gradient))
-
-
-def check(contestants: list[Contestant], loss: Loss, data: Inputs, *others: torch.Tensor) -> None:
-    """The gate, for every contestant."""
-    true = truth(loss, data.plain, *others)
-    eager = Errors.of(with_gradient(through(loss, data.student, *others))(), true)
-    for c in contestants:
-        c.prepare()
-        got = c.call()
-        assert isinstance(got, tuple)
-        gate(c.name, got, true, eager, TEMPERATURE)
-
-
-@pytest.mark.benchmark(group="CUDLoss, large")
-@pytest.mark.parametrize("shape", LARGE[:1] if QUICK else LARGE, ids=str)
-def bench_large(race: Race, shape: Shape) -> None:
+@pytest.mark.benchmark(group="CUDLoss, float32")
+@pytest.mark.parametrize("name", LARGE[:1] if QUICK else EVERYBODY)
+def bench_float32(race: Runner, name: str) -> None:
+    shape = SHAPES[name]
     data = make(shape)
-    rest = (data.teacher, data.labels)
-    cases = ours(data)
-    check(cases, eager_cud, data, *rest)
-    slow = ROUNDS // SLOW_ROUNDS
-    student = data.plain
-    peers = [
-        Contestant("eager PyTorch", with_gradient(through(eager_cud, data.student, *rest)), every=slow),
-        Contestant("torch.compile", with_gradient(through(compiled(eager_cud), data.student, *rest)), every=slow),
-        Contestant(
-            "F.cross_entropy",
-            with_gradient(through(functional.cross_entropy, data.student, data.labels)),
-            reads=1,
-            every=slow,
-        ),
-        Contestant("torch.softmax", lambda: student.softmax(-1), reads=1),
-        floor(data),
-    ]
-    race.run("CUDLoss", shape, torch.float32, [*cases, *peers], floor="torch.add", rounds=ROUNDS)
-    for name in ("given gradient", "in place"):
-        race.goal("eager PyTorch", name, 30, 50)
-        race.goal("torch.compile", name, 12, 20)
-        race.goal(name, "torch.add", 2.5, 1.5, at_most=True)
-    race.goal("eager PyTorch", "fresh gradient", 12, 20)
-    race.goal("torch.compile", "fresh gradient", 5, 8)
+    ours = CUD.ours(data)
+    CUD.check(ours, data)
+    huge = name == "100M"  # seconds and gigabytes for whoever keeps temporaries
+    found, absent = peers.distillation(data, EVERY, skip="takes some 3 GB and seconds" if huge else "")
+    own = CUD.pytorch(data, EVERY, compile=not huge)
+    contestants = [*ours, *own, *found, *yardsticks(data, EVERY), CUD.floor(data)]
+    goals = [("eager PyTorch", form, 30, 50) for form in ("given gradient", "in place")]
+    goals += [("torch.compile", form, 12, 20) for form in ("given gradient", "in place")]
+    goals += [("eager PyTorch", "fresh gradient", 12, 20), ("torch.compile", "fresh gradient", 5, 8)]
+    race(
+        CUD.title,
+        shape,
+        torch.float32,
+        contestants,
+        floor="torch.add",
+        rounds=6 if huge else ROUNDS,
+        absent=absent if not huge else {**absent, "torch.compile": "left out: as eager"},
+        at_least=goals if name in LARGE else (),
+        at_most=[(form, "torch.add", 2.5, 1.5) for form in ("given gradient", "in place")] if name in LARGE else (),
+    )
 
 
-@pytest.mark.benchmark(group="CUDLoss, bfloat16")
-@pytest.mark.parametrize("shape", LARGE[:1] if QUICK else LARGE, ids=str)
-def bench_bfloat16(race: Race, shape: Shape) -> None:
-    data = make(shape, torch.bfloat16)
-    rest = (data.teacher, data.labels)
-    cases = ours(data)
-    check(cases, eager_cud, data, *rest)
-    eager = with_gradient(through(eager_cud, data.student, *rest))
-    peers = [Contestant("eager PyTorch", eager, every=ROUNDS // SLOW_ROUNDS), floor(data)]
-    race.run("CUDLoss", shape, torch.bfloat16, [*cases, *peers], floor="torch.add", rounds=ROUNDS)
-    race.goal("eager PyTorch", "given gradient", 20, None)
-    race.goal("eager PyTorch", "in place", 20, None)
-
-
-@pytest.mark.benchmark(group="CUDLoss, small")
-def bench_small(race: Race) -> None:
-    data = make(BANKING)
-    rest = (data.teacher, data.labels)
-    fresh, *others = sorted(ours(data), key=lambda c: c.name != "fresh gradient")
-    check([fresh, *others], eager_cud, data, *rest)
-    eager = Contestant("eager PyTorch", with_gradient(through(eager_cud, data.student, *rest)))
-    contestants = [fresh, *others, eager, floor(data)]
-    race.run("CUDLoss", BANKING, torch.float32, contestants, floor="torch.add", rounds=SMALL_ROUNDS, warm=SMALL_WARM)
-    race.goal("eager PyTorch", "fresh gradient", 3, None)
+@pytest.mark.benchmark(group="CUDLoss, 16 bits")
+@pytest.mark.parametrize("dtype", [torch.bfloat16] if QUICK else [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LARGE[:1] if QUICK else LARGE)
+def bench_sixteen_bits(race: Runner, name: str, dtype: torch.dtype) -> None:
+    data = make(SHAPES[name], dtype)
+    ours = CUD.ours(data)
+    CUD.check(ours, data)
+    contestants = [*ours, *CUD.pytorch(data, EVERY, compile=dtype == torch.bfloat16), CUD.floor(data)]
+    race(
+        CUD.title,
+        SHAPES[name],
+        dtype,
+        contestants,
+        floor="torch.add",
+        rounds=ROUNDS,
+        at_least=[("eager PyTorch", form, 20, None) for form in ("given gradient", "in place")],
+    )
 
 
 @pytest.mark.benchmark(group="CUDLoss, cross-entropy only")
-def bench_cross_entropy(race: Race) -> None:
-    shape, data = LARGE[0], make(LARGE[0])
-    cases = [Contestant(c.name, c.call, c.prepare, reads=1) for c in ours(data, kd_weight=0.0, ce_weight=1.0)]
-    check(cases, functional.cross_entropy, data, data.labels)
-    eager = with_gradient(through(functional.cross_entropy, data.student, data.labels))
-    student = data.plain
-    peers = [
-        Contestant("F.cross_entropy", eager, reads=1),
-        Contestant("torch.neg", lambda: torch.neg(student, out=data.gradient), reads=1),
-    ]
-    race.run("CUDLoss(kd_weight=0)", shape, torch.float32, [*cases, *peers], floor="torch.neg", rounds=ROUNDS)
+def bench_cross_entropy(race: Runner) -> None:
+    shape = SHAPES["Llama 2"]
+    data = make(shape)
+    ours = CE.ours(data)
+    CE.check(ours, data)
+    plain = Contestant("F.cross_entropy", with_gradient(through(CE.plain, data.student, data.labels)), reads=1)
+    race(CE.title, shape, torch.float32, [*ours, plain, CE.floor(data)], floor="torch.neg", rounds=ROUNDS)

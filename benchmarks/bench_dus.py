@@ -5,34 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .bench_cud import BANKING, LARGE, ROUNDS, SLOW_ROUNDS, SMALL_ROUNDS, SMALL_WARM, check
-from .cases import compiled, dus_cases, eager_dus, make, through, with_gradient
-from .measure import Contestant, Race, Shape
+from cudfast.bench.cases import make
+from cudfast.bench.contestants import DUS
+from cudfast.bench.shapes import SHAPES
+
+from .conftest import Runner
+from .rounds import EVERY, QUICK, ROUNDS
 
 
 @pytest.mark.benchmark(group="DUSLoss")
-@pytest.mark.parametrize("shape", [LARGE[0], BANKING], ids=str)
-def bench_dus(race: Race, shape: Shape) -> None:
-    small = shape is BANKING
-    data = make(shape)
-    cases = [
-        Contestant(name, with_gradient(forward), data.restore if name == "in place" else lambda: None, reads=1)
-        for name, forward in dus_cases(data).items()
-    ]
-    check(cases, eager_dus, data, data.labels)
-    slow = 1 if small else ROUNDS // SLOW_ROUNDS
-    student = data.plain
-    peers = [
-        Contestant(name, with_gradient(through(loss, data.student, data.labels)), reads=1, every=slow)
-        for name, loss in (("eager PyTorch", eager_dus), ("torch.compile", compiled(eager_dus)))
-    ]
-    neg = Contestant("torch.neg", lambda: torch.neg(student, out=data.gradient), reads=1)
-    race.run(
-        "DUSLoss",
-        shape,
-        torch.float32,
-        [*cases, *peers, neg],
-        floor="torch.neg",
-        rounds=SMALL_ROUNDS if small else ROUNDS,
-        warm=SMALL_WARM if small else 0,
-    )
+@pytest.mark.parametrize("dtype", [torch.float32] if QUICK else [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["Llama 2"] if QUICK else ["ImageNet", "Llama 2", "Llama 3"])
+def bench_dus(race: Runner, name: str, dtype: torch.dtype) -> None:
+    data = make(SHAPES[name], dtype)
+    ours = DUS.ours(data)
+    DUS.check(ours, data)
+    contestants = [*ours, *DUS.pytorch(data, EVERY), DUS.floor(data)]
+    race(DUS.title, SHAPES[name], dtype, contestants, floor="torch.neg", rounds=ROUNDS)

@@ -9,9 +9,10 @@ import sys
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from cudfast.bench.result import Table
 from cudfast.gpu_model import Estimate
 
-from .measure import QUICK, Table
+from .rounds import QUICK
 
 pytest.importorskip("triton")
 

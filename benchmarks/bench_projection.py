@@ -7,14 +7,17 @@ import torch
 from torch.nn import functional
 
 from cudfast import ClassSets, CUDOptions, Projection, calibrate
+from cudfast.bench.cases import TEMPERATURE, Inputs, make, with_gradient
+from cudfast.bench.contestants import CUD, Contestant
+from cudfast.bench.gate import Errors, gate, truth
+from cudfast.bench.shapes import SHAPES
 from cudfast.functional import cud_loss
 from cudfast.projection import BOUNDS
 
-from .bench_cud import LARGE, ROUNDS, floor
-from .cases import TEMPERATURE, Inputs, make, with_gradient
-from .measure import Contestant, Errors, Race, gate, truth
+from .conftest import Runner
+from .rounds import ROUNDS
 
-SHAPE = LARGE[0]
+SHAPE = SHAPES["Llama 2"]
 NEAR = 32
 CHECKED = 32  # rows that are compared with float64: the plain form of a projection is slow
 
@@ -51,7 +54,7 @@ def projected(projection: Projection, data: Inputs) -> Contestant:
 
 
 @pytest.mark.benchmark(group="CUDLoss, projection")
-def bench_projection(race: Race) -> None:
+def bench_projection(race: Runner) -> None:
     data = make(SHAPE)
     near = near_classes(SHAPE.classes)
     wclip = CUDOptions(temperature=TEMPERATURE)
@@ -69,12 +72,14 @@ def bench_projection(race: Race) -> None:
         projected(Projection(near=near, min_near_mass=0.3, min_entropy=8.0), data),
         projected(Projection(min_entropy=1.0), data),
     ]
-    race.run(
-        "CUDLoss, given gradient", SHAPE, torch.float32, [ours, *cases, floor(data)], floor="torch.add", rounds=ROUNDS
-    )
     *masses, alone, both, met = cases
-    for case in masses:
-        race.goal(case.name, ours.name, 1.15, None, at_most=True)
-    for case in (alone, both):
-        race.goal(case.name, ours.name, 3, None, at_most=True)
-    race.goal(met.name, ours.name, 1.15, None, at_most=True)
+    race(
+        "CUDLoss, given gradient",
+        SHAPE,
+        torch.float32,
+        [ours, *cases, CUD.floor(data)],
+        floor="torch.add",
+        rounds=ROUNDS,
+        at_most=[(case.name, ours.name, 1.15, None) for case in (*masses, met)]
+        + [(case.name, ours.name, 3, None) for case in (alone, both)],
+    )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import pytest
 import torch
 
 from cudfast import CUDOptions
+from cudfast.bench.cases import TEMPERATURE, Inputs, eager_cud, labels_for, make, with_gradient
+from cudfast.bench.contestants import CUD, Contestant
+from cudfast.bench.gate import gate, truth
+from cudfast.bench.result import Result
+from cudfast.bench.shapes import SHAPES, Shape
 from cudfast.functional import cud_loss
 
-from .bench_cud import LARGE, ROUNDS, check, floor, ours
-from .cases import TEMPERATURE, Inputs, eager_cud, labels_for, make, with_gradient
-from .measure import QUICK, Contestant, Race, Shape, gate, truth
+from .conftest import Goal, Runner
+from .rounds import QUICK, ROUNDS
 
 EXPONENT = 7 if QUICK else 8
 
@@ -28,38 +33,43 @@ def one_length(flat: Inputs, classes: int) -> Contestant:
 
 
 @pytest.mark.benchmark(group="scaling")
-def bench_classes(race: Race) -> None:
+def bench_classes(race: Runner) -> None:
     shape = Shape(1, 10**EXPONENT, "from a sentence classifier to extreme classification")
     flat = make(shape)
     cases = [one_length(flat, 10**digits) for digits in range(3, EXPONENT + 1)]
-    floor_case = floor(flat)
-    race.run(
+
+    def slowest_and_fastest(result: Result) -> Iterable[Goal]:
+        ordered = sorted((c.name for c in cases), key=lambda name: result.contestants[name].median_ms)
+        return [(ordered[-1], ordered[0], 1.5, None)]
+
+    race(
         f"CUDLoss, given gradient, N V = 1e{EXPONENT}",
         shape,
         torch.float32,
-        [*cases, floor_case],
-        floor=floor_case.name,
+        [*cases, CUD.floor(flat)],
+        floor="torch.add",
         rounds=5 if QUICK else 15,
+        memory=False,
+        more_at_most=slowest_and_fastest,
     )
-    if race.times:
-        ordered = sorted((c.name for c in cases), key=race.times.__getitem__)
-        race.goal(ordered[-1], ordered[0], 1.5, None, at_most=True)
 
 
 @pytest.mark.benchmark(group="scaling")
-def bench_threads(race: Race) -> None:
+def bench_threads(race: Runner) -> None:
     most = torch.get_num_threads()
     if most == 1:
         pytest.skip("this machine gives PyTorch one thread")
-    shape, data = LARGE[0], make(LARGE[0])
-    case = ours(data)[0]
-    check([case], eager_cud, data, data.teacher, data.labels)
+    shape = SHAPES["Llama 2"]
+    data = make(shape)
+    case = CUD.ours(data)[0]
+    CUD.check([case], data)
     contestants = [
-        Contestant(f"{c.name}, {threads} threads", c.call, partial(torch.set_num_threads, threads))
-        for c in (case, floor(data))
+        Contestant(f"{c.name}, {threads} threads", c.call, partial(torch.set_num_threads, threads), every=c.every)
+        for c in (case, CUD.floor(data), *CUD.pytorch(data, 6, compile=False))
         for threads in (most, 1)
     ]
     try:
-        race.run("CUDLoss", shape, torch.float32, contestants, floor=contestants[2].name, rounds=ROUNDS, warm=1)
+        floor = contestants[2].name
+        race("CUDLoss, threads", shape, torch.float32, contestants, floor=floor, rounds=ROUNDS, warm=1, memory=False)
     finally:
         torch.set_num_threads(most)

@@ -1,11 +1,22 @@
-"""Collects bench_*.py and shows what they found."""
+"""Collects bench_*.py, races contestants, and shows what they found."""
 
 from __future__ import annotations
 
-import pytest
-from pytest_benchmark.fixture import BenchmarkFixture
+from collections.abc import Callable, Iterable, Mapping
 
-from .measure import Race, Table
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from rich.console import Console
+
+from cudfast.bench.command import peak_of, show
+from cudfast.bench.contestants import Contestant
+from cudfast.bench.race import Race
+from cudfast.bench.result import Result, Table, machine
+from cudfast.bench.shapes import Shape
+
+Goal = tuple[str, str, float, float | None]
+"""Time of the first over time of the second: required, and aimed at."""
 
 _TABLES = pytest.StashKey[list[Table]]()
 
@@ -16,9 +27,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_functions", "bench_*")
 
 
-@pytest.fixture
-def race(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Race:
-    return Race(benchmark, request.config.stash[_TABLES])
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.timeout(0))
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, object]) -> None:
+    machine_info["cudfast"] = machine()
 
 
 @pytest.fixture
@@ -26,18 +41,60 @@ def tables(request: pytest.FixtureRequest) -> list[Table]:
     return request.config.stash[_TABLES]
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Columns as wide as they must be; the first to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+class Runner:
+    """Runs a race under pytest-benchmark, which reports the first contestant; the result goes into its extra_info."""
+
+    def __init__(self, benchmark: BenchmarkFixture, tables: list[Table]) -> None:
+        self._benchmark = benchmark
+        self._tables = tables
+
+    def __call__(
+        self,
+        title: str,
+        shape: Shape,
+        dtype: torch.dtype,
+        contestants: Iterable[Contestant],
+        *,
+        floor: str,
+        rounds: int,
+        warm: int = 0,
+        unit: str = "B",
+        absent: Mapping[str, str] | None = None,
+        at_least: Iterable[Goal] = (),
+        at_most: Iterable[Goal] = (),
+        memory: bool = True,
+        more_at_most: Callable[[Result], Iterable[Goal]] = lambda result: (),
+    ) -> Result | None:
+        """Times everybody, then measures their memory.
+
+        `more_at_most`: goals that follow from the result. None under --benchmark-disable, where the gate was all that
+        was asked for.
+        """
+        race = Race(list(contestants), warm=warm)
+        ours = race.contestants[0]
+        self._benchmark.pedantic(ours.call, setup=race.others, rounds=rounds)  # type: ignore[no-untyped-call]
+        if self._benchmark.stats is None:
+            return None
+        race.seconds[ours.name] = list(self._benchmark.stats.stats.data)
+        peaks = {c.name: peak_of(c) for c in race.contestants} if memory else {}
+        result = Result.of(title, race, shape, dtype, floor, peaks=peaks, absent=absent or {}, unit=unit)
+        for goal in at_least:
+            result.goal(*goal, at_most=False)
+        for goal in (*at_most, *more_at_most(result)):
+            result.goal(*goal, at_most=True)
+        self._benchmark.extra_info["race"] = result.to_json()
+        self._tables.append(result.table())
+        return result
+
+
+@pytest.fixture
+def race(benchmark: BenchmarkFixture, tables: list[Table]) -> Runner:
+    return Runner(benchmark, tables)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for table in config.stash[_TABLES]:
-        terminalreporter.section(table.title, sep="-", bold=True)
-        for line in _aligned([table.header, *table.rows]):
-            terminalreporter.write_line(line)
-        if table.goals:
-            terminalreporter.write_line("")
-            for line in _aligned([("ratio", "measured", "required", "aim", "met"), *table.goals]):
-                terminalreporter.write_line(line)
+    console = Console(width=200)
+    with console.capture() as shown:
+        for table in config.stash[_TABLES]:
+            show(table, console)
+    terminalreporter.write(shown.get())

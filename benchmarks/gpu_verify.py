@@ -23,11 +23,12 @@ from torch import Tensor
 
 from cudfast import ClassSets, CUDLoss, CUDOptions, DUSOptions, Projection, WClip, __version__
 from cudfast.autograd import row_state_op
+from cudfast.bench.cases import compiled, cud_cases, dus_cases, eager_cud, eager_dus, make, through, with_gradient
+from cudfast.bench.contestants import Contestant
+from cudfast.bench.gate import Errors, Loss, gate, truth
+from cudfast.bench.shapes import Shape
 from cudfast.functional import cud_loss
 from cudfast.options import text_of
-
-from .cases import compiled, cud_cases, dus_cases, eager_cud, eager_dus, make, through, with_gradient
-from .measure import Contestant, Errors, Loss, Shape, gate, truth
 
 WIDTHS = (1, 77, 1000, 2048, 4097, 32_000, 50_257, 128_256, 1_000_000)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

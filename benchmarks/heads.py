@@ -1,12 +1,7 @@
-"""What the races from hidden states share: inputs, and everybody's way from hidden states to gradients.
-
-Peers that are not installed are left out and named (`pip install --no-deps liger-kernel`; TRL needs transformers,
-accelerate and datasets beside it).
-"""
+"""What the races from hidden states share: inputs, our way and PyTorch's to the gradients, and the bare products."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from cudfast import FusedLinearCUDLoss
-
-from .cases import TEMPERATURE, eager_cud, labels_for
-from .measure import Shape
+from cudfast.bench.cases import TEMPERATURE, eager_cud, labels_for
+from cudfast.bench.shapes import Shape
 
 Found = tuple[Tensor, Tensor, Tensor]
 """Loss (), gradients of hidden states (N, Ds) and weight (V, Ds)."""
@@ -108,29 +102,3 @@ def products(x: Heads, *, teacher: bool = True, given: bool = False) -> Callable
         return torch.mm(g.t(), h, out=out[3])
 
     return given_memory if given else fresh_memory
-
-
-def liger(x: Heads, *, chunk: int, compiled: bool) -> Callable[[], Found]:
-    """KL and cross-entropy with the weights of ours; there is no clip and no tau^2 in it."""
-    module: Any = importlib.import_module("liger_kernel.chunked_loss")
-
-    loss = module.LigerFusedLinearJSDLoss(0.2, 0.8, 0.0, temperature=TEMPERATURE, compiled=compiled, chunk_size=chunk)
-    return with_gradients(x, lambda: loss(x.h, x.w, x.th, x.tw, x.labels))
-
-
-def trl(x: Heads, *, tokens: int = 4096, vocabulary: int = 32_768) -> Callable[[], Found]:
-    """KL only, without labels. The defaults are TRL's tiles."""
-    module: Any = importlib.import_module("trl.kernels.chunked_divergence")
-
-    def loss() -> Tensor:
-        module.TOKEN_CHUNK_SIZE, module.VOCAB_CHUNK_SIZE = tokens, vocabulary
-        found: Tensor = module.ChunkedDivergenceFunction.apply(x.h, x.w, None, x.th, x.tw, None, 0.0, TEMPERATURE)[0]
-        return found.mean()
-
-    return with_gradients(x, loss)
-
-
-def torch_ce(x: Heads, *, chunk: int | None = None, chunked: bool = True) -> Callable[[], Found]:
-    """PyTorch's own linear cross-entropy (2.13); chunk None: of the size that it chooses."""
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk) if chunked else None
-    return with_gradients(x, lambda: functional.linear_cross_entropy(x.h, x.w, x.labels, options=options))

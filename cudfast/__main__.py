@@ -1,4 +1,4 @@
-"""python -m cudfast info | gpu-model"""
+"""python -m cudfast info | bench | gpu-model"""
 
 from __future__ import annotations
 
@@ -14,7 +14,21 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("info", help="versions, backends, instruction set, threads, and a self-check")
     model = commands.add_parser("gpu-model", help="what the Triton kernels should take on GPUs: a model, no GPU needed")
     model.add_argument("--json", action="store_true", help="JSON instead of a table")
+    bench = commands.add_parser("bench", help="times and memory of the losses beside PyTorch's, on this machine")
+    try:
+        from .bench import command
+    except ImportError as error:
+        if error.name != "rich":
+            raise
+        bench.set_defaults(missing="bench draws its table with rich: pip install cudfast[bench]")
+    else:
+        command.arguments(bench)
     asked = parser.parse_args(arguments)
+    if asked.command == "bench":
+        if "missing" in asked:
+            print(asked.missing, file=sys.stderr)
+            return 2
+        return command.main(asked)
     if asked.command == "gpu-model":
         from .backends import load
 

@@ -12,8 +12,8 @@ if not (Path(__file__).parents[1] / "benchmarks").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 
 from benchmarks import gpu_verify
-from benchmarks.measure import Shape
 from cudfast.backends.triton import student
+from cudfast.bench.shapes import Shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])

@@ -174,7 +174,7 @@ def test_peak_memory_is_within_the_budget(rows: int, classes: int, budget: int) 
     """Beyond inputs and returned gradients, in a process of its own; logits would take 168, 60 and 240 MB a side."""
     code = (
         "import torch, cudfast\n"
-        "from benchmarks.bench_memory import resident, CLEAR\n"
+        "from cudfast.bench.memory import resident, CLEAR\n"
         f"n, v, budget = {rows}, {classes}, {budget} << 20\n"
         "loss = cudfast.FusedLinearCUDLoss(memory_budget=budget)\n"
         "def step(n, v):\n"

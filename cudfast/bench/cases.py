@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cudfast import CUDLoss, CUDOptions, DUSLoss, DUSOptions
-from cudfast.functional import cud_loss, dus_loss
-
-from .measure import Loss, Outcome, Shape
+from ..functional import cud_loss, dus_loss
+from ..losses import CUDLoss, DUSLoss
+from ..options import CUDOptions, DUSOptions
+from .gate import Loss, Outcome
+from .shapes import Shape
 
 TEMPERATURE = 2.0
 
