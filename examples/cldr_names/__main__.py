@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..common.cli import guarded, positive
+
 _NEEDED = ("babel", "jinja2", "matplotlib", "rich")
-_INTERRUPTED = 130
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
-    return int(text)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -28,9 +22,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     quick = os.environ.get("QUICK", "0") not in ("", "0")
     parser.add_argument("--quick", action="store_true", default=quick, help="fewer strings and seeds, about 1 minute")
-    parser.add_argument("--seeds", type=_positive, help="runs of each method (default 3, with --quick 2)")
+    parser.add_argument("--seeds", type=positive, help="runs of each method (default 3, with --quick 2)")
     parser.add_argument("--out", type=Path, default=Path("demo_results"), help="folder for results (%(default)s)")
-    parser.add_argument("--threads", type=_positive, help="threads of PyTorch (default: its own choice)")
+    parser.add_argument("--threads", type=positive, help="threads of PyTorch (default: its own choice)")
     return parser.parse_args(argv)
 
 
@@ -71,21 +65,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0, 1 if something is missing or cannot be written, 130 after Ctrl-C."""
+    """Return the exit code."""
     args = parse(argv)
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"Missing packages: pip install {' '.join(missing)}", file=sys.stderr)
-        return 1
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        print("Interrupted: no file was left half-written.", file=sys.stderr)
-        return _INTERRUPTED
-    except OSError as error:
-        print(f"Cannot write to --out {args.out}: {error}; choose another folder.", file=sys.stderr)
-        return 1
-    return 0
+    return guarded(lambda: run(args), _NEEDED, args.out)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ are of another source and never trained on.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -99,28 +100,37 @@ def make_split(
     return Split(encode(strings), rows[:, 0].contiguous(), rows[:, 1].contiguous(), embed(strings) if embed else None)
 
 
+def capped(names: Names, most: float | None, seed: int) -> Names:
+    """Draw at most ``most`` strings of each class; below 1 it is the share that is drawn, at least one string."""
+    if most is None:
+        return names
+    rng = np.random.default_rng(seed)
+    kept = {}
+    for code in sorted(names):
+        text = sorted(names[code])
+        size = math.ceil(most * len(text)) if most < 1 else int(most)
+        kept[code] = {text[i] for i in rng.permutation(len(text))[:size]}
+    return kept
+
+
 def build(
     names: Names,
     shift_names: Names,
     *,
     min_strings: int = 50,
-    max_strings: int | None = None,
+    max_strings: float | None = None,
     shares: tuple[float, float, float] = (0.6, 0.15, 0.25),
     seed: int = 0,
     embed: Callable[[list[str]], Tensor] | None = None,
 ) -> Dataset:
     """Build the data set from the classes with at least ``min_strings`` strings.
 
-    ``max_strings`` caps the strings of one class (drawn at random), for shorter runs.
+    ``max_strings`` caps the strings of one class (drawn at random), or is the share of them to keep; see `capped`.
     """
     classes = [code for code in sorted(names) if len(names[code]) >= min_strings]
     if len(classes) < 2:
         raise ValueError(f"need 2 classes with {min_strings} strings, found {len(classes)}: lower min_strings")
-    kept = {code: sorted(names[code]) for code in classes}
-    if max_strings is not None:
-        rng = np.random.default_rng(seed)
-        kept = {code: [text[i] for i in rng.permutation(len(text))[:max_strings]] for code, text in kept.items()}
-    chosen = {code: set(text) for code, text in kept.items()}
+    chosen = capped({code: names[code] for code in classes}, max_strings, seed)
     parts = split_strings(chosen, shares, seed)
     known = set().union(*chosen.values())
     novel = {code: shift_names.get(code, set()) - known for code in classes}

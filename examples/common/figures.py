@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +33,7 @@ _STYLE: Any = {
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation over seeds; the latter is 0 with one seed."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def bar_chart(scores: dict[str, dict[str, list[Scores]]], parts: Sequence[str], rule: int) -> str:

@@ -11,15 +11,22 @@ from typing import TextIO
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """Open a text file that appears at ``path`` when the block ends, but never if an exception ends it."""
+def whole_path(path: Path) -> Iterator[Path]:
+    """Yield a draft that becomes ``path`` when the block ends, but never if an exception ends it."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
     draft = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            yield file
+        yield draft
         draft.chmod(0o644)
         draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """Open a text file that appears at ``path`` when the block ends, but never if an exception ends it."""
+    with whole_path(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+        yield file
