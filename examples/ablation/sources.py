@@ -45,8 +45,8 @@ def wordnet() -> tuple[Names, Names]:
     if folder is None:
         raise CannotRunError(
             f"WordNet's data.noun is not in {' or '.join(map(str, places))}: run make ablation DATA=wordnet where "
-            "apt-get can download Debian's package wordnet-base (apt-get update first, if it cannot), install that package, or "
-            "set WNSEARCHDIR to the dict folder of WordNet 3.0"
+            "apt-get can download Debian's package wordnet-base (apt-get update first, if it cannot), install that "
+            "package, or set WNSEARCHDIR to the dict folder of WordNet 3.0"
         )
     files = (folder / f"data.{part}" for part in ("noun", "verb", "adj", "adv"))
     return by_lexicographer(line for file in files for line in file.read_text(encoding="latin-1").splitlines())
