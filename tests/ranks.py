@@ -6,7 +6,7 @@ import datetime
 import os
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -33,18 +33,12 @@ def start(rank: int, ranks: int, folder: Path, patience: float = PATIENCE) -> No
 
 def spawn(target: Callable[..., None], ranks: int, limit: float, *args: object) -> list[int | None]:
     """Exit codes of `target(rank, ranks, *args)` in so many processes; those that still run after `limit` s are killed
-    (None)."""
-    context = mp.get_context("spawn")
+    (None). They are forked from a server that has imported torch and has done nothing else."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["cudfast"])
     processes: list[BaseProcess] = [context.Process(target=target, args=(r, ranks, *args)) for r in range(ranks)]
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        for process in processes:
-            process.start()
-    finally:
-        os.environ.pop("OMP_NUM_THREADS")
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
+    for process in processes:
+        process.start()
     end = time.monotonic() + limit
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
@@ -55,17 +49,31 @@ def spawn(target: Callable[..., None], ranks: int, limit: float, *args: object) 
     return [None if was_late else process.exitcode for was_late, process in zip(late, processes)]
 
 
-def run_cases(rank: int, ranks: int, folder: Path, names: Sequence[str], cases: dict[str, Callable[[], None]]) -> None:
-    """Every case in turn, in all ranks at once; what went wrong lies in folder/NAME.RANK. The first failure ends it."""
-    for name in names:
+def run_cases(
+    rank: int, ranks: int, folder: Path, cases: dict[str, Callable[[], None]], last: Callable[[], None] | None = None
+) -> None:
+    """Every case in turn, in all ranks at once; what went wrong lies in folder/NAME.RANK. The first failure ends it.
+
+    last: a case after which the group is of no use.
+    """
+
+    def run(case: Callable[[], None]) -> str:
+        wrong = ""
         try:
             torch.manual_seed(0)
-            cases[name]()
-            wrong = ""
+            case()
         except Exception:
             wrong = traceback.format_exc()
-        (folder / f"{name}.{rank}").write_text(wrong)
+        (folder / f"{case.__name__}.{rank}").write_text(wrong)
+        return wrong
+
+    for case in cases.values():
         said: list[str] = [""] * ranks
-        dist.all_gather_object(said, wrong)
+        dist.all_gather_object(said, run(case))
         if any(said):
             return
+    if last is None:
+        dist.destroy_process_group()
+    else:
+        run(last)
+        os._exit(0)  # nothing can be torn down any more

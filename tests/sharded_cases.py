@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cudfast import CUDLoss, DUSLoss, WClip
+from cudfast.distributed.group import HEADER
 from cudfast.functional import cud_loss
 
-from .ranks import run_cases, start
+from .ranks import PATIENCE, run_cases, start
 
 N, V = 11, 96
 f32, f64 = torch.float32, torch.float64
@@ -28,8 +32,7 @@ def case(f: Callable[[], None]) -> Callable[[], None]:
 
 def main(rank: int, ranks: int, folder: Path) -> None:
     start(rank, ranks, folder)
-    run_cases(rank, ranks, folder, list(CASES), CASES)
-    dist.destroy_process_group()
+    run_cases(rank, ranks, folder, CASES, last=rank_dies)
 
 
 _GROUPS: list[Any] = []
@@ -221,3 +224,125 @@ def inplace_grad_out_and_twice() -> None:
         with torch.no_grad():
             cud_loss(part, teacher, labels, grad_out=out.zero_(), shard=shard)
         close(out, wanted, "no_grad")
+
+
+class Sent(TorchDispatchMode):
+    """Bytes that this rank hands to collectives, and their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func._schema.name.split("::")[-1].rstrip("_")
+            given = args[1] if name == "allgather" else args[0]
+            self.names.append(name)
+            self.bytes.append(sum(x.nbytes for x in given))
+        return func(*args, **(kwargs or {}))
+
+
+@case
+def what_is_sent() -> None:
+    """A header and one row state forward, nothing of size V, nothing backward."""
+    group, rows = dist.group.WORLD, 64
+    for dtype, per_row in ((f32, (52, 16)), (f64, (96, 32))):
+        for classes in (8, 800):
+            s, t = torch.randn(2, rows, classes, dtype=dtype)
+            s.requires_grad_()
+            labels = torch.randint(4 * classes, (rows,))
+            dist.broadcast(labels, 0)
+            for loss, logits, wanted in ((CUDLoss, (s, t), per_row[0]), (DUSLoss, (s,), per_row[1])):
+                with Sent() as sent:
+                    value = loss(process_group=group)(*logits, labels)
+                assert sent.names == ["allgather", "allgather"]
+                assert sent.bytes == [HEADER, rows * wanted]
+                assert wanted <= 96
+                with Sent() as sent:
+                    value.backward()
+                assert sent.bytes == []
+
+
+@case
+def compiled() -> None:
+    """fullgraph, eager's numbers, also where ranks differ in width and backward comes after another call."""
+    for group, widths in list(groups())[1::3]:
+        s, t, labels = batch(f32)
+        part, teacher = mine(s, group, widths).clone().requires_grad_(), mine(t, group, widths)
+        loss = CUDLoss(process_group=group)
+        torch._dynamo.reset()
+        values = []
+        for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+            value, other = f(part.tanh(), teacher, labels), f(part * 2, teacher, labels)
+            values.append((value, *torch.autograd.grad(value + 3 * other, part)))
+        for got, wanted in zip(*values):
+            close(got, wanted, widths)
+
+
+def refused(error: type, *words: str, of: Callable[[], object]) -> None:
+    try:
+        of()
+    except Exception as found:
+        if isinstance(found, error) and all(word in str(found) for word in words):
+            return
+        raise AssertionError(f"expected {error.__name__} with {words}") from found
+    raise AssertionError(f"nothing was raised: expected {words}")
+
+
+@case
+def ranks_that_do_not_go_together() -> None:
+    """All ranks end with an error that names one that differs, and the group can be used again."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    s, t, labels = batch(f32)
+    s, t, inside = s[:, :8], t[:, :8], labels % 32
+    odd = inside.clone()
+    odd[5] += 1
+
+    def call(rows: int = N, labels: Any = inside, **options: Any) -> Tensor:
+        return CUDLoss(process_group=group, **options)(s[:rows], t[:rows], labels[:rows])
+
+    same = "expected the same on every rank"
+    refused(ValueError, "rank 2 ", "leading shape = [7]", "rank 0 [11]", same, of=lambda: call(7 if rank == 2 else N))
+    refused(ValueError, "rank 3 ", "kd_weight = 0.5", "0.8", same, of=lambda: call(kd_weight=0.5 if rank == 3 else 0.8))
+    refused(ValueError, "rank 1 ", "temperature", same, of=lambda: call(temperature=3.0 if rank == 1 else 2.0))
+    refused(ValueError, "rank 1 ", "labels", "crc32", of=lambda: call(labels=odd if rank == 1 else inside))
+    refused(ValueError, "labels[1] = 95: expected a class in [0, 32)", of=lambda: call(labels=labels))
+    refused(
+        ValueError,
+        "rank 2 gave class_offset=17",
+        "[8, 16)",
+        "expected class_offset=16",
+        of=lambda: call(class_offset=8 * rank + (rank > 1)),
+    )
+    refused(
+        ValueError, "rank 0 gave class_offset=0, and rank 1 none", of=lambda: call(class_offset=None if rank else 0)
+    )
+    error = ValueError if rank == 1 else RuntimeError
+    words = ("9 classes on this rank",) if rank == 1 else ("rank 1 refused its arguments", "9 classes on this rank")
+    wide = torch.randn(N, 9)
+    refused(error, *words, of=lambda: CUDLoss(process_group=group)(wide if rank == 1 else s, t, labels))
+    refused(ValueError, "no rank", of=lambda: CUDLoss(process_group=group)(s[:, :0], t[:, :0], labels))
+    refused(
+        ValueError,
+        "32 classes in all",
+        "for 9",
+        of=lambda: DUSLoss(alpha=torch.ones(9), process_group=group)(s, labels.abs() % 9),
+    )
+    pair = next(iter(groups()))[0]
+    if rank > 1:
+        words = ("rank 1 of the group (rank 3 of all)", "leading shape")
+        refused(ValueError, *words, of=lambda: DUSLoss(process_group=pair)(s[rank:], labels[rank:] % 16))
+    agree(group, [24] * 4, CUDLoss, {}, batch(f32)[:2], labels)
+
+
+def rank_dies() -> None:
+    """The others end with its name. The last case: the group is of no use afterwards."""
+    s, t, labels = batch(f32)
+    if dist.get_rank() == 2:
+        os._exit(0)
+    begin = time.monotonic()
+    refused(
+        RuntimeError, "rank 2", "cannot be reached", of=lambda: CUDLoss(process_group=dist.group.WORLD)(s, t, labels)
+    )
+    assert time.monotonic() - begin < PATIENCE

@@ -74,12 +74,15 @@ class Shard:
     @property
     def text(self) -> str:
         """How it passes through a torch.library op."""
-        return json.dumps([self.group, self.class_offset, self.classes])
+        return f"{self.group} {self.class_offset} {self.classes}"
 
     @staticmethod
     def parsed(text: str) -> Shard | None:
         """Inverse of `text`; None for ""."""
-        return Shard(*json.loads(text)) if text else None
+        if not text:
+            return None
+        group, *numbers = text.rsplit(" ", 2)
+        return Shard(group, *(None if number == "None" else int(number) for number in numbers))
 
     def of_all(self, per_class: Any) -> Shard:
         """The same with the number of all classes, which (V,) `per_class` says."""

@@ -19,6 +19,7 @@ from ..rows import Backend, Rows, State, check_vectors, compute_dtype, divisors_
 from .group import Layout, Shard, ask, gather
 
 _OF_A_RANK = ("save", "inplace", "backend")  # options that ranks may choose for themselves
+_SCALAR = ("temperature", "alpha")  # options that a call has as rows.scalar
 
 
 class Sharded:
@@ -114,7 +115,7 @@ def _cut(rows: Rows, options: CUDOptions | DUSOptions, first: int) -> Rows:
 
 @functools.lru_cache(maxsize=256)
 def _fields(options: CUDOptions | DUSOptions) -> dict[str, Any]:
-    return {key: value for key, value in json.loads(text_of(options)).items() if key not in _OF_A_RANK}
+    return {key: value for key, value in json.loads(text_of(options)).items() if key not in _OF_A_RANK + _SCALAR}
 
 
 def _given(rows: Rows, options: CUDOptions | DUSOptions) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def _given(rows: Rows, options: CUDOptions | DUSOptions) -> dict[str, Any]:
         "weight": _digest(rows.weight),
         "temperature or alpha": _digest(rows.per_row) if rows.per_row is not None else rows.scalar,
         "num_items": _digest(items) if isinstance(items, Tensor) else items,
-        "options": _fields(options),
+        **_fields(options),
     }
 
 
