@@ -2,7 +2,7 @@
 # make ablation DATA=babel|geonames|wordnet SEEDS=3   what each piece of the method adds, on one of three data sets
 # make test   set up .venv, run every test
 # make check  linters and types
-# make bench  benchmarks
+# make bench  benchmarks beside PyTorch and other libraries, then docs/benchmarks.md and its pictures (QUICK=1: 2 minutes)
 # make gpu-verify  the Triton kernels on this machine's GPU: proof, times, a report in gpu_verify/
 
 PYTHON ?= python3
@@ -21,7 +21,7 @@ $(VENV)/.torch:
 
 # The native core is built in pip's isolated environment; nothing but torch must be there before.
 $(VENV)/.cudfast: $(VENV)/.torch $(SOURCES)
-	CUDFAST_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --progress-bar on --editable ".[demo,test,dev]"
+	CUDFAST_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --progress-bar on --editable ".[bench,demo,test,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps torchdistill # whose torchvision would bring another torch
 	touch $@
 
@@ -72,9 +72,12 @@ check: $(VENV)/.cudfast
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp,$(SOURCES)) $(wildcard tests/cpp/*.cpp)
 
+# QUICK=1: under two minutes. COMPARE=OLD.json: what became slower since.
 bench: $(VENV)/.cudfast
 	mkdir -p bench_results
 	$(if $(QUICK),QUICK=1) $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=bench_results/bench.json
+	$(BIN)/python -m benchmarks.report bench_results/bench.json --gpu gpu_verify/report.json \
+		$(if $(QUICK),--quick) $(if $(COMPARE),--compare $(COMPARE))
 
 gpu-verify: $(VENV)/.cudfast
 	$(BIN)/python -m benchmarks.gpu_verify
