@@ -9,7 +9,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo ablation test core sanitize check bench gpu-verify clean
@@ -55,22 +55,24 @@ test: $(VENV)/.cudfast
 	$(BIN)/python -m pytest
 	$(MAKE) --no-print-directory core sanitize
 
-# The C++ test of csrc/row and csrc/cpu, plain and under sanitizers; no Python in the process.
+# The C++ tests of csrc/row, csrc/cpu and csrc/cuda, plain and under sanitizers; no Python in the process.
 core: $(VENV)/.cudfast
 	$(BIN)/cmake -G Ninja -S . -B build/core -DCUDFAST_TESTS=ON -DCUDFAST_WERROR=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja >/dev/null
 	$(BIN)/cmake --build build/core
 	build/core/test_core
+	build/core/test_cuda
 
 sanitize: $(VENV)/.cudfast
 	$(BIN)/cmake -G Ninja -S . -B build/sanitize -DCUDFAST_TESTS=ON -DCUDFAST_SANITIZE=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja >/dev/null
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/test_core
+	build/sanitize/test_cuda
 
 check: $(VENV)/.cudfast
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp,$(SOURCES)) $(wildcard tests/cpp/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(SOURCES)) $(wildcard tests/cpp/*)
 
 # QUICK=1: under two minutes. COMPARE=OLD.json: what became slower since.
 bench: $(VENV)/.cudfast

@@ -9,7 +9,7 @@ namespace cudfast {
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
-constexpr int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+CUDFAST_HD constexpr int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // Rows of a strided matrix whose last axis is dense. Row i starts at data + (i / inner) * outer_stride +
 // (i % inner) * inner_stride elements, so (B, S - 1, V) cut out of (B, S, V) needs no copy.
@@ -20,7 +20,7 @@ struct Matrix {
   int64_t inner_stride = 0;
   DType dtype = DType::f32;
 
-  char* at(int64_t row, int64_t column) const {
+  CUDFAST_HD char* at(int64_t row, int64_t column) const {
     return data + ((row / inner) * outer_stride + (row % inner) * inner_stride + column) * size_of(dtype);
   }
 };
@@ -56,12 +56,16 @@ struct Rows {
   int threads = 1;
   Constraints constraints;
 
-  bool ignored(int64_t row) const { return (labels && labels[row] == ignore_index) || (weight && weight[row] == 0); }
-  bool labelled(int64_t row) const { return labels && labels[row] != ignore_index && labels[row] != unlabeled_index; }
-  double weight_at(int64_t row) const { return weight ? weight[row] : 1.0; }
-  double value_at(int64_t row) const { return per_row ? per_row[row] : scalar; }
+  CUDFAST_HD bool ignored(int64_t row) const {
+    return (labels && labels[row] == ignore_index) || (weight && weight[row] == 0);
+  }
+  CUDFAST_HD bool labelled(int64_t row) const {
+    return labels && labels[row] != ignore_index && labels[row] != unlabeled_index;
+  }
+  CUDFAST_HD double weight_at(int64_t row) const { return weight ? weight[row] : 1.0; }
+  CUDFAST_HD double value_at(int64_t row) const { return per_row ? per_row[row] : scalar; }
   // Whether all is computed in f64: the loss, the state and the upstream gradient are of that dtype, too.
-  bool wide() const { return logits.dtype == DType::f64 || (target.data && target.dtype == DType::f64); }
+  CUDFAST_HD bool wide() const { return logits.dtype == DType::f64 || (target.data && target.dtype == DType::f64); }
 };
 
 // Divisors of the two terms under reduction="mean"; 1 for the other reductions.

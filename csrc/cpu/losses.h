@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../row/element.h"
+#include "../finish.h"
 #include "simd.h"
 #include "sweeps.h"
 
@@ -28,24 +28,14 @@ struct Element {
 inline double load(const Matrix& m, int64_t row, int64_t column) { return Element(m, row).load(column); }
 inline void store(const Matrix& m, int64_t row, int64_t column, double value) { Element(m, row).store(column, value); }
 
-// Packed vectors are f32 or f64.
-inline double get(const void* data, bool wide, int64_t i) {
-  return wide ? static_cast<const double*>(data)[i] : static_cast<double>(static_cast<const float*>(data)[i]);
-}
-
-inline void put(void* data, bool wide, int64_t i, double value) {
-  if (!data) return;
-  if (wide) {
-    static_cast<double*>(data)[i] = value;
-  } else {
-    static_cast<float*>(data)[i] = static_cast<float>(value);
+inline void put_fixes(const Fixes& f, const Matrix& g, int64_t row) {
+  for (int i = 0; i < 2; ++i) {
+    if (f.column[i] >= 0) store(g, row, f.column[i], f.value[i]);
   }
 }
 
 // Temperatures whose exponentials at temperature 1 are powers of those at tau.
 inline bool is_power(double tau) { return tau == 1 || tau == 2 || tau == 4; }
-
-inline double share(double weight, double divisor) { return divisor > 0 ? weight / divisor : 0.0; }
 
 constexpr int64_t kFetchColumns = 1 << 16;  // f32: 1.25 MiB in all
 constexpr int64_t kFetchAhead = 256;
@@ -55,7 +45,6 @@ constexpr int64_t kNone = -1, kEvery = -2;
 
 struct StudentLossOfRows {
   using State = StudentState<double>;
-  static constexpr int columns = kStudentColumns;
 
   const Rows& rows;
   const StudentOptions& options;
@@ -119,41 +108,14 @@ struct StudentLossOfRows {
     }
   }
 
-  // `stride`: columns from row to row.
-  void pack(const State& s, int64_t row, const Outputs& out, int stride = columns) const {
-    if (!out.state) return;
-    const double values[columns] = {s.m_t,   s.s_k,   s.m_s, s.z_tau, s.s_tau,     s.a,
-                                    s.s_one, s.z_one, s.t_y, s.s_y,   s.impossible};
-    for (int i = 0; i < columns; ++i) put(out.state, wide, row * stride + i, values[i]);
-    if (out.top1) out.top1[row] = s.k;
-  }
+  void pack(const State& s, int64_t row, const Outputs& out) const { cudfast::pack(s, out, wide, row); }
+  State unpack(int64_t row, const Outputs& from) const { return unpack_student(from, wide, row); }
 
-  State unpack(int64_t row, const Outputs& from, int stride = columns) const {
-    double v[columns];
-    for (int i = 0; i < columns; ++i) v[i] = get(from.state, wide, row * stride + i);
-    return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], from.top1[row]};
-  }
-
-  // The row's own loss and gradient map, from its state.
-  struct Row {
-    bool counts = false;  // whether the gradient is anything but 0
-    double value = 0;
-    StudentLoss<double> loss;
-    StudentGradient<double> gradient;
-  };
-
+  using Row = StudentRow;
   Row finish_row(int64_t row, const State& state, double upstream) const {
     const bool labelled = rows.labelled(row);
-    const double tau = rows.value_at(row);
     const RowWeights<double> weights = row_weights(rows.ignored(row), labelled, rows.weight_at(row));
-    const double kd = options.kd_weight * share(weights.kd, divisors.kd);
-    const double ce = options.ce_weight * share(weights.ce, divisors.ce);
-    Row out;
-    out.counts = kd * upstream != 0 || ce * upstream != 0;
-    out.loss = finish(state, labelled, tau, options);
-    out.value = (kd != 0 ? kd * out.loss.kd : 0.0) + (ce != 0 ? ce * out.loss.ce : 0.0);
-    out.gradient = coefficients(state, out.loss, tau, kd * upstream, ce * upstream);
-    return out;
+    return cudfast::finish_row(state, labelled, rows.value_at(row), weights, options, divisors, upstream);
   }
 
   // Whether the gradient's own memory can hold the student's exponentials until they become the gradient.
@@ -205,23 +167,13 @@ struct StudentLossOfRows {
     sweeps().student_gradient(b, m);
   }
 
-  // Coordinates that the sweep cannot know: the label, and the two that the clip changed. With g == logits the
-  // student's values are gone by now, so they come from the state.
   void fix(int64_t row, const State& state, const Row& r, const Matrix& g) const {
-    if (!rows.labelled(row)) return;
-    const double inv_tau = 1 / rows.value_at(row);
-    const bool clipped = r.loss.clip.r > 0;
-    const auto at = [&](double s, double dt) { return element<0, 1, true>(r.gradient, dt, s - state.m_s, inv_tau); };
-    const double dt_y = r.gradient.teacher_tau == 0 ? 0 : clipped ? r.loss.clip.t_y : state.t_y - state.m_t;
-    const double g_y = at(state.s_y, dt_y);
-    store(g, row, rows.labels[row], state.s_y == kNothing<double> ? g_y : g_y - r.gradient.label);
-    if (clipped) store(g, row, state.k, at(state.s_k, r.loss.clip.t_k));
+    put_fixes(fixes(state, r, rows.labelled(row) ? rows.labels[row] : -1, rows.value_at(row)), g, row);
   }
 };
 
 struct TeacherLossOfRows {
   using State = TeacherState<double>;
-  static constexpr int columns = kTeacherColumns;
 
   const Rows& rows;
   const TeacherOptions& options;
@@ -251,35 +203,13 @@ struct TeacherLossOfRows {
     if (rows.labelled(row)) state.z_y = load(rows.logits, row, rows.labels[row]);
   }
 
-  void pack(const State& s, int64_t row, const Outputs& out) const {
-    if (!out.state) return;
-    const double values[columns] = {s.m, s.z, s.e, s.z_y};
-    for (int i = 0; i < columns; ++i) put(out.state, wide, row * columns + i, values[i]);
-  }
+  void pack(const State& s, int64_t row, const Outputs& out) const { cudfast::pack(s, out, wide, row); }
+  State unpack(int64_t row, const Outputs& from) const { return unpack_teacher(from, wide, row); }
 
-  State unpack(int64_t row, const Outputs& from) const {
-    double v[columns];
-    for (int i = 0; i < columns; ++i) v[i] = get(from.state, wide, row * columns + i);
-    return {v[0], v[1], v[2], v[3]};
-  }
-
-  struct Row {
-    bool counts = false;  // whether the gradient is anything but 0
-    double value = 0;
-    TeacherLoss<double> loss;
-    TeacherGradient<double> gradient;
-  };
-
+  using Row = TeacherRow;
   Row finish_row(int64_t row, const State& state, double upstream) const {
     const RowWeights<double> weights = row_weights(rows.ignored(row), rows.labelled(row), rows.weight_at(row));
-    const double scale = share(weights.ce, divisors.ce);
-    Row out;
-    if (scale == 0) return out;
-    out.counts = scale * upstream != 0;
-    out.loss = finish(state, rows.value_at(row), options);
-    out.value = scale * out.loss.value;
-    out.gradient = coefficients(out.loss, scale * upstream);
-    return out;
+    return cudfast::finish_row(state, rows.value_at(row), weights, options, divisors, upstream);
   }
 
   bool keeps(int64_t) const { return false; }
@@ -293,9 +223,7 @@ struct TeacherLossOfRows {
   }
 
   void fix(int64_t row, const State& state, const Row& r, const Matrix& g) const {
-    if (!rows.labelled(row) || r.gradient.label == 0) return;
-    const double p = element(r.gradient, state.z_y - state.m, 1 / state.z, r.loss.log_z);
-    store(g, row, rows.labels[row], state.z_y == kNothing<double> ? p : p + r.gradient.label);
+    put_fixes(fixes(state, r, rows.labelled(row) ? rows.labels[row] : -1), g, row);
   }
 };
 

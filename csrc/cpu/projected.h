@@ -355,7 +355,7 @@ struct ProjectedLossOfRows {
 
   void pack(const State& s, int64_t row, const Outputs& out) const {
     if (!out.state) return;
-    base.pack(s, row, out, columns);
+    cudfast::pack(s, out, wide, row, columns);
     const double values[kProjectedColumns] = {s.beta,       s.centre, s.near,   s.wrong, s.rest,
                                               s.confidence, s.prob,   s.target, s.moved, s.relaxed};
     for (int i = 0; i < kProjectedColumns; ++i) put(out.state, wide, row * columns + kStudentColumns + i, values[i]);
@@ -365,7 +365,7 @@ struct ProjectedLossOfRows {
     double v[kProjectedColumns];
     for (int i = 0; i < kProjectedColumns; ++i) v[i] = get(from.state, wide, row * columns + kStudentColumns + i);
     State state;
-    static_cast<StudentState<double>&>(state) = base.unpack(row, from, columns);
+    static_cast<StudentState<double>&>(state) = unpack_student(from, wide, row, columns);
     state.beta = v[0];
     state.centre = v[1];
     state.near = v[2];

@@ -92,23 +92,8 @@ StudentSums<F> zero_student() {
   return {F(0), F(0), F(0), F(0), F(0), F(0), F(0)};
 }
 template <class F>
-void add(StudentSums<F>& to, const StudentSums<F>& from) {
-  to.z_tau = to.z_tau + from.z_tau;
-  to.s_tau = to.s_tau + from.s_tau;
-  to.a = to.a + from.a;
-  to.s_one = to.s_one + from.s_one;
-  to.z_one = to.z_one + from.z_one;
-  to.impossible = max(to.impossible, from.impossible);
-  to.e_one = to.e_one + from.e_one;
-}
-template <class F>
 TeacherSums<F> zero_teacher() {
   return {F(0), F(0)};
-}
-template <class F>
-void add(TeacherSums<F>& to, const TeacherSums<F>& from) {
-  to.z = to.z + from.z;
-  to.e = to.e + from.e;
 }
 
 // The block that follows, asked for while this one is summed: the look for the maximum waits for memory, the sums wait

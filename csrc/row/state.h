@@ -13,16 +13,18 @@
 #include <cstdint>
 #include <limits>
 
+#include "host_device.h"
+
 namespace cudfast {
 namespace {
 
 template <class R>
 constexpr R kNothing = -std::numeric_limits<R>::infinity();
 
-// What fold() and element() ask of a scalar; cpu/simd.h has the same names for lanes.
+// What fold() and element() ask of a scalar; cpu/simd.h and cuda/lane.h have the same names for lanes.
 using std::exp;
-inline double max(double a, double b) { return a > b ? a : b; }
-inline double select(bool mask, double yes, double no) { return mask ? yes : no; }
+CUDFAST_HD inline double max(double a, double b) { return a > b ? a : b; }
+CUDFAST_HD inline double select(bool mask, double yes, double no) { return mask ? yes : no; }
 
 // ---- Student loss: state of one row, or of some of its columns ----                              [state-student]
 
@@ -49,9 +51,20 @@ struct StudentSums {
   F e_one;  // sum exp(t - m_t) (t - m_t); only a bound on the entropy needs it
 };
 
+template <class F>
+CUDFAST_HD inline void add(StudentSums<F>& to, const StudentSums<F>& from) {
+  to.z_tau = to.z_tau + from.z_tau;
+  to.s_tau = to.s_tau + from.s_tau;
+  to.a = to.a + from.a;
+  to.s_one = to.s_one + from.s_one;
+  to.z_one = to.z_one + from.z_one;
+  to.impossible = max(to.impossible, from.impossible);
+  to.e_one = to.e_one + from.e_one;
+}
+
 // e^(x) from e^(x / P): temperatures 1, 2 and 4 need no second exponential.
 template <int P, class F>
-inline F power(F e) {
+CUDFAST_HD inline F power(F e) {
   static_assert(P == 1 || P == 2 || P == 4, "powers by repeated squaring");
   if constexpr (P == 1) {
     return e;
@@ -70,7 +83,7 @@ struct Exponentials {
 // Ones says which temperature-1 sums are wanted (0 none, 1 the student's, 2 both); 3 adds e_one, whatever P is. Holes:
 // some logit may be -inf.
 template <int P, int Ones, bool Holes, class F>
-inline Exponentials<F> fold(StudentSums<F>& sums, F dt, F ds, F inv_tau) {
+CUDFAST_HD inline Exponentials<F> fold(StudentSums<F>& sums, F dt, F ds, F inv_tau) {
   const F x = dt * inv_tau;
   const F w = ds * inv_tau;
   const Exponentials<F> e{exp(x), exp(w)};
@@ -101,19 +114,22 @@ inline Exponentials<F> fold(StudentSums<F>& sums, F dt, F ds, F inv_tau) {
 
 // exp of a distance between maxima; most merges move nothing.
 template <class R>
-inline R rescale(R shift) {
+CUDFAST_HD inline R rescale(R shift) {
   return shift == 0 ? R(1) : std::exp(shift);
 }
 
 // Distance from a part's maximum to the whole's; an empty part has nothing to rescale.
 template <class R>
-inline R below(R part, R whole) {
+CUDFAST_HD inline R below(R part, R whole) {
   return part == kNothing<R> ? R(0) : part - whole;
 }
 
-// Sums of `part` as seen from new maxima m_t and m_s.                                               [merge-student]
+// A top-1 that another part's beats.
+constexpr int64_t kBeaten = std::numeric_limits<int64_t>::max();
+
+// `part` as seen from new maxima m_t and m_s, at least its own.                                     [merge-student]
 template <class R>
-inline StudentState<R> move(StudentState<R> part, R m_t, R m_s, R inv_tau) {
+CUDFAST_HD inline StudentState<R> move(StudentState<R> part, R m_t, R m_s, R inv_tau) {
   const R down_t = below(part.m_t, m_t);
   const R down_s = below(part.m_s, m_s);
   const R teacher = rescale(down_t * inv_tau);
@@ -123,31 +139,35 @@ inline StudentState<R> move(StudentState<R> part, R m_t, R m_s, R inv_tau) {
   const R student = rescale(down_s * inv_tau);
   part.s_tau *= student;
   part.s_one *= inv_tau == 1 ? student : rescale(down_s);
+  if (part.m_t != m_t) part.k = kBeaten;
+  part.m_t = m_t;
+  part.m_s = m_s;
   return part;
 }
 
-// State of the union of two disjoint sets of columns. Ties go to the lower index, whatever the order of the parts.
+// Union of two disjoint sets of columns that are seen from the same maxima. Ties go to the lower index, whatever the
+// order of the parts.
 template <class R>
-inline StudentState<R> merge(const StudentState<R>& left, const StudentState<R>& right, R inv_tau) {
+CUDFAST_HD inline StudentState<R> join(const StudentState<R>& a, const StudentState<R>& b) {
+  StudentState<R> both = a;
+  both.k = a.k <= b.k ? a.k : b.k;
+  both.s_k = a.k <= b.k ? a.s_k : b.s_k;
+  both.z_tau += b.z_tau;
+  both.s_tau += b.s_tau;
+  both.a += b.a;
+  both.s_one += b.s_one;
+  both.z_one += b.z_one;
+  both.t_y = a.t_y > b.t_y ? a.t_y : b.t_y;  // the label lives in one part only
+  both.s_y = a.s_y > b.s_y ? a.s_y : b.s_y;
+  both.impossible = a.impossible > b.impossible ? a.impossible : b.impossible;
+  return both;
+}
+
+template <class R>
+CUDFAST_HD inline StudentState<R> merge(const StudentState<R>& left, const StudentState<R>& right, R inv_tau) {
   const R m_t = left.m_t > right.m_t ? left.m_t : right.m_t;
   const R m_s = left.m_s > right.m_s ? left.m_s : right.m_s;
-  const StudentState<R> a = move(left, m_t, m_s, inv_tau);
-  const StudentState<R> b = move(right, m_t, m_s, inv_tau);
-  const bool from_left = left.m_t == right.m_t ? left.k <= right.k : left.m_t > right.m_t;
-  StudentState<R> both;
-  both.m_t = m_t;
-  both.m_s = m_s;
-  both.k = from_left ? left.k : right.k;
-  both.s_k = from_left ? left.s_k : right.s_k;
-  both.z_tau = a.z_tau + b.z_tau;
-  both.s_tau = a.s_tau + b.s_tau;
-  both.a = a.a + b.a;
-  both.s_one = a.s_one + b.s_one;
-  both.z_one = a.z_one + b.z_one;
-  both.t_y = left.t_y > right.t_y ? left.t_y : right.t_y;  // the label lives in one part only
-  both.s_y = left.s_y > right.s_y ? left.s_y : right.s_y;
-  both.impossible = left.impossible > right.impossible ? left.impossible : right.impossible;
-  return both;
+  return join(move(left, m_t, m_s, inv_tau), move(right, m_t, m_s, inv_tau));
 }
 
 // ---- Teacher loss ----                                                                            [state-teacher]
@@ -165,8 +185,14 @@ struct TeacherSums {
   F z, e;
 };
 
+template <class F>
+CUDFAST_HD inline void add(TeacherSums<F>& to, const TeacherSums<F>& from) {
+  to.z = to.z + from.z;
+  to.e = to.e + from.e;
+}
+
 template <bool Holes, class F>
-inline void fold(TeacherSums<F>& sums, F x) {
+CUDFAST_HD inline void fold(TeacherSums<F>& sums, F x) {
   const F p = exp(x);
   sums.z = sums.z + p;
   if constexpr (Holes) {
@@ -178,25 +204,24 @@ inline void fold(TeacherSums<F>& sums, F x) {
 
 // e' = e^(m - m') (e + z (m - m'))                                                                  [merge-teacher]
 template <class R>
-inline TeacherState<R> move(TeacherState<R> part, R m) {
+CUDFAST_HD inline TeacherState<R> move(TeacherState<R> part, R m) {
   const R down = below(part.m, m);
   const R scale = rescale(down);
   part.e = scale * (part.e + part.z * down);
   part.z *= scale;
+  part.m = m;
   return part;
 }
 
 template <class R>
-inline TeacherState<R> merge(const TeacherState<R>& left, const TeacherState<R>& right) {
+CUDFAST_HD inline TeacherState<R> join(const TeacherState<R>& a, const TeacherState<R>& b) {
+  return {a.m, a.z + b.z, a.e + b.e, a.z_y > b.z_y ? a.z_y : b.z_y};
+}
+
+template <class R>
+CUDFAST_HD inline TeacherState<R> merge(const TeacherState<R>& left, const TeacherState<R>& right) {
   const R m = left.m > right.m ? left.m : right.m;
-  const TeacherState<R> a = move(left, m);
-  const TeacherState<R> b = move(right, m);
-  TeacherState<R> both;
-  both.m = m;
-  both.z = a.z + b.z;
-  both.e = a.e + b.e;
-  both.z_y = left.z_y > right.z_y ? left.z_y : right.z_y;
-  return both;
+  return join(move(left, m), move(right, m));
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ struct Clip {
 };
 
 template <class R>
-inline Clip<R> wclip(R u, R budget, R margin) {
+CUDFAST_HD inline Clip<R> wclip(R u, R budget, R margin) {
   Clip<R> clip;
   const R below_one = std::expm1(u);
   const R gap = -margin * below_one;
@@ -36,7 +36,7 @@ struct TargetSums {
 };
 
 template <class R>
-inline TargetSums<R> replace(const StudentState<R>& state, const Clip<R>& clip, R inv_tau) {
+CUDFAST_HD inline TargetSums<R> replace(const StudentState<R>& state, const Clip<R>& clip, R inv_tau) {
   TargetSums<R> sums{state.z_tau, state.a, state.impossible};
   if (!(clip.r > 0)) return sums;
   const R w_k = (state.s_k - state.m_s) * inv_tau;
@@ -63,7 +63,7 @@ inline TargetSums<R> replace(const StudentState<R>& state, const Clip<R>& clip, 
 // ---- The exact projection, Eq. 2: bounds on the mass of N and of W, and on the entropy ----
 
 template <class R>
-inline R log_add(R a, R b) {
+CUDFAST_HD inline R log_add(R a, R b) {
   const R high = a > b ? a : b, low = a > b ? b : a;
   return high == kNothing<R> ? high : high + std::log1p(std::exp(low - high));
 }
@@ -79,7 +79,7 @@ struct Masses {
 
 // q(N) >= low and q(W) <= high, from log masses on any common scale. Complements are summed, never subtracted.
 template <class R>
-inline Masses<R> masses(R near, R wrong, R rest, R low, R high) {
+CUDFAST_HD inline Masses<R> masses(R near, R wrong, R rest, R low, R high) {
   const R total = log_add(log_add(near, wrong), rest);
   const R n = near - total, w = wrong - total, r = rest - total;
   const R not_near = log_add(w, r), not_wrong = log_add(n, r);
@@ -125,7 +125,7 @@ constexpr float kNever = -1e8f;
 
 // Flat: at beta = 0, where every class that can happen weighs 1.
 template <bool Flat, class F>
-inline void fold(TemperedSums<F>& sums, F x, F beta) {
+CUDFAST_HD inline void fold(TemperedSums<F>& sums, F x, F beta) {
   const auto there = x > F(kNever);
   F p;
   if constexpr (Flat) {
@@ -142,7 +142,7 @@ inline void fold(TemperedSums<F>& sums, F x, F beta) {
 
 // log sum exp(beta t); -inf for a set without classes that can happen.
 template <class R>
-inline R log_mass(const TemperedState<R>& state, R beta) {
+CUDFAST_HD inline R log_mass(const TemperedState<R>& state, R beta) {
   return state.z == 0 ? kNothing<R> : beta * state.m + std::log(state.z);
 }
 
@@ -155,7 +155,7 @@ struct Entropy {
 };
 
 template <class R>
-inline Entropy<R> entropy(const TemperedState<R> (&sets)[3], const Masses<R>& target, R beta) {
+CUDFAST_HD inline Entropy<R> entropy(const TemperedState<R> (&sets)[3], const Masses<R>& target, R beta) {
   const R log_m[3] = {target.near, target.wrong, target.rest};
   const bool binds[3] = {target.near_binds, target.wrong_binds, false};
   R value = 0, variance = 0, shared = 0, mean = 0, free[3], at[3];
@@ -190,7 +190,7 @@ struct End {
 // parabola. Else a Newton step that stays in its end's half of the bracket, from the end whose entropy is nearer if it
 // does: in log(H - H_high) where that is small, since entropy dies exponentially, else in log(beta). Else the middle.
 template <class R>
-inline R temper(const End<R>& low, const End<R>& high, R wanted) {
+CUDFAST_HD inline R temper(const End<R>& low, const End<R>& high, R wanted) {
   const R drop = low.found.value - high.found.value, left = wanted - high.found.value, above = drop - left;
   const R u = low.beta * low.beta, width = high.beta * high.beta - u;
   const R w = above / drop, at_low = -drop / (width * low.found.slope);
@@ -213,7 +213,7 @@ inline R temper(const End<R>& low, const End<R>& high, R wanted) {
 
 // Another place to look in the same sweep as `step`, when steps do not arrive: even shares of log(beta).      [spread]
 template <class R>
-inline R spread(const End<R>& low, const End<R>& high, R step, R share) {
+CUDFAST_HD inline R spread(const End<R>& low, const End<R>& high, R step, R share) {
   R least = low.beta;
   if (!(least > 0)) least = high.beta / 16 < step / 4 ? high.beta / 16 : step / 4;
   return least * std::pow(high.beta / least, share);

@@ -39,7 +39,7 @@ struct RowWeights {
 };
 
 template <class R>
-inline RowWeights<R> row_weights(bool ignored, bool labelled, R weight) {
+CUDFAST_HD inline RowWeights<R> row_weights(bool ignored, bool labelled, R weight) {
   if (ignored) return {R(0), R(0)};
   return {weight, labelled ? weight : R(0)};
 }
@@ -57,7 +57,7 @@ struct StudentLoss {
 
 // tau^2 KL(q || p) = tau^2 (a / z + log(s / z)); rounding below 0 is 0.                                          [kd]
 template <class R>
-inline R kd_value(const StudentState<R>& state, const TargetSums<R>& target, R tau) {
+CUDFAST_HD inline R kd_value(const StudentState<R>& state, const TargetSums<R>& target, R tau) {
   if (state.m_t == kNothing<R> || state.m_s == kNothing<R>) return std::numeric_limits<R>::quiet_NaN();
   if (target.impossible > 0) return std::numeric_limits<R>::infinity() + 0 * (target.z_tau * state.s_tau);
   const R kl = target.a / target.z_tau + std::log(state.s_tau / target.z_tau);
@@ -66,7 +66,7 @@ inline R kd_value(const StudentState<R>& state, const TargetSums<R>& target, R t
 
 // -log p_y = log S1 - (s_y - m_s)                                                                               [ce]
 template <class R>
-inline R ce_value(R s_one, R s_y, R m_s) {
+CUDFAST_HD inline R ce_value(R s_one, R s_y, R m_s) {
   return std::log(s_one) - (s_y - m_s);
 }
 
@@ -81,7 +81,8 @@ struct StudentGradient {
 
 // What a row comes to: the calibrated target, then every term. labelled: the row has a label to clip to and to learn.
 template <class R>
-inline StudentLoss<R> finish(const StudentState<R>& state, bool labelled, R tau, const StudentOptions& options) {
+CUDFAST_HD inline StudentLoss<R> finish(const StudentState<R>& state, bool labelled, R tau,
+                                        const StudentOptions& options) {
   StudentLoss<R> loss;
   if (labelled && options.ce_weight > 0) loss.ce = ce_value(state.s_one, state.s_y, state.m_s);
   if (!(options.kd_weight > 0)) return loss;
@@ -96,7 +97,8 @@ inline StudentLoss<R> finish(const StudentState<R>& state, bool labelled, R tau,
 
 // kd and ce are the row's weights in each term, upstream gradient and divisors included.
 template <class R>
-inline StudentGradient<R> coefficients(const StudentState<R>& state, const StudentLoss<R>& loss, R tau, R kd, R ce) {
+CUDFAST_HD inline StudentGradient<R> coefficients(const StudentState<R>& state, const StudentLoss<R>& loss, R tau, R kd,
+                                                  R ce) {
   StudentGradient<R> c;
   if (kd != 0) {
     c.student_tau = kd * tau / state.s_tau;
@@ -121,7 +123,7 @@ struct Term {
 // alpha (1 - p)^gamma (-log p). The slope is alpha (gamma p a^(gamma-1) log p - a^gamma), a = 1 - p; log p / a tends to
 // -1 as p reaches 1, so no power below 0 is ever taken.                                                      [focal]
 template <class R>
-inline Term<R> focal(R log_p, R gamma, R alpha) {
+CUDFAST_HD inline Term<R> focal(R log_p, R gamma, R alpha) {
   const R a = -std::expm1(log_p);
   const R a_gamma = std::pow(a, gamma);
   const R ratio = a > 0 ? log_p / a : R(-1);
@@ -132,7 +134,7 @@ inline Term<R> focal(R log_p, R gamma, R alpha) {
 // w = 1{p < threshold} + scale (1 - p)^power; the step has no slope. At p = 1 the slope only ever meets an entropy that
 // vanishes faster, so its limit there is 0.                                                                   [gate]
 template <class R>
-inline Term<R> gate(R log_p, const TeacherOptions& o) {
+CUDFAST_HD inline Term<R> gate(R log_p, const TeacherOptions& o) {
   const R a = -std::expm1(log_p);
   Term<R> w;
   w.value = (1 - a < R(o.gate_threshold) ? R(1) : R(0)) + R(o.gate_scale) * std::pow(a, R(o.gate_power));
@@ -150,7 +152,7 @@ struct TeacherLoss {
 };
 
 template <class R>
-inline TeacherLoss<R> finish(const TeacherState<R>& state, R alpha, const TeacherOptions& o) {
+CUDFAST_HD inline TeacherLoss<R> finish(const TeacherState<R>& state, R alpha, const TeacherOptions& o) {
   TeacherLoss<R> loss;
   loss.log_z = std::log(state.z);
   loss.entropy = loss.log_z - state.e / state.z;
@@ -182,7 +184,7 @@ struct TeacherGradient {
 };
 
 template <class R>
-inline TeacherGradient<R> coefficients(const TeacherLoss<R>& loss, R scale) {
+CUDFAST_HD inline TeacherGradient<R> coefficients(const TeacherLoss<R>& loss, R scale) {
   return {scale * (loss.weight * loss.entropy - loss.slope), scale * loss.weight, scale * loss.slope};
 }
 

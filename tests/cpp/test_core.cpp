@@ -4,13 +4,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
-#include <random>
 #include <vector>
 
 #include "../../csrc/cpu/simd.h"
 #include "../../csrc/cpu/sweeps.h"
 #include "../../csrc/launch.h"
 #include "../../csrc/row/element.h"
+#include "truth.h"
 
 using namespace cudfast;
 
@@ -27,15 +27,6 @@ void expect(bool good, const char* what, double got, double wanted) {
 void near(const char* what, double got, double wanted, double tolerance) {
   const bool same = got == wanted || (std::isnan(got) && std::isnan(wanted));
   expect(same || std::fabs(got - wanted) <= tolerance * (1 + std::fabs(wanted)), what, got, wanted);
-}
-
-using Random = std::mt19937_64;
-
-std::vector<double> normal(Random& random, int n, double scale) {
-  std::normal_distribution<double> distribution(0, scale);
-  std::vector<double> values(static_cast<size_t>(n));
-  for (double& value : values) value = distribution(random);
-  return values;
 }
 
 // The definition, one column at a time, around the part's own maxima.
@@ -88,55 +79,6 @@ void test_merge() {
       near("merge impossible", both.impossible, whole.impossible, 0);
     }
   }
-}
-
-// Both losses of one row and their gradients by the textbook, in double, over columns that are all finite.
-struct Truth {
-  double loss = 0;
-  std::vector<double> gradient;
-};
-
-double log_sum_exp(const std::vector<double>& v, double inv_tau) {
-  double m = kNothing<double>, sum = 0;
-  for (double x : v) m = x > m ? x : m;
-  for (double x : v) sum += std::exp((x - m) * inv_tau);
-  return m * inv_tau + std::log(sum);
-}
-
-Truth student_truth(const std::vector<double>& s, const std::vector<double>& t, int64_t label, double tau,
-                    const StudentOptions& o) {
-  const size_t n = s.size();
-  std::vector<double> log_q(n);
-  const double lt = log_sum_exp(t, 1);
-  size_t k = 0;
-  for (size_t j = 0; j < n; ++j) {
-    log_q[j] = t[j] - lt;
-    if (t[j] > t[k]) k = j;
-  }
-  const auto y = static_cast<size_t>(label);
-  if (o.clip && k != y) {
-    const double pk = std::exp(log_q[k]), py = std::exp(log_q[y]);
-    const double delta = std::fmin(o.budget * pk, o.margin * (pk - py));
-    log_q[k] = std::log(pk - delta);
-    log_q[y] = std::log(py + delta);
-  }
-  const double lq = log_sum_exp(log_q, 1 / tau), ls = log_sum_exp(s, 1 / tau), l1 = log_sum_exp(s, 1);
-  Truth truth;
-  truth.gradient.resize(n);
-  double kl = 0;
-  for (size_t j = 0; j < n; ++j) {
-    const double a = log_q[j] / tau - lq, b = s[j] / tau - ls;
-    kl += std::exp(a) * (a - b);
-    truth.gradient[j] =
-        o.kd_weight * tau * (std::exp(b) - std::exp(a)) + o.ce_weight * (std::exp(s[j] - l1) - (j == y ? 1.0 : 0.0));
-  }
-  truth.loss = o.kd_weight * tau * tau * kl + o.ce_weight * (l1 - s[y]);
-  return truth;
-}
-
-template <class T>
-Matrix dense(std::vector<T>& v, int64_t rows, int64_t width, DType dtype) {
-  return {reinterpret_cast<char*>(v.data()), rows, 0, width, dtype};
 }
 
 template <class T>
@@ -213,11 +155,7 @@ void test_teacher(int n) {
   teacher_state(rows, options, Divisors{}, out);
 
   const auto value = [&](const std::vector<double>& v) {
-    const double lz = log_sum_exp(v, 1), log_p = v[static_cast<size_t>(n / 2)] - lz, p = std::exp(log_p);
-    double entropy = 0;
-    for (double x : v) entropy -= std::exp(x - lz) * (x - lz);
-    const double w = (p < 0.5 ? 1.0 : 0.0) + std::pow(1 - p, 0.5);
-    return -log_p - std::pow(1 - p, 2.5) * log_p - 0.1 * w * entropy;
+    return teacher_truth(v, static_cast<size_t>(n / 2), options);
   };
   std::vector<double> v(z.begin(), z.end());
   near("teacher loss", static_cast<double>(loss), value(v), sizeof(T) == 4 ? 2e-6 : 1e-12);

@@ -1,0 +1,51 @@
+// One launch of a row kernel, and how rows are laid over blocks.
+#pragma once
+
+#include "../launch.h"
+#include "executor.h"
+
+namespace cudfast {
+
+// Stands for a DType where the compiler does not know it.
+constexpr int kAny = -1;
+
+// Where a row's state comes from: its logits, the states of its parts, or an earlier call.
+enum class From : int { logits, parts, state };
+
+// The argument of a kernel; plain data. Pointers are the device's.
+struct Call {
+  Rows rows;
+  const double* divisors = nullptr;  // (2,): of the KD term, of the label terms
+  Outputs out;                       // the loss is f64, one per row
+  Upstream upstream;
+  From from = From::logits;
+  bool statistics = false;
+  void* parts = nullptr;  // (N, part_count) states in f64; written when only_parts
+  int part_count = 1;
+  bool only_parts = false;
+  int split = 1;  // blocks that share a row in this launch
+  int slots = 0;  // chunks of a row that a block has room for in shared memory
+};
+
+// What is known of a row besides its logits. Nothing of a call is read on the host: a label that is no class, or a
+// weight or temperature out of range, makes its row NaN.
+struct Marks {
+  bool ignored;
+  bool labelled;
+  int64_t label;  // a class, or -1
+  double value;   // temperature or alpha
+  double weight;
+};
+
+CUDFAST_HD inline Marks marks(const Rows& rows, int64_t row, double low, double high) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  Marks m{rows.ignored(row), rows.labelled(row), -1, rows.value_at(row), rows.weight_at(row)};
+  if (m.labelled) m.label = rows.labels[row];
+  const bool no_class = m.labelled && (m.label < 0 || m.label >= rows.classes);
+  if (no_class) m.label = -1;
+  if (no_class || !(m.weight >= 0 && m.weight <= std::numeric_limits<double>::max())) m.weight = nan;
+  if (rows.per_row && !(m.value >= low && m.value <= high)) m.value = nan;
+  return m;
+}
+
+}  // namespace cudfast

@@ -1,0 +1,240 @@
+// Runs a kernel, which is written in phases: each thread's share, a merge, each thread's share again.
+//
+// On a GPU an Executor is a thread's view of its block and cluster; here is that, for nvcc, and the emulation for a C++
+// compiler, which runs every phase thread after thread, a cluster as several blocks. The emulation checks every access
+// and fills shared memory with NaN. It cannot show races, and its copies are done when they are asked for.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if !defined(__CUDACC__)
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <vector>
+#endif
+
+namespace cudfast {
+
+constexpr int kWarp = 32, kMaxThreads = 512;
+
+// A block's shared memory: 17 values for reduce(), what the kernel shares, staged rows.
+constexpr int kScratchBytes = 17 * 96, kHeaderBytes = 2048;
+
+// Blocks of a launch, blocks per cluster, threads per block, bytes of shared memory beyond the header.
+struct Grid {
+  int blocks = 0;
+  int cluster = 1;
+  int threads = kWarp;
+  int staged = 0;
+};
+
+namespace {
+
+struct Thread {
+  int rank;   // of its block in the cluster
+  int index;  // in its block
+};
+
+#if defined(__CUDACC__)
+
+#define CUDFAST_KERNEL __device__ __forceinline__
+#define CUDFAST_CHECK(condition)
+#define CUDFAST_UNROLL _Pragma("unroll")
+
+extern __shared__ uint4 block_memory[];
+
+class Executor {
+ public:
+  // A value per thread.
+  template <class T>
+  class Local {
+   public:
+    CUDFAST_KERNEL explicit Local(const Executor&) {}
+    CUDFAST_KERNEL T& operator[](Thread) { return value_; }
+
+   private:
+    T value_;
+  };
+
+  CUDFAST_KERNEL explicit Executor(int cluster) : cluster_(cluster) {}
+  CUDFAST_KERNEL int threads() const { return static_cast<int>(blockDim.x); }
+  CUDFAST_KERNEL int cluster() const { return cluster_; }
+  CUDFAST_KERNEL int block(int rank) const { return static_cast<int>(blockIdx.x - blockIdx.x % cluster_) + rank; }
+
+  // A phase: f for every thread, and the threads of a block wait for each other.
+  template <class F>
+  CUDFAST_KERNEL void each(F f) {
+    f(Thread{static_cast<int>(blockIdx.x % cluster_), static_cast<int>(threadIdx.x)});
+    __syncthreads();
+  }
+
+  // The blocks of a cluster wait for each other.
+  CUDFAST_KERNEL void join() {
+#if __CUDA_ARCH__ >= 900
+    if (cluster_ > 1) {
+      asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+      asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+    }
+#endif
+  }
+
+  // What the block `rank` of the cluster shares; 16-byte lines of staged rows, from the thread's own block.
+  template <class T>
+  CUDFAST_KERNEL T& shared(int rank) {
+    char* own = reinterpret_cast<char*>(block_memory) + kScratchBytes;
+#if __CUDA_ARCH__ >= 900
+    if (cluster_ > 1) {
+      uint64_t there;
+      asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(own), "r"(rank));
+      own = reinterpret_cast<char*>(there);
+    }
+#endif
+    return *reinterpret_cast<T*>(own);
+  }
+  CUDFAST_KERNEL char* staged(Thread, int offset, int) {
+    return reinterpret_cast<char*>(block_memory) + kHeaderBytes + offset;
+  }
+
+  // Copies 16 bytes from global to shared memory, some time before wait() lets the thread read them.
+  CUDFAST_KERNEL static void copy(char* to, const char* from) {
+#if __CUDA_ARCH__ >= 800
+    const auto at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+#endif
+  }
+  // Copies so far are one group; wait() is for all groups of this thread but the last `Later`.
+  CUDFAST_KERNEL static void commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+  }
+  template <int Later>
+  CUDFAST_KERNEL static void wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(Later) : "memory");
+#endif
+  }
+
+  // Every thread's value becomes its block's total, added up in a fixed order; `empty` adds nothing.
+  template <class T, class Add>
+  CUDFAST_KERNEL void reduce(Local<T>& values, Add add, const T& empty = T{}) {
+    static_assert(17 * sizeof(T) <= kScratchBytes, "does not fit");
+    T* const scratch = reinterpret_cast<T*>(block_memory);
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+    T value = of_warp(values[Thread{}], add);
+    if (lane == 0) scratch[warp] = value;
+    __syncthreads();
+    if (warp == 0) {
+      value = of_warp(lane < threads() / kWarp ? scratch[lane] : empty, add);
+      if (lane == 0) scratch[16] = value;
+    }
+    __syncthreads();
+    values[Thread{}] = scratch[16];
+    __syncthreads();
+  }
+
+ private:
+  template <class T, class Add>
+  CUDFAST_KERNEL static T of_warp(T value, Add add) {
+#pragma unroll 1
+    for (int down = kWarp / 2; down > 0; down /= 2) {
+      int words[sizeof(T) / 4];
+      memcpy(words, &value, sizeof(T));
+      CUDFAST_UNROLL
+      for (int& word : words) word = __shfl_down_sync(0xffffffffu, word, down);
+      T other;
+      memcpy(&other, words, sizeof(T));
+      value = add(value, other);
+    }
+    return value;
+  }
+
+  int cluster_;
+};
+
+#else
+
+#define CUDFAST_KERNEL inline
+#define CUDFAST_UNROLL
+#define CUDFAST_CHECK(condition) \
+  if (!(condition)) throw std::logic_error("a kernel's access is out of bounds or misaligned: " #condition)
+
+class Executor {
+ public:
+  template <class T>
+  class Local {
+   public:
+    explicit Local(const Executor& x) : threads_(x.threads()), values_(static_cast<size_t>(x.cluster() * threads_)) {}
+    T& operator[](Thread th) { return values_.at(static_cast<size_t>(th.rank * threads_ + th.index)); }
+
+   private:
+    int threads_;
+    std::vector<T> values_;
+  };
+
+  Executor(const Grid& grid, int first)
+      : grid_(grid), first_(first), memory_(static_cast<size_t>(grid.cluster), Memory(words(grid), NAN)) {}
+  int threads() const { return grid_.threads; }
+  int cluster() const { return grid_.cluster; }
+  int block(int rank) const { return first_ + rank; }
+
+  template <class F>
+  void each(F f) {
+    for (int rank = 0; rank < cluster(); ++rank) {
+      for (int index = 0; index < threads(); ++index) f(Thread{rank, index});
+    }
+  }
+  void join() {}
+
+  template <class T>
+  T& shared(int rank) {
+    static_assert(sizeof(T) <= kHeaderBytes - kScratchBytes, "does not fit");
+    return *reinterpret_cast<T*>(bytes(rank) + kScratchBytes);
+  }
+  char* staged(Thread th, int offset, int size) {
+    CUDFAST_CHECK(offset >= 0 && offset % 16 == 0 && offset + size <= grid_.staged);
+    return bytes(th.rank) + kHeaderBytes + offset;
+  }
+  static void copy(char* to, const char* from) { std::memcpy(to, from, 16); }
+  static void commit() {}
+  template <int Later>
+  static void wait() {}
+
+  template <class T, class Add>
+  void reduce(Local<T>& values, Add add, const T& empty = T{}) {
+    for (int rank = 0; rank < cluster(); ++rank) {
+      T warps[kWarp];
+      std::fill(warps, warps + kWarp, empty);
+      for (int warp = 0; warp < threads() / kWarp; ++warp) {
+        T lanes[kWarp];
+        for (int lane = 0; lane < kWarp; ++lane) lanes[lane] = values[Thread{rank, warp * kWarp + lane}];
+        warps[warp] = of_warp(lanes, add);
+      }
+      const T total = of_warp(warps, add);
+      for (int index = 0; index < threads(); ++index) values[Thread{rank, index}] = total;
+    }
+  }
+
+ private:
+  using Memory = std::vector<double>;
+  static size_t words(const Grid& grid) { return static_cast<size_t>(kHeaderBytes + grid.staged) / sizeof(double); }
+  char* bytes(int rank) { return reinterpret_cast<char*>(memory_.at(static_cast<size_t>(rank)).data()); }
+  template <class T, class Add>
+  static T of_warp(T (&lanes)[kWarp], Add add) {
+    for (int down = kWarp / 2; down > 0; down /= 2) {
+      for (int lane = 0; lane < down; ++lane) lanes[lane] = add(lanes[lane], lanes[lane + down]);
+    }
+    return lanes[0];
+  }
+
+  Grid grid_;
+  int first_;
+  std::vector<Memory> memory_;
+};
+
+#endif
+
+}  // namespace
+}  // namespace cudfast

@@ -1,0 +1,324 @@
+// The kernels. A row belongs to a block, to a cluster of blocks, or to several blocks in two launches; its chunks of
+// columns go round the threads of its blocks. Staged: the first look at a row copies it to shared memory and the second
+// reads it there; else both read memory.
+#pragma once
+
+#include "losses.h"
+
+namespace cudfast {
+namespace {
+
+// The chunks of a row that one block takes. Chunks begin at line boundaries of the logits, so the row's first and last
+// may be partial; where the rows of student and teacher lie differently, none counts as whole.
+template <class Loss>
+struct Chunks {
+  static constexpr int width = Loss::chunk;
+  int shift, begin, end;
+  bool aligned;
+  int64_t classes;
+
+  template <class Rows>
+  CUDFAST_KERNEL Chunks(const Rows& rows, int64_t classes, int piece, int pieces)
+      : shift(rows[0].template shift<width>()),
+        aligned(rows[Loss::arrays - 1].template shift<width>() == shift),
+        classes(classes) {
+    const int all = static_cast<int>((shift + classes + width - 1) / width), each = (all + pieces - 1) / pieces;
+    begin = piece * each < all ? piece * each : all;
+    end = begin + each < all ? begin + each : all;
+  }
+  CUDFAST_KERNEL int64_t column(int chunk) const { return static_cast<int64_t>(chunk) * width - shift; }
+  CUDFAST_KERNEL bool whole(int chunk) const { return column(chunk) >= 0 && column(chunk) + width <= classes; }
+  CUDFAST_KERNEL int64_t first() const { return begin == 0 ? 0 : column(begin); }
+  CUDFAST_KERNEL int64_t last() const { return column(end) < classes ? column(end) : classes; }
+};
+
+template <class Loss, bool Staged>
+struct RowKernel {
+  using R = typename Loss::R;
+  using State = typename Loss::State;
+  using Rows = RowOf<Loss::dtype>[Loss::arrays];
+  using Values = typename Loss::Values;
+  static constexpr int width = Loss::chunk, ahead = 4;  // groups of copies in flight
+
+  // What a block shares.
+  struct Board {
+    State part;
+    typename Loss::Map map;
+  };
+  static_assert(sizeof(Board) <= kHeaderBytes - kScratchBytes, "does not fit");
+
+  Call call;
+  Loss loss;
+
+  // A thread's view of the row.
+  struct View {
+    Rows rows;
+    RowOf<Loss::dtype> gradient;
+    Chunks<Loss> chunks;
+    int slots;
+
+    CUDFAST_KERNEL static int bytes(const RowOf<Loss::dtype>& row) { return bytes_of(width, row.dtype()); }
+    CUDFAST_KERNEL char* slot(Executor& x, Thread th, int array, int chunk) const {
+      const int base = array == 0 ? 0 : slots * bytes(rows[0]);
+      return x.staged(th, base + (chunk - chunks.begin) * bytes(rows[array]), bytes(rows[array]));
+    }
+    CUDFAST_KERNEL bool staged(int chunk) const { return chunks.aligned && chunks.whole(chunk); }
+
+    CUDFAST_KERNEL void stage(Executor& x, Thread th, int chunk) const {
+      if (chunk < chunks.end && staged(chunk)) {
+        for (int a = 0; a < Loss::arrays; ++a) {
+          char* const to = slot(x, th, a, chunk);
+          const char* const from = rows[a].template lines<width>(chunks.column(chunk));
+          for (int i = 0; i < bytes(rows[a]); i += 16) Executor::copy(to + i, from + i);
+        }
+      }
+      Executor::commit();
+    }
+
+    CUDFAST_KERNEL void load(Executor& x, Thread th, int chunk, Values& v) const {
+      const int64_t column = chunks.column(chunk);
+      if (staged(chunk)) {
+        CUDFAST_UNROLL
+        for (int a = 0; a < Loss::arrays; ++a) {
+          const char* const from = Staged ? slot(x, th, a, chunk) : rows[a].template lines<width>(column);
+          widen(from, rows[a].dtype(), v[a]);
+        }
+        return;
+      }
+      CUDFAST_UNROLL
+      for (int j = 0; j < width; ++j) {
+        const bool inside = column + j >= 0 && column + j < chunks.classes;
+        for (int a = 0; a < Loss::arrays; ++a) {
+          v[a][j] = inside ? rows[a].template load<R>(column + j) : kNothing<R>;
+        }
+      }
+    }
+
+    CUDFAST_KERNEL void store(int chunk, const R (&g)[width]) const {
+      const int64_t column = chunks.column(chunk);
+      if (chunks.whole(chunk) && gradient.template shift<width>() == chunks.shift) {
+        narrow(g, gradient.dtype(), gradient.template lines<width>(column));
+        return;
+      }
+      CUDFAST_UNROLL
+      for (int j = 0; j < width; ++j) {
+        if (column + j >= 0 && column + j < chunks.classes) gradient.store(column + j, g[j]);
+      }
+    }
+  };
+
+  CUDFAST_KERNEL int piece(Executor& x, Thread th) const { return x.block(th.rank) % call.split; }
+
+  CUDFAST_KERNEL View view(Executor& x, Thread th, int row) const {
+    const Matrix& target = Loss::arrays == 2 ? call.rows.target : call.rows.logits;
+    const Matrix& g = call.out.gradient.data ? call.out.gradient : call.rows.logits;
+    if constexpr (Loss::arrays == 2) {
+      Rows rows = {{call.rows.logits, row, call.rows.classes}, {target, row, call.rows.classes}};
+      return {{rows[0], rows[1]},
+              {g, row, call.rows.padded},
+              {rows, call.rows.classes, piece(x, th), call.split},
+              call.slots};
+    } else {
+      Rows rows = {{call.rows.logits, row, call.rows.classes}};
+      return {{rows[0]}, {g, row, call.rows.padded}, {rows, call.rows.classes, piece(x, th), call.split}, call.slots};
+    }
+  }
+
+  CUDFAST_KERNEL bool writes(Executor& x, Thread th) const { return th.index == 0 && piece(x, th) == 0; }
+  CUDFAST_KERNEL State* parts() const { return static_cast<State*>(call.parts); }
+
+  // Each thread's share, and their merge: board.part is the state of the block's columns.
+  CUDFAST_KERNEL void fold(Executor& x, int row, const Marks& m) const {
+    const R inv_tau = static_cast<R>(1 / m.value);
+    Executor::Local<typename Loss::Part> part(x);
+    Executor::Local<typename Loss::Top> top(x);
+    Executor::Local<typename Loss::Sums> sums(x);
+    x.each([&](Thread th) {
+      const View view = this->view(x, th, row);
+      typename Loss::Part own;
+      int next = view.chunks.begin + th.index;
+      if constexpr (Staged) {
+        for (int i = 0; i < ahead; ++i, next += x.threads()) view.stage(x, th, next);
+      }
+      for (int chunk = view.chunks.begin + th.index; chunk < view.chunks.end; chunk += x.threads()) {
+        if constexpr (Staged) {
+          view.stage(x, th, next);
+          next += x.threads();
+          Executor::wait<ahead>();
+        }
+        Values v;
+        view.load(x, th, chunk, v);
+        Loss::fold(own, v, chunk, inv_tau, call.statistics);
+      }
+      part[th] = own;
+      top[th] = Loss::top(own);
+    });
+    x.reduce(top, [](const auto& a, const auto& b) { return Loss::higher(a, b); });
+    x.each([&](Thread th) {
+      const View view = this->view(x, th, row);
+      sums[th] = Loss::around(part[th], top[th], inv_tau, [&](int array, int chunk, R value) {
+        for (int j = 0; j < width; ++j) {
+          const int64_t column = view.chunks.column(chunk) + j;
+          if (column < 0 || column >= view.chunks.classes) continue;
+          if (view.rows[array].template load<R>(column) == value) return column;
+        }
+        return kBeaten;
+      });
+    });
+    x.reduce(sums, [](const auto& a, const auto& b) { return Loss::sum(a, b); });
+    x.each([&](Thread th) {
+      if (th.index != 0) return;
+      const View view = this->view(x, th, row);
+      x.shared<Board>(th.rank).part =
+          Loss::state(top[th], sums[th], view.rows, view.chunks.first(), view.chunks.last(), m.label);
+    });
+    x.join();
+  }
+
+  // The state of a row: of the cluster's blocks or its parts in memory, or an earlier call's. Merged as threads are.
+  CUDFAST_KERNEL void collect(Executor& x, int row, const Marks& m, Executor::Local<State>& whole) const {
+    const int count = call.from == From::parts ? call.part_count : x.cluster();
+    Executor::Local<typename Loss::template TopOf<double>> top(x);
+    x.each([&](Thread th) {
+      State own;
+      if (call.from == From::state) {
+        if (th.index == 0) own = Loss::unpack(call.out, sizeof(R) == 8, row);
+      } else if (th.index < count) {
+        own = call.from == From::parts ? parts()[static_cast<int64_t>(row) * count + th.index]
+                                       : x.shared<Board>(th.index).part;
+      }
+      whole[th] = own;
+      top[th] = Loss::top(own);
+    });
+    if (count == 1) return;
+    x.reduce(top, [](const auto& a, const auto& b) { return Loss::higher(a, b); });
+    x.each([&](Thread th) { whole[th] = Loss::seen(whole[th], top[th], m.value); });
+    x.reduce(whole, [](const State& a, const State& b) { return join(a, b); }, Loss::nothing());
+  }
+
+  // The first thread of every block finishes the row; that of the first block reports it.
+  CUDFAST_KERNEL void finish(Executor& x, int row, const Marks& m) const {
+    Executor::Local<State> whole(x);
+    collect(x, row, m, whole);
+    x.each([&](Thread th) {
+      if (th.index != 0) return;
+      const State state = whole[th];
+      const Upstream& up = call.upstream;
+      const double upstream = up.data ? get(up.data, sizeof(R) == 8, up.per_row ? row : 0) : 1.0;
+      const Divisors divisors{call.divisors[0], call.divisors[1]};
+      const double value = loss.finish(state, m, divisors, upstream, x.shared<Board>(th.rank).map);
+      if (!writes(x, th) || call.from == From::state) return;
+      pack(state, call.out, sizeof(R) == 8, row);
+      if (call.out.loss) static_cast<double*>(call.out.loss)[row] = value;
+    });
+    x.join();
+  }
+
+  // Each thread's share once more: the gradient, zeros where the row does not count and behind the classes.
+  CUDFAST_KERNEL void map(Executor& x, int row, bool counts) const {
+    x.each([&](Thread th) {
+      const View view = this->view(x, th, row);
+      const typename Loss::Map map = x.shared<Board>(th.rank).map;
+      for (int chunk = view.chunks.begin + th.index; chunk < view.chunks.end; chunk += x.threads()) {
+        R g[width] = {};
+        if (counts && map.counts) {
+          Values v;
+          view.load(x, th, chunk, v);
+          Loss::map(map, v, g);
+          for (int i = 0; i < 2; ++i) {
+            const int64_t at = map.column[i] - view.chunks.column(chunk);
+            if (map.column[i] < 0 || at < 0 || at >= width) continue;
+            CUDFAST_UNROLL
+            for (int j = 0; j < width; ++j) g[j] = j == at ? map.value[i] : g[j];
+          }
+        }
+        view.store(chunk, g);
+      }
+      if (piece(x, th) != call.split - 1) return;
+      for (int64_t j = call.rows.classes + th.index; j < call.rows.padded; j += x.threads())
+        view.gradient.store(j, R(0));
+    });
+  }
+
+  CUDFAST_KERNEL void operator()(Executor& x) const {
+    const int row = x.block(0) / call.split;
+    const Marks m = Loss::marks_of(call.rows, row);
+    if (!m.ignored) {
+      if (call.from == From::logits) fold(x, row, m);
+      if (call.only_parts) {
+        x.each([&](Thread th) {
+          if (th.index == 0) parts()[x.block(th.rank)] = x.shared<Board>(th.rank).part;
+        });
+        return;
+      }
+      finish(x, row, m);
+    } else if (call.only_parts) {
+      return;
+    } else if (call.from != From::state) {
+      x.each([&](Thread th) {
+        if (!writes(x, th)) return;
+        pack(State{}, call.out, sizeof(R) == 8, row);
+        if (call.out.loss) static_cast<double*>(call.out.loss)[row] = 0;
+      });
+    }
+    if (call.out.gradient.data) map(x, row, !m.ignored);
+  }
+};
+
+// Sums of the rows' weights in each term, by one block.
+struct CountKernel {
+  Rows rows;
+  double* divisors;  // (2,)
+
+  using Weights = RowWeights<double>;
+  CUDFAST_KERNEL static Weights sum(const Weights& a, const Weights& b) { return {a.kd + b.kd, a.ce + b.ce}; }
+
+  CUDFAST_KERNEL void operator()(Executor& x) const {
+    Executor::Local<Weights> sums(x);
+    x.each([&](Thread th) {
+      Weights own;
+      for (int64_t row = th.index; row < rows.rows; row += x.threads()) {
+        own = sum(own, row_weights(rows.ignored(row), rows.labelled(row), rows.weight_at(row)));
+      }
+      sums[th] = own;
+    });
+    x.reduce(sums, [](const Weights& a, const Weights& b) { return sum(a, b); });
+    x.each([&](Thread th) {
+      if (th.index != 0) return;
+      divisors[0] = sums[th].kd;
+      divisors[1] = sums[th].ce;
+    });
+  }
+};
+
+// A gradient times the upstream one. Where that is 1, nothing is read; 0 stays 0, whatever it meets.
+struct ScaleKernel {
+  Matrix gradient;
+  int64_t columns;
+  Upstream upstream;
+  int split;  // blocks that share a row
+
+  CUDFAST_KERNEL void operator()(Executor& x) const {
+    x.each([&](Thread th) {
+      const int row = x.block(th.rank) / split;
+      const bool wide = gradient.dtype == DType::f64;
+      const double by = get(upstream.data, wide, upstream.per_row ? row : 0);
+      if (by == 1) return;
+      const RowOf<kAny> g(gradient, row, columns);
+      const int64_t step = static_cast<int64_t>(split) * x.threads();
+      for (int64_t j = static_cast<int64_t>(x.block(th.rank) % split) * x.threads() + th.index; j < columns;
+           j += step) {
+        if (wide) {
+          const double value = g.load<double>(j);
+          if (value != 0) g.store(j, value * by);
+        } else {
+          const float value = g.load<float>(j);
+          if (value != 0) g.store(j, value * static_cast<float>(by));
+        }
+      }
+    });
+  }
+};
+
+}  // namespace
+}  // namespace cudfast

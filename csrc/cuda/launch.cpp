@@ -1,0 +1,107 @@
+#include "launch.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace cudfast {
+
+namespace {
+
+constexpr int64_t kShortest = 4 * kMaxThreads;  // chunks of a row that a block should have for itself, at least
+
+bool one_dtype(const Rows& rows) { return !rows.target.data || rows.target.dtype == rows.logits.dtype; }
+int arrays(const Rows& rows) { return rows.target.data ? 2 : 1; }
+
+// As in losses.h.
+int width_of(const Rows& rows) {
+  return one_dtype(rows) && rows.logits.dtype != DType::f64 ? static_cast<int>(16 / size_of(rows.logits.dtype)) : 8;
+}
+
+int64_t chunks_of(const Rows& rows) { return (rows.classes + 2 * width_of(rows) - 2) / width_of(rows); }
+
+int threads_for(int64_t chunks) {
+  return static_cast<int>(std::min<int64_t>(kMaxThreads, (std::max<int64_t>(chunks, 1) + kWarp - 1) / kWarp * kWarp));
+}
+
+std::string text(const Call& call, const char* loss, const char* error) {
+  static const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
+  const Rows& r = call.rows;
+  std::string logits = names[static_cast<int>(r.logits.dtype)];
+  if (r.target.data) logits += std::string(" and ") + names[static_cast<int>(r.target.dtype)];
+  return std::string("the CUDA kernel of the ") + loss + " on " + std::to_string(r.rows) + " x " +
+         std::to_string(r.classes) + " logits (" + logits + ") was not launched: " + error;
+}
+
+template <class Options>
+void launch(RowLaunch<Options> run, const char* loss, const Call& call, const Options& options, const Machine& machine,
+            void* stream) {
+  Call own = call;
+  const Grid grid = plan(call, machine);
+  if (grid.staged > 0) {
+    own.split = grid.cluster;
+    own.slots = static_cast<int>((chunks_of(call.rows) + grid.cluster - 1) / grid.cluster);
+  }
+  if (const char* const error = run(own, options, grid, stream)) throw std::runtime_error(text(call, loss, error));
+}
+
+template <class Options>
+void sweeps(RowLaunch<Options> run, const char* loss, Call call, const Options& options, const Machine& machine,
+            void* stream) {
+  if (call.rows.rows == 0) return;
+  const int shared = shared_rows(call.rows.rows, call.rows.classes, machine.processors);
+  if (shared > 1 && call.from == From::logits) {
+    call.part_count = call.split = shared;
+    call.only_parts = true;
+    launch(run, loss, call, options, machine, stream);
+    call.only_parts = false;
+    call.from = From::parts;
+  }
+  call.split = call.out.gradient.data ? shared : 1;
+  launch(run, loss, call, options, machine, stream);
+}
+
+int kind_of(const Rows& rows) {
+  return one_dtype(rows) && rows.logits.dtype != DType::f64 ? static_cast<int>(rows.logits.dtype)
+                                                            : static_cast<int>(DType::f64);
+}
+
+}  // namespace
+
+int shared_rows(int64_t rows, int64_t classes, int processors) {
+  const int64_t chunks = classes / 8;
+  if (rows >= 2 * processors) return 1;
+  const int64_t most = (4 * processors + rows - 1) / std::max<int64_t>(rows, 1);
+  return static_cast<int>(std::max<int64_t>(1, std::min(most, chunks / kShortest)));
+}
+
+Grid plan(const Call& call, const Machine& machine) {
+  const Rows& rows = call.rows;
+  const int64_t chunks = chunks_of(rows);
+  Grid grid;
+  grid.blocks = rows.rows * call.split;
+  grid.threads = threads_for((chunks + call.split - 1) / call.split);
+  const bool fused = call.from == From::logits && call.out.gradient.data && !call.only_parts;
+  if (!fused || rows.wide() || machine.capability < 80) return grid;
+  int64_t bytes = width_of(rows) * size_of(rows.logits.dtype);
+  if (arrays(rows) == 2) bytes += width_of(rows) * size_of(rows.target.dtype);
+  for (const int cluster : {1, 2, 4, 8}) {
+    if (cluster > 1 && machine.capability < 90) break;
+    const int64_t slots = (chunks + cluster - 1) / cluster;
+    if (slots * bytes + kHeaderBytes > machine.shared) continue;
+    grid.staged = static_cast<int>(slots * bytes);
+    grid.cluster = cluster;
+    grid.blocks = rows.rows * cluster;
+    grid.threads = threads_for(slots);
+    break;
+  }
+  return grid;
+}
+
+void sweep(const Kernels& kernels, Call call, const StudentOptions& options, const Machine& machine, void* stream) {
+  sweeps(kernels.student[kind_of(call.rows)], "student loss", call, options, machine, stream);
+}
+void sweep(const Kernels& kernels, Call call, const TeacherOptions& options, const Machine& machine, void* stream) {
+  sweeps(kernels.teacher[kind_of(call.rows)], "teacher loss", call, options, machine, stream);
+}
+
+}  // namespace cudfast

@@ -1,0 +1,46 @@
+// launch.h for a GPU, in terms of launches that a GPU or the emulation makes.
+#pragma once
+
+#include <string>
+
+#include "call.h"
+
+namespace cudfast {
+
+// What a plan has to know of a GPU.
+struct Machine {
+  int processors = 0;
+  int shared = 0;      // bytes of shared memory that a block may ask for
+  int capability = 0;  // 90 is sm_90
+};
+
+// A launch is done, or the answer says why not.
+template <class Options>
+using RowLaunch = const char* (*)(const Call&, const Options&, const Grid&, void* stream);
+
+// The kernels: for logits that are all of one dtype, in the order of DType, and in the place of f64 for all others.
+struct Kernels {
+  RowLaunch<StudentOptions> student[4];
+  RowLaunch<TeacherOptions> teacher[4];
+  const char* (*count)(const Rows& rows, double* divisors, void* stream);
+  const char* (*scale)(const Matrix& gradient, int64_t rows, int64_t columns, Upstream upstream, int split,
+                       void* stream);
+  const char* (*machine)(int device, Machine& found);  // makes the device current
+};
+
+// Kernels that run on GPUs, compiled by nvcc, and those that the emulation runs.
+enum class Where { device, emulated };
+template <Where>
+const Kernels& kernels();
+
+// Blocks that share a row whose state or gradient is made from memory: more than 1 where rows are few and long.
+int shared_rows(int64_t rows, int64_t classes, int processors);
+
+// The kernel that a launch runs, and how. `staged` bytes are asked for by kernels that stage rows.
+Grid plan(const Call& call, const Machine& machine);
+
+// Both sweeps. call.parts has room for shared_rows() states of a row. A launch that fails throws std::runtime_error.
+void sweep(const Kernels& kernels, Call call, const StudentOptions& options, const Machine& machine, void* stream);
+void sweep(const Kernels& kernels, Call call, const TeacherOptions& options, const Machine& machine, void* stream);
+
+}  // namespace cudfast

@@ -1,0 +1,296 @@
+// The two losses as kernels.h sees them: fold a chunk of a row, merge around the block's maxima, finish, map a chunk.
+// D is the dtype of all logits, or kAny; R what is computed in.
+#pragma once
+
+#include "../finish.h"
+#include "call.h"
+#include "elements.h"
+#include "lane.h"
+
+namespace cudfast {
+namespace {
+
+CUDFAST_KERNEL float larger(float a, float b) { return fmaxf(a, b); }  // drops a NaN, which the sums keep
+CUDFAST_KERNEL double larger(double a, double b) { return fmax(a, b); }
+
+template <class R>
+CUDFAST_KERNEL R centred(R m) {
+  return m == kNothing<R> ? R(0) : m;
+}
+
+// Whether a sum met -inf or NaN: then its chunk is folded once more, the one way that tells them apart.
+template <class R>
+CUDFAST_KERNEL bool broken(R sum) {
+  return !(sum - sum == 0);
+}
+
+// One line of 16 bytes a chunk; of dtypes that the compiler does not know, eight elements.
+template <int D>
+constexpr int kChunk = D == kAny ? 8 : static_cast<int>(16 / size_of(static_cast<DType>(D)));
+
+// What the map of a row needs, besides its gradient's coefficients.
+template <class R>
+struct Fixed {
+  bool counts;
+  int64_t column[2];
+  R value[2];
+};
+
+template <class R>
+CUDFAST_KERNEL void set(Fixed<R>& to, const Fixes& f, bool counts) {
+  to.counts = counts;
+  for (int i = 0; i < 2; ++i) {
+    to.column[i] = f.column[i];
+    to.value[i] = static_cast<R>(f.value[i]);
+  }
+}
+
+// P: the temperature when it is known to the compiler, else 0.
+template <int P, int D, class R_>
+struct Student {
+  using R = R_;
+  using F = typename LaneOf<R>::type;
+  using State = StudentState<double>;
+  using Part = StudentState<R>;  // of a thread; k is the chunk of its maximum
+  static constexpr int dtype = D, arrays = 2, chunk = kChunk<D>;
+  using Values = R[arrays][chunk];  // the student's, the teacher's
+
+  StudentOptions options;
+
+  CUDFAST_KERNEL static Marks marks_of(const Rows& rows, int64_t row) {
+    return marks(rows, row, kLowestTemperature, kHighestTemperature);
+  }
+
+  template <int Ones, bool Holes>
+  CUDFAST_KERNEL static StudentSums<F> sums_of(const Values& v, R c_s, R c_t, R inv_tau) {
+    StudentSums<F> sums{F(0), F(0), F(0), F(0), F(0), F(0), F(0)};
+    CUDFAST_UNROLL
+    for (int j = 0; j < chunk; ++j) cudfast::fold<P, Ones, Holes>(sums, F(v[1][j] - c_t), F(v[0][j] - c_s), F(inv_tau));
+    return sums;
+  }
+  template <bool Holes>
+  CUDFAST_KERNEL static StudentSums<F> sums_of(const Values& v, R c_s, R c_t, R inv_tau, bool statistics) {
+    if (P == 0 && statistics) return sums_of<2, Holes>(v, c_s, c_t, inv_tau);
+    return sums_of<1, Holes>(v, c_s, c_t, inv_tau);
+  }
+
+  CUDFAST_KERNEL static void fold(Part& part, const Values& v, int at, R inv_tau, bool statistics) {
+    R m_s = part.m_s, m_t = part.m_t;
+    CUDFAST_UNROLL
+    for (int j = 0; j < chunk; ++j) {
+      m_s = larger(m_s, v[0][j]);
+      m_t = larger(m_t, v[1][j]);
+    }
+    if (m_s > part.m_s || m_t > part.m_t) {
+      const int64_t k = m_t > part.m_t ? at : part.k;
+      part = move(part, m_t, m_s, inv_tau);
+      part.k = k;
+    }
+    const R c_s = centred(m_s), c_t = centred(m_t);
+    StudentSums<F> sums = sums_of<false>(v, c_s, c_t, inv_tau, statistics);
+    if (broken(scalar(sums.a))) sums = sums_of<true>(v, c_s, c_t, inv_tau, statistics);
+    part.z_tau += scalar(sums.z_tau);
+    part.s_tau += scalar(sums.s_tau);
+    part.a += scalar(sums.a);
+    part.s_one += scalar(sums.s_one);
+    part.z_one += scalar(sums.z_one);
+    part.impossible = larger(part.impossible, scalar(sums.impossible));
+  }
+
+  // The merge of a block's threads: maxima first, then sums around them.
+  template <class T>
+  struct TopOf {
+    T m_s = kNothing<T>, m_t = kNothing<T>;
+  };
+  using Top = TopOf<R>;
+  template <class T>
+  CUDFAST_KERNEL static TopOf<T> top(const StudentState<T>& part) {
+    return {part.m_s, part.m_t};
+  }
+  template <class T>
+  CUDFAST_KERNEL static TopOf<T> higher(const TopOf<T>& a, const TopOf<T>& b) {
+    return {larger(a.m_s, b.m_s), larger(a.m_t, b.m_t)};
+  }
+  template <class T>
+  CUDFAST_KERNEL static StudentState<T> seen(const StudentState<T>& part, const TopOf<T>& top, double tau) {
+    return move(part, top.m_t, top.m_s, static_cast<T>(1 / tau));
+  }
+
+  struct Sums {
+    StudentSums<R> of = {};
+    int64_t k = kBeaten;
+  };
+  template <class Find>
+  CUDFAST_KERNEL static Sums around(const Part& part, const Top& top, R inv_tau, Find find) {
+    const Part moved = move(part, top.m_t, top.m_s, inv_tau);
+    const bool holds = moved.k != kBeaten && top.m_t > kNothing<R>;
+    return {{moved.z_tau, moved.s_tau, moved.a, moved.s_one, moved.z_one, moved.impossible, R(0)},
+            holds ? find(1, static_cast<int>(moved.k), top.m_t) : kBeaten};
+  }
+  CUDFAST_KERNEL static Sums sum(const Sums& a, const Sums& b) {
+    return {{a.of.z_tau + b.of.z_tau, a.of.s_tau + b.of.s_tau, a.of.a + b.of.a, a.of.s_one + b.of.s_one,
+             a.of.z_one + b.of.z_one, larger(a.of.impossible, b.of.impossible), R(0)},
+            a.k < b.k ? a.k : b.k};
+  }
+
+  // State of the columns [begin, end), with the elements that are read by their column.
+  template <class Rows>
+  CUDFAST_KERNEL static State state(const Top& top, const Sums& sums, const Rows& rows, int64_t begin, int64_t end,
+                                    int64_t label) {
+    State s;
+    if (begin >= end) return s;
+    s.m_s = static_cast<double>(top.m_s);
+    s.m_t = static_cast<double>(top.m_t);
+    s.z_tau = static_cast<double>(sums.of.z_tau);
+    s.s_tau = static_cast<double>(sums.of.s_tau);
+    s.a = static_cast<double>(sums.of.a);
+    s.s_one = static_cast<double>(sums.of.s_one);
+    s.z_one = static_cast<double>(sums.of.z_one);
+    s.impossible = static_cast<double>(sums.of.impossible);
+    s.k = sums.k == kBeaten ? begin : sums.k;
+    s.s_k = rows[0].template load<double>(s.k);
+    if (label >= begin && label < end) {
+      s.s_y = rows[0].template load<double>(label);
+      s.t_y = rows[1].template load<double>(label);
+    }
+    return s;
+  }
+  // What join() adds nothing by.
+  CUDFAST_KERNEL static State nothing() {
+    State s;
+    s.k = kBeaten;
+    return s;
+  }
+  CUDFAST_KERNEL static State unpack(const Outputs& from, bool wide, int64_t row) {
+    return unpack_student(from, wide, row);
+  }
+
+  struct Map : Fixed<R> {
+    StudentGradient<R> c;
+    R c_s, c_t, inv_tau;
+  };
+  CUDFAST_KERNEL double finish(const State& state, const Marks& m, Divisors divisors, double upstream, Map& map) const {
+    const StudentRow row = finish_row(state, m.labelled, m.value, row_weights(m.ignored, m.labelled, m.weight), options,
+                                      divisors, upstream);
+    set(map, fixes(state, row, m.label, m.value), row.counts);
+    map.c = {static_cast<R>(row.gradient.student_tau), static_cast<R>(row.gradient.teacher_tau),
+             static_cast<R>(row.gradient.student_one), R(0)};
+    map.c_s = static_cast<R>(centred(state.m_s));
+    map.c_t = static_cast<R>(centred(state.m_t));
+    map.inv_tau = static_cast<R>(1 / m.value);
+    return row.value;
+  }
+  CUDFAST_KERNEL static void map(const Map& m, const Values& v, R (&g)[chunk]) {
+    const StudentGradient<F> c{F(m.c.student_tau), F(m.c.teacher_tau), F(m.c.student_one), F(0)};
+    CUDFAST_UNROLL
+    for (int j = 0; j < chunk; ++j) {
+      // What is read for statistics only must not turn 0 into NaN.
+      const R dt = m.c.teacher_tau == 0 ? R(0) : v[1][j] - m.c_t;
+      g[j] = scalar(element<P, 1, true>(c, F(dt), F(v[0][j] - m.c_s), F(m.inv_tau)));
+    }
+  }
+};
+
+template <int D, class R_>
+struct Teacher {
+  using R = R_;
+  using F = typename LaneOf<R>::type;
+  using State = TeacherState<double>;
+  using Part = TeacherState<R>;
+  static constexpr int dtype = D, arrays = 1, chunk = kChunk<D>;
+  using Values = R[arrays][chunk];
+
+  TeacherOptions options;
+
+  CUDFAST_KERNEL static Marks marks_of(const Rows& rows, int64_t row) {
+    return marks(rows, row, std::numeric_limits<double>::denorm_min(), std::numeric_limits<double>::max());
+  }
+
+  template <bool Holes>
+  CUDFAST_KERNEL static TeacherSums<F> sums_of(const Values& v, R c) {
+    TeacherSums<F> sums{F(0), F(0)};
+    CUDFAST_UNROLL
+    for (int j = 0; j < chunk; ++j) cudfast::fold<Holes>(sums, F(v[0][j] - c));
+    return sums;
+  }
+
+  CUDFAST_KERNEL static void fold(Part& part, const Values& v, int, R, bool) {
+    R m = part.m;
+    CUDFAST_UNROLL
+    for (int j = 0; j < chunk; ++j) m = larger(m, v[0][j]);
+    if (m > part.m) part = move(part, m);
+    TeacherSums<F> sums = sums_of<false>(v, centred(m));
+    if (broken(scalar(sums.e))) sums = sums_of<true>(v, centred(m));
+    part.z += scalar(sums.z);
+    part.e += scalar(sums.e);
+  }
+
+  template <class T>
+  struct TopOf {
+    T m = kNothing<T>;
+  };
+  using Top = TopOf<R>;
+  template <class T>
+  CUDFAST_KERNEL static TopOf<T> top(const TeacherState<T>& part) {
+    return {part.m};
+  }
+  template <class T>
+  CUDFAST_KERNEL static TopOf<T> higher(const TopOf<T>& a, const TopOf<T>& b) {
+    return {larger(a.m, b.m)};
+  }
+  template <class T>
+  CUDFAST_KERNEL static TeacherState<T> seen(const TeacherState<T>& part, const TopOf<T>& top, double) {
+    return move(part, top.m);
+  }
+
+  struct Sums {
+    TeacherSums<R> of = {};
+  };
+  template <class Find>
+  CUDFAST_KERNEL static Sums around(const Part& part, const Top& top, R, Find) {
+    const Part moved = move(part, top.m);
+    return {{moved.z, moved.e}};
+  }
+  CUDFAST_KERNEL static Sums sum(const Sums& a, const Sums& b) { return {{a.of.z + b.of.z, a.of.e + b.of.e}}; }
+
+  template <class Rows>
+  CUDFAST_KERNEL static State state(const Top& top, const Sums& sums, const Rows& rows, int64_t begin, int64_t end,
+                                    int64_t label) {
+    State s;
+    if (begin >= end) return s;
+    s.m = static_cast<double>(top.m);
+    s.z = static_cast<double>(sums.of.z);
+    s.e = static_cast<double>(sums.of.e);
+    if (label >= begin && label < end) s.z_y = rows[0].template load<double>(label);
+    return s;
+  }
+  CUDFAST_KERNEL static State nothing() { return {}; }
+  CUDFAST_KERNEL static State unpack(const Outputs& from, bool wide, int64_t row) {
+    return unpack_teacher(from, wide, row);
+  }
+
+  struct Map : Fixed<R> {
+    TeacherGradient<R> c;
+    R centre, inv_z, log_z;
+  };
+  CUDFAST_KERNEL double finish(const State& state, const Marks& m, Divisors divisors, double upstream, Map& map) const {
+    const TeacherRow row =
+        finish_row(state, m.value, row_weights(m.ignored, m.labelled, m.weight), options, divisors, upstream);
+    set(map, fixes(state, row, m.label), row.counts);
+    map.c = {static_cast<R>(row.gradient.one), static_cast<R>(row.gradient.log), R(0)};
+    map.centre = static_cast<R>(centred(state.m));
+    map.inv_z = static_cast<R>(1 / state.z);
+    map.log_z = static_cast<R>(row.loss.log_z);
+    return row.value;
+  }
+  CUDFAST_KERNEL static void map(const Map& m, const Values& v, R (&g)[chunk]) {
+    const TeacherGradient<F> c{F(m.c.one), F(m.c.log), F(0)};
+    CUDFAST_UNROLL
+    for (int j = 0; j < chunk; ++j) {
+      g[j] = scalar(element(c, F(v[0][j] - m.centre), F(m.inv_z), F(m.log_z)));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace cudfast

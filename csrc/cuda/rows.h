@@ -1,0 +1,100 @@
+// The launches of one dtype, CUDFAST_DTYPE: compiled once for each of f32, bf16, f16 and for all others, by nvcc for
+// GPUs and by a C++ compiler for the emulation.
+#pragma once
+
+#include "kernels.h"
+#include "launch.h"
+#include "run.h"
+
+namespace cudfast {
+namespace {
+
+template <class Loss>
+const char* run_rows(const Call& call, const Loss& loss, const Grid& grid, void* stream) {
+  if (grid.staged == 0) return run(RowKernel<Loss, false>{call, loss}, grid, stream);
+  if constexpr (sizeof(typename Loss::R) == 4) return run(RowKernel<Loss, true>{call, loss}, grid, stream);
+  return "float64 rows are not staged";
+}
+
+// Run-time flags become compile-time ones here. The default temperature has kernels of its own, with an exponential
+// less per element and sweep; others would double the time of a build.
+template <int D>
+const char* student(const Call& call, const StudentOptions& options, const Grid& grid, void* stream) {
+  if constexpr (D == kAny) {
+    if (call.rows.wide()) return run_rows(call, Student<0, D, double>{options}, grid, stream);
+    return run_rows(call, Student<0, D, float>{options}, grid, stream);
+  } else {
+    if (!call.rows.per_row && call.rows.scalar == 2) return run_rows(call, Student<2, D, float>{options}, grid, stream);
+    return run_rows(call, Student<0, D, float>{options}, grid, stream);
+  }
+}
+
+template <int D>
+const char* teacher(const Call& call, const TeacherOptions& options, const Grid& grid, void* stream) {
+  using R = std::conditional_t<D == kAny, double, float>;
+  return run_rows(call, Teacher<D, R>{options}, grid, stream);
+}
+
+}  // namespace
+
+#if defined(__CUDACC__)
+constexpr Where kHere = Where::device;
+#else
+constexpr Where kHere = Where::emulated;
+#endif
+
+template <Where, int>
+struct RowLaunches {
+  static const char* student(const Call&, const StudentOptions&, const Grid&, void*);
+  static const char* teacher(const Call&, const TeacherOptions&, const Grid&, void*);
+};
+template <>
+const char* RowLaunches<kHere, CUDFAST_DTYPE>::student(const Call& call, const StudentOptions& options,
+                                                       const Grid& grid, void* stream) {
+  return cudfast::student<CUDFAST_DTYPE>(call, options, grid, stream);
+}
+template <>
+const char* RowLaunches<kHere, CUDFAST_DTYPE>::teacher(const Call& call, const TeacherOptions& options,
+                                                       const Grid& grid, void* stream) {
+  return cudfast::teacher<CUDFAST_DTYPE>(call, options, grid, stream);
+}
+
+#if CUDFAST_DTYPE < 0
+
+namespace {
+
+const char* count(const Rows& rows, double* divisors, void* stream) {
+  Grid grid;
+  grid.blocks = 1;
+  grid.threads = kMaxThreads;
+  return run(CountKernel{rows, divisors}, grid, stream);
+}
+
+const char* scale(const Matrix& gradient, int64_t rows, int64_t columns, Upstream upstream, int split, void* stream) {
+  Grid grid;
+  grid.blocks = rows * split;
+  grid.threads = kMaxThreads / 2;
+  return run(ScaleKernel{gradient, columns, upstream, split}, grid, stream);
+}
+
+}  // namespace
+
+template <>
+const Kernels& kernels<kHere>() {
+  using F32 = RowLaunches<kHere, static_cast<int>(DType::f32)>;
+  using Bf16 = RowLaunches<kHere, static_cast<int>(DType::bf16)>;
+  using F16 = RowLaunches<kHere, static_cast<int>(DType::f16)>;
+  using Others = RowLaunches<kHere, kAny>;
+  static const Kernels found{
+      {F32::student, Others::student, Bf16::student, F16::student},
+      {F32::teacher, Others::teacher, Bf16::teacher, F16::teacher},
+      count,
+      scale,
+      find_machine,
+  };
+  return found;
+}
+
+#endif
+
+}  // namespace cudfast

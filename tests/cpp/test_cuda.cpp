@@ -1,0 +1,300 @@
+// Every CUDA kernel in the emulation, against a plain double-precision loop. Bounds and alignment are checked on each
+// access, and shared memory is NaN before it is written. Runs under the sanitizers, too.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "../../csrc/cuda/launch.h"
+#include "../../csrc/halves.h"
+#include "truth.h"
+
+using namespace cudfast;
+
+namespace {
+
+int failures = 0;
+
+void near(const std::string& what, double got, double wanted, double tolerance) {
+  const bool same = got == wanted || (std::isnan(got) && std::isnan(wanted));
+  if (same || std::fabs(got - wanted) <= tolerance * (1 + std::fabs(wanted))) return;
+  if (++failures < 40) std::printf("FAIL %s: got %.17g, wanted %.17g\n", what.c_str(), got, wanted);
+}
+
+// Memory of a dtype, its first row `shift` elements behind a line boundary, `width` columns a row.
+struct Logits {
+  DType dtype;
+  int64_t width;
+  std::vector<double> memory;  // aligned to 16 bytes
+  int64_t shift;
+
+  Logits(DType d, int64_t rows, int64_t w, int64_t s)
+      : dtype(d), width(w), memory(static_cast<size_t>((rows * w + s) * size_of(d) / 8 + 2)), shift(s) {}
+  char* at(int64_t i) { return reinterpret_cast<char*>(memory.data()) + (shift + i) * size_of(dtype); }
+  Matrix matrix(int64_t rows) { return {at(0), rows, 0, width, dtype}; }
+  void set(int64_t i, double value) {
+    if (dtype == DType::f64) *reinterpret_cast<double*>(at(i)) = value;
+    if (dtype == DType::f32) *reinterpret_cast<float*>(at(i)) = static_cast<float>(value);
+    if (dtype == DType::bf16) *reinterpret_cast<uint16_t*>(at(i)) = narrow_bfloat(static_cast<float>(value));
+    if (dtype == DType::f16) *reinterpret_cast<uint16_t*>(at(i)) = narrow_half(static_cast<float>(value));
+  }
+  double get(int64_t i) {
+    if (dtype == DType::f64) return *reinterpret_cast<double*>(at(i));
+    if (dtype == DType::f32) return static_cast<double>(*reinterpret_cast<float*>(at(i)));
+    const uint16_t half = *reinterpret_cast<uint16_t*>(at(i));
+    return static_cast<double>(dtype == DType::bf16 ? widen_bfloat(half) : widen_half(half));
+  }
+  std::vector<double> row(int64_t r, int64_t n) {
+    std::vector<double> values;
+    for (int64_t j = 0; j < n; ++j) values.push_back(get(r * width + j));
+    return values;
+  }
+};
+
+// Half a unit in the last place, relative, and of the smallest.
+double rounding(DType dtype) {
+  return dtype == DType::bf16 ? 0x1p-8 : dtype == DType::f16 ? 0x1p-11 : dtype == DType::f32 ? 0x1p-24 : 0x1p-52;
+}
+
+// A way to lay rows over blocks.
+struct Way {
+  const char* name;
+  Machine machine;
+  int cluster = 0;  // blocks that a row must be staged by
+};
+
+struct Case {
+  int64_t rows, classes, padding, shift_s, shift_t;
+  DType s, t;
+  double tau;
+};
+
+void fill(Random& random, Logits& x, int64_t rows, double scale) {
+  std::normal_distribution<double> normal(0, scale);
+  for (int64_t i = 0; i < rows * x.width; ++i) x.set(i, normal(random));
+}
+
+void test_student(const Way& way, const Case& c) {
+  const std::string what = std::string(way.name) + " student, V=" + std::to_string(c.classes) + ", dtypes " +
+                           std::to_string(static_cast<int>(c.s)) + std::to_string(static_cast<int>(c.t)) + ", tau " +
+                           std::to_string(c.tau);
+  const int64_t v = c.classes, width = v + c.padding;
+  Random random(static_cast<uint64_t>(v));
+  Logits s(c.s, c.rows, width, c.shift_s), t(c.t, c.rows, width, c.shift_t), g(c.s, c.rows, width, c.shift_s);
+  fill(random, s, c.rows, 3);
+  fill(random, t, c.rows, 4);
+  for (int64_t i = 0; i < c.rows * width; ++i) g.set(i, std::numeric_limits<double>::quiet_NaN());
+  std::vector<int64_t> labels;
+  for (int64_t row = 0; row < c.rows; ++row) labels.push_back(row * 7919 % v);
+  const StudentOptions options{0.8, 0.2, true, 0.5, 0.7};
+  const double divisors[2] = {1, 1};
+  std::vector<double> loss(static_cast<size_t>(c.rows));
+  std::vector<double> state(static_cast<size_t>(c.rows * kStudentColumns));  // f32 takes half of it
+  std::vector<int64_t> top1(static_cast<size_t>(c.rows));
+  Call call;
+  call.rows.rows = c.rows;
+  call.rows.classes = v;
+  call.rows.padded = width;
+  call.rows.logits = s.matrix(c.rows);
+  call.rows.target = t.matrix(c.rows);
+  call.rows.labels = labels.data();
+  call.rows.scalar = c.tau;
+  call.divisors = divisors;
+  call.out.loss = loss.data();
+  call.out.state = state.data();
+  call.out.top1 = top1.data();
+  call.out.gradient = g.matrix(c.rows);
+  std::vector<double> parts(static_cast<size_t>(c.rows) * 2000 * sizeof(StudentState<double>) / 8);
+  call.parts = parts.data();
+  const Grid grid = plan(call, way.machine);
+  near(what + " blocks", grid.staged > 0 ? grid.cluster : 0, call.rows.wide() ? 0 : way.cluster, 0);
+  sweep(kernels<Where::emulated>(), call, options, way.machine, nullptr);
+
+  const bool wide = call.rows.wide();
+  const double tau = std::fmax(c.tau, 1.0);
+  const double loss_tolerance = wide ? 1e-12 : 2e-6 * tau * tau, tolerance = wide ? 1e-13 : 1e-6 * tau;
+  std::vector<double> found;
+  for (int64_t row = 0; row < c.rows; ++row) {
+    const auto at = static_cast<size_t>(row);
+    const std::vector<double> teacher = t.row(row, v);
+    const Truth truth = student_truth(s.row(row, v), teacher, labels[at], c.tau, options);
+    near(what + " loss", loss[at], truth.loss, loss_tolerance);
+    near(what + " top-1", static_cast<double>(top1[at]),
+         static_cast<double>(std::max_element(teacher.begin(), teacher.end()) - teacher.begin()), 0);
+    for (int64_t j = 0; j < width; ++j) {
+      const double got = g.get(row * width + j), wanted = j < v ? truth.gradient[static_cast<size_t>(j)] : 0;
+      near(what + (j < v ? " gradient" : " padding"), got, wanted, j < v ? tolerance + 1.01 * rounding(c.s) : 0);
+      found.push_back(got);
+    }
+  }
+  // From the saved state, written over the logits, with an upstream gradient.
+  const float half = 0.5f;
+  const double half_wide = 0.5;
+  call.from = From::state;
+  call.upstream = {wide ? static_cast<const void*>(&half_wide) : &half, false};
+  call.out.gradient = call.rows.logits;
+  sweep(kernels<Where::emulated>(), call, options, way.machine, nullptr);
+  for (int64_t i = 0; i < c.rows * width; ++i) {
+    near(what + " gradient from state", s.get(i), 0.5 * found[static_cast<size_t>(i)], tolerance + 2 * rounding(c.s));
+  }
+}
+
+void test_teacher(const Way& way, const Case& c) {
+  const std::string what = std::string(way.name) + " teacher, V=" + std::to_string(c.classes) + ", dtype " +
+                           std::to_string(static_cast<int>(c.s));
+  const int64_t v = c.classes, width = v + c.padding;
+  Random random(static_cast<uint64_t>(v) + 17);
+  Logits z(c.s, c.rows, width, c.shift_s), g(c.s, c.rows, width, c.shift_s);
+  fill(random, z, c.rows, 3);
+  std::vector<int64_t> labels;
+  for (int64_t row = 0; row < c.rows; ++row) labels.push_back(v / 2);
+  const TeacherOptions options{1.0, 1.0, 0.1, 2.5, 0.5, 1.0, 0.5, true};
+  const double divisors[2] = {1, 1};
+  std::vector<double> loss(static_cast<size_t>(c.rows)), state(static_cast<size_t>(c.rows * kTeacherColumns));
+  std::vector<double> parts(static_cast<size_t>(c.rows) * 2000 * sizeof(TeacherState<double>) / 8);
+  Call call;
+  call.rows.rows = c.rows;
+  call.rows.classes = v;
+  call.rows.padded = width;
+  call.rows.logits = z.matrix(c.rows);
+  call.rows.labels = labels.data();
+  call.divisors = divisors;
+  call.out.loss = loss.data();
+  call.out.state = state.data();
+  call.out.gradient = g.matrix(c.rows);
+  call.parts = parts.data();
+  sweep(kernels<Where::emulated>(), call, options, way.machine, nullptr);
+  const bool wide = call.rows.wide();
+  for (int64_t row = 0; row < c.rows; ++row) {
+    std::vector<double> values = z.row(row, v);
+    const auto value = [&] { return teacher_truth(values, static_cast<size_t>(v / 2), options); };
+    near(what + " loss", loss[static_cast<size_t>(row)], value(), wide ? 1e-12 : 2e-6);
+    for (size_t j = 0; j < values.size(); j += 1 + values.size() / 5) {
+      const double x = values[j], h = 1e-5;
+      values[j] = x + h;
+      const double above = value();
+      values[j] = x - h;
+      const double below = value();
+      values[j] = x;
+      near(what + " gradient", g.get(row * width + static_cast<int64_t>(j)), (above - below) / (2 * h),
+           (wide ? 1e-8 : 1e-6) + 1.01 * rounding(c.s));
+    }
+  }
+}
+
+// Rows that are masked, wrong, or have holes; per-row temperatures and weights.
+void test_marks(const Way& way) {
+  const int64_t v = 300, n = 8;
+  const double inf = std::numeric_limits<double>::infinity();
+  Random random(5);
+  Logits s(DType::f32, n, v, 0), t(DType::f32, n, v, 0), g(DType::f32, n, v, 0);
+  fill(random, s, n, 1);
+  fill(random, t, n, 1);
+  std::vector<int64_t> labels{3, -100, -1, v, 5, 6, 7, 8};
+  std::vector<double> weight{1, 1, 1, 1, 0, -1, 2, 1}, taus{1, 2, 3, 4, 5, 6, 1e5, 2.5};
+  s.set(7 * v + 17, -inf);
+  t.set(7 * v + 17, -inf);
+  t.set(2 * v + 40, 9);
+  t.set(2 * v + 200, 9);  // a tie for the top-1
+  const StudentOptions options{1, 1, true, 0.5, 0.7};
+  const double divisors[2] = {1, 1};
+  std::vector<double> loss(static_cast<size_t>(n)), state(static_cast<size_t>(n * kStudentColumns));
+  std::vector<int64_t> top1(static_cast<size_t>(n));
+  Call call;
+  call.rows = Rows{};
+  call.rows.rows = n;
+  call.rows.classes = call.rows.padded = v;
+  call.rows.logits = s.matrix(n);
+  call.rows.target = t.matrix(n);
+  call.rows.labels = labels.data();
+  call.rows.weight = weight.data();
+  call.rows.per_row = taus.data();
+  call.divisors = divisors;
+  call.out.loss = loss.data();
+  call.out.state = state.data();
+  call.out.top1 = top1.data();
+  call.out.gradient = g.matrix(n);
+  sweep(kernels<Where::emulated>(), call, options, way.machine, nullptr);
+  for (const int64_t row : {1, 4}) {  // ignored
+    near("ignored loss", loss[static_cast<size_t>(row)], 0, 0);
+    for (int64_t j = 0; j < v; ++j) near("ignored gradient", g.get(row * v + j), 0, 0);
+  }
+  for (const int64_t row : {3, 5, 6}) {  // a label, a weight, a temperature out of range
+    near("wrong loss", loss[static_cast<size_t>(row)], std::nan(""), 0);
+    near("wrong gradient", g.get(row * v), std::nan(""), 0);
+  }
+  const Truth plain = student_truth(s.row(0, v), t.row(0, v), 3, 1, options);
+  near("tau of a row", loss[0], plain.loss, 2e-6);
+  near("first of a tie", static_cast<double>(top1[2]), 40, 0);
+  near("hole", g.get(7 * v + 17), 0, 0);
+  std::vector<double> a = s.row(7, v), b = t.row(7, v);
+  a.erase(a.begin() + 17);
+  b.erase(b.begin() + 17);
+  near("around a hole", loss[7], student_truth(a, b, 8, 2.5, options).loss, 1.3e-5);
+  double found[2];
+  kernels<Where::emulated>().count(call.rows, found, nullptr);
+  near("count of rows", found[0], 5, 0);
+  near("count of labels", found[1], 4, 0);
+}
+
+void test_scale() {
+  const int64_t n = 3, v = 1000;
+  Logits g(DType::bf16, n, v, 0);
+  for (int64_t i = 0; i < n * v; ++i) g.set(i, i % 3 ? 2.0 : 0.0);
+  const float by[3] = {1, std::numeric_limits<float>::infinity(), -0.5f};
+  kernels<Where::emulated>().scale(g.matrix(n), n, v, {by, true}, 2, nullptr);
+  near("scaled by 1", g.get(1), 2, 0);
+  near("scaled by inf", g.get(v + 1), std::numeric_limits<double>::infinity(), 0);
+  near("0 times inf", g.get(v + 2), 0, 0);
+  near("scaled by -0.5", g.get(2 * v + 2), -1, 0);
+}
+
+// A GPU whose shared memory just holds the row of a case in a cluster of so many blocks.
+Way clustered(const Case& c, int blocks, int arrays = 2) {
+  const int64_t width = 16 / size_of(c.s), chunks = (c.classes + 2 * width - 2) / width;
+  const int64_t slots = (chunks + blocks - 1) / blocks;
+  while (blocks > 1 && (chunks + blocks / 2 - 1) / (blocks / 2) <= slots) blocks /= 2;  // half of them hold it, too
+  return {"cluster", {1, kHeaderBytes + static_cast<int>(slots * 16 * arrays), 90}, blocks};
+}
+
+}  // namespace
+
+int main() {
+  const DType f32 = DType::f32, f64 = DType::f64, bf16 = DType::bf16, f16 = DType::f16;
+  const Way two_sweeps{"two-sweep", {1, 0, 75}}, staged{"staged", {1, 227 << 10, 80}, 1};
+  for (const double tau : {2.0, 3.0}) {
+    for (const int64_t v : {1, 2, 7, 8, 9, 77, 150, 1000, 2048, 4097}) {
+      for (const DType d : {f32, bf16, f16}) {
+        const Case c{3, v, v % 3, 0, 0, d, d, tau};
+        test_student(two_sweeps, c);
+        test_student(staged, c);
+        for (const int blocks : {2, 4, 8}) test_student(clustered(c, blocks), c);
+        if (tau == 3) continue;
+        test_teacher(two_sweeps, c);
+        test_teacher(staged, c);
+        test_teacher(clustered(c, 2, 1), c);
+      }
+    }
+    for (const DType s : {f32, f64, bf16, f16}) {  // every pair, and rows that lie differently in their lines
+      for (const DType t : {f32, f64, bf16, f16}) {
+        for (const int64_t shift : {0, 1}) {
+          const Case c{2, 333, 5, 3, 3 + shift, s, t, tau};
+          test_student(two_sweeps, c);
+          test_student(staged, c);
+        }
+      }
+    }
+  }
+  for (const DType d : {f32, bf16}) {  // few rows, long V
+    const Case c{2, 40'000, 0, 0, 0, d, d, 2.0};
+    test_student({"shared rows", {8, 0, 75}}, c);
+    test_teacher({"shared rows", {8, 0, 75}}, c);
+  }
+  test_teacher(two_sweeps, {2, 333, 0, 0, 0, f64, f64, 2.0});
+  for (const Way& way : {two_sweeps, staged, clustered({8, 300, 0, 0, 0, f32, f32, 1.0}, 2)}) test_marks(way);
+  test_scale();
+  std::printf("cuda, emulated: %d failures\n", failures);
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
