@@ -191,6 +191,20 @@ def test_validation(tmp_path: Path, reduction: Any) -> None:
     assert metrics["val_accuracy"] == pytest.approx(right[labelled].float().mean().item(), abs=1e-6)
 
 
+def test_validation_in_two_processes(tmp_path: Path) -> None:
+    """7 rows count in one process and 8 in the other."""
+    x = Setup()
+    x.labels[3] = -100
+    module = x.module()
+    trainer = trainer_in(tmp_path, strategy="ddp_spawn", devices=2)
+    [metrics] = trainer.validate(module, x.batches(4), verbose=False)
+    wanted = CUDLoss()(x.student(x.x), x.teacher.eval()(x.x), x.labels)
+    assert metrics["val_loss"] == pytest.approx(wanted.item(), rel=1e-5)
+    counts = x.labels >= 0
+    right = x.student(x.x).argmax(-1) == x.labels
+    assert metrics["val_accuracy"] == pytest.approx(right[counts].float().mean().item(), abs=1e-6)
+
+
 def test_teacher_training(tmp_path: Path) -> None:
     x = Setup()
     module = DistillationModule(copy.deepcopy(x.student), None, DUSLoss(), optimizer=sgd)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from cudfast import CUDLoss, DUSLoss, FusedLinearCUDLoss, FusedLinearDUSLoss  # noqa: E402
 from cudfast.integrations.transformers import DistillationTrainer, TrainerLoss  # noqa: E402
+
+from .ranks import spawn  # noqa: E402
 
 CLASSES, VOCAB, PAD = 5, 64, 0
 
@@ -192,6 +196,39 @@ def test_accumulation_changes_nothing(form: str, task: str, tmp_path: Path) -> N
         trainer.train()
         students.append(student)
     close(*students)
+
+
+def two_ranks(rank: int, ranks: int, folder: Path) -> None:
+    """In each process: a step of both forms on half of the rows, in two micro-batches, left in the folder."""
+    port = int((folder / "port").read_text())
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
+    os.environ.update({name: str(value) for name, value in where.items()})
+    torch.set_num_threads(1)
+    data = Dataset.load_from_disk(str(folder / "data"))
+    changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+    for form in ("hook", "subclass"):
+        student, teacher = qwen(0), qwen(1).eval()
+        trainer = trainer_of(form, student, teacher, CUDLoss(), args=arguments(folder, **changes), train_dataset=data)
+        assert trainer.args.world_size == ranks
+        trainer.train()
+        torch.save(student.state_dict(), folder / f"{form}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
+    """Though half of the rows has more labels than the other: the divisor is that of all processes."""
+    data = texts()
+    data.save_to_disk(str(tmp_path / "data"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    assert spawn(two_ranks, 2, 120, tmp_path) == [0, 0]
+    wanted = by_hand(qwen(0), qwen(1).eval(), CUDLoss(), data)
+    for form in ("hook", "subclass"):
+        for rank in range(2):
+            student = qwen(2)
+            student.load_state_dict(torch.load(tmp_path / f"{form}.{rank}"))
+            close(student, wanted)
 
 
 @FORMS

@@ -140,8 +140,10 @@ class DistillationModule(LightningModule):
             loss = loss / max(count, 1)
         accuracy = rows["accuracy"]
         labelled = int((~accuracy.isnan()).sum())
-        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=count)
-        self.log("val_accuracy", accuracy.nansum() / max(labelled, 1), sync_dist=True, batch_size=labelled)
+        # As floats: whole numbers are averaged over processes and rounded down, and the mean divided by too little.
+        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=float(count))  # type: ignore[arg-type]
+        mean = accuracy.nansum() / max(labelled, 1)
+        self.log("val_accuracy", mean, sync_dist=True, batch_size=float(labelled))  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> Any:
         return self._optimizer([parameter for parameter in self.student.parameters() if parameter.requires_grad])
