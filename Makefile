@@ -1,7 +1,7 @@
 # make demo   set up .venv, train two teachers and six students on real data, write demo_results/
 # make ablation DATA=babel|geonames|wordnet SEEDS=3   what each piece of the method adds, on one of three data sets
 # make test   set up .venv, run every test
-# make check  linters and types
+# make check  linters, types, instructions of the kernels
 # make bench  benchmarks beside PyTorch and other libraries, then docs/benchmarks.md and its pictures (QUICK=1: 2 minutes)
 # make gpu-verify  the Triton kernels on this machine's GPU: proof, times, a report in gpu_verify/
 
@@ -72,7 +72,8 @@ check: $(VENV)/.cudfast
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(SOURCES)) $(wildcard tests/cpp/*)
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(SOURCES)) $(wildcard tests/cpp/* benchmarks/cpp/*)
+	$(BIN)/python -m benchmarks.instructions # says so where valgrind or the compiler of the kept counts is missing
 
 # QUICK=1: under two minutes. COMPARE=OLD.json: what became slower since.
 bench: $(VENV)/.cudfast

@@ -15,7 +15,7 @@ pytest.importorskip("rich")
 if not (Path(__file__).parents[1] / "benchmarks").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 
-from benchmarks import peers, report
+from benchmarks import instructions, peers, report
 from cudfast.bench.cases import make
 from cudfast.bench.contestants import Contestant
 from cudfast.bench.gate import Loss
@@ -159,3 +159,34 @@ def test_later_files_replace_races_and_regressions_are_told(
     assert report.main([str(new), "--out", str(tmp_path), "--compare", str(old)]) == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if "gradient" in line]
     assert [line.rstrip().endswith("slower") for line in lines] == [True, False]
+
+
+def test_instructions_beyond_tolerance_are_told() -> None:
+    kept = {"avx2: a": 10.0, "avx2: b": 10.0, "avx2: gone": 1.0}
+    found = [instructions.Count("avx2", "a", 10.29), instructions.Count("avx2", "b", 9.6)]
+    assert instructions.differences(kept, found) == [
+        "avx2: gone: in one of both lists only",
+        "avx2: b: 10.000 -> 9.600 instructions a logit (-4.0%)",
+    ]
+    assert instructions.differences({"avx2: a": 10.0}, [instructions.Count("avx2", "a", 10.31)])
+
+
+def test_instructions_without_valgrind_or_with_another_compiler(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(instructions.shutil, "which", lambda name: None)
+    assert instructions.main([]) == 0
+    assert "NOT CHECKED, valgrind is not installed" in capsys.readouterr().err
+    assert instructions.main(["--write"]) == 2
+    monkeypatch.setattr(instructions.shutil, "which", lambda name: "/usr/bin/valgrind")
+    monkeypatch.setattr(instructions, "build", lambda: Path("count_core"))
+    monkeypatch.setattr(instructions, "compiler", lambda: "another 1.0")
+    capsys.readouterr()
+    assert instructions.main([]) == 0
+    assert "NOT COMPARABLE" in capsys.readouterr().err
+
+
+def test_kept_instructions_are_of_both_sets() -> None:
+    kept = json.loads(instructions.KEPT.read_text())
+    assert kept["compiler"]
+    assert {key.split(":")[0] for key in kept["per_logit"]} == {"baseline", "avx2"}
