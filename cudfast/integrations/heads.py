@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -51,16 +52,25 @@ class Head:
         self.scale: float = (getattr(config, "logit_scale", None) or 1.0) if scale == 1.0 else scale
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None) if softcap is None else softcap
         self.hidden: Tensor | None = None
+        self.autocast: torch.dtype | None = None  # of the region that the model ran in
         self._checked = False
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Within it, `hidden` is what the backbone returned last."""
+    def watch(self) -> RemovableHandle:
+        """From here on, `hidden` is what the backbone returned last; the handle ends that."""
 
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self.hidden = output[0]
+            device = self.hidden.device.type
+            cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+            self.autocast = torch.get_autocast_dtype(device) if cast else None
 
-        handle = self.backbone.register_forward_hook(keep)
+        handle: RemovableHandle = self.backbone.register_forward_hook(keep)
+        return handle
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """`watch` within a block."""
+        handle = self.watch()
         try:
             yield
         finally:
@@ -68,12 +78,13 @@ class Head:
             self.hidden = None
 
     def taken(self, logits: Tensor) -> Tensor:
-        """The hidden states (B, S, D) that gave these logits (B, K, V) of the last K positions."""
-        assert self.hidden is not None
+        """The hidden states (B, S, D) that gave these logits (B, K, V) of the last K positions; once."""
+        hidden, self.hidden = self.hidden, None
+        assert hidden is not None
         if not self._checked:
-            self._check(self.hidden[:, -1], logits[:, -1])
+            self._check(hidden[:, -1], logits[:, -1])
             self._checked = True
-        return self.hidden
+        return hidden
 
     @torch.no_grad()
     def _check(self, hidden: Tensor, logits: Tensor) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from ..linear import FusedLinearCUDLoss, fused_linear_cud_loss
 from ..losses import CUDLoss, DUSLoss
@@ -50,13 +51,23 @@ def _num_items(value: float | Tensor | None, device: torch.device) -> float | Te
     return value.to(device)
 
 
+class Handles:
+    """Of hooks that belong together."""
+
+    def __init__(self, *handles: RemovableHandle) -> None:
+        self.handles = handles
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+
 class _Distillation:
     """The loss of a student's outputs, given what is kept of the batch: all that both forms of the hook share."""
 
-    accepted: tuple[type[Any], ...] = (CUDLoss, DUSLoss)
-
     def __init__(self, loss: Any, teacher: nn.Module | None, student: nn.Module | None, shift: bool | None) -> None:
-        check_loss(loss, self.accepted)
+        check_loss(loss, (CUDLoss, FusedLinearCUDLoss, DUSLoss))
         if isinstance(loss, DUSLoss):
             if teacher is not None:
                 raise TypeError("DUSLoss trains the teacher and takes no other: leave teacher out, or use CUDLoss")
@@ -72,16 +83,27 @@ class _Distillation:
         self.student_names = names_of(student) if student is not None else frozenset()
         self._batch: dict[str, Any] | None = None
 
-    def keep(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Keeps the teacher's inputs, and returns the student's: each has what it names, and what neither does."""
+    def keep(self, batch: Mapping[str, Any], logits_too: bool) -> dict[str, Any]:
+        """Keeps the teacher's inputs, and returns the student's: each has what it names, and what neither does.
+
+        Where all logits of the student will be read, and not only the loss, `logits_too` says so.
+        """
         own, other = self.teacher_names, self.student_names
         self._batch = {k: v for k, v in batch.items() if k not in _NOT_THE_TEACHERS and (k in own or k not in other)}
         return {k: v for k, v in batch.items() if k in other or k not in own}
 
     @contextmanager
-    def reading(self, batch: Mapping[str, Any], logits_too: bool) -> Iterator[dict[str, Any]]:
-        """The student's inputs; within it, the student is run and the loss is called."""
-        yield self.keep(batch)
+    def reading(self) -> Iterator[None]:
+        """Within it, `keep` is called, the student is run, and the loss is called."""
+        yield
+
+    def watch(self, student: nn.Module) -> Handles:
+        """`keep` and what `reading` does, by hooks on the student."""
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, self.keep(kwargs, logits_too=not module.training)
+
+        return Handles(student.register_forward_pre_hook(keep, with_kwargs=True))
 
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: float | Tensor | None = None) -> Tensor:
         """The loss of what the model returned; Trainer calls it."""
@@ -142,12 +164,11 @@ class _Distillation:
             ) from error
 
 
-def check_loss(loss: Any, accepted: tuple[type[Any], ...]) -> None:
+def check_loss(loss: Any, accepted: tuple[type[Any], ...], hint: str = "") -> None:
     """That the loss is of an accepted kind, and counts what trainers count."""
     if not isinstance(loss, accepted):
         raise TypeError(
-            f"loss: expected {' or '.join(kind.__name__ for kind in accepted)}, got {type(loss).__name__}; "
-            "FusedLinearCUDLoss, which takes hidden states, belongs to DistillationTrainer, and CUDLoss to the others"
+            f"loss: expected {' or '.join(kind.__name__ for kind in accepted)}, got {type(loss).__name__}{hint}"
         )
     if loss.options.reduction != "mean" or loss.options.ignore_index != -100:
         raise ValueError(
@@ -166,8 +187,66 @@ def _check_apart(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
-class TrainerLoss(_Distillation):
-    """`CUDLoss` or `DUSLoss` for ``Trainer(..., compute_loss_func=TrainerLoss(...))``.
+class _HiddenDistillation(_Distillation):
+    """The same from the hidden states of two causal models."""
+
+    def __init__(self, loss: Any, teacher: nn.Module | None, student: nn.Module | None, shift: bool | None) -> None:
+        super().__init__(loss, teacher, student, shift)
+        assert teacher is not None
+        assert student is not None
+        given = loss.linear
+        self.student_head = Head(student, "student", given.scale, given.softcap)
+        self.teacher_head = Head(teacher, "teacher", given.teacher_scale, given.teacher_softcap)
+        self.linear = dataclasses.replace(
+            given,
+            scale=self.student_head.scale,
+            softcap=self.student_head.softcap,
+            teacher_scale=self.teacher_head.scale,
+            teacher_softcap=self.teacher_head.softcap,
+        )
+
+    def keep(self, batch: Mapping[str, Any], logits_too: bool) -> dict[str, Any]:
+        inputs = super().keep(batch, logits_too)
+        assert self._batch is not None
+        self._batch["logits_to_keep"] = 1
+        return inputs if logits_too else {**inputs, "logits_to_keep": 1}
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        with self.student_head.watched():
+            yield
+
+    def watch(self, student: nn.Module) -> Handles:
+        return Handles(*super().watch(student).handles, self.student_head.watch())
+
+    def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: float | Tensor | None = None) -> Tensor:
+        logits, head = _logits(outputs), self.student_head
+        with self.teacher_head.watched():
+            taught = self.teacher_head.taken(_logits(self._taught(logits.device))).to(logits.device)
+        hidden = head.taken(logits)
+        student, teacher = head.layer, self.teacher_head.layer
+        with torch.autocast(hidden.device.type, head.autocast, enabled=head.autocast is not None):
+            value: Tensor = fused_linear_cud_loss(
+                hidden,
+                student.weight,
+                options=self.loss.options,
+                linear=self.linear,
+                student_bias=student.bias,
+                teacher_hidden=taught,
+                teacher_weight=teacher.weight.detach(),
+                teacher_bias=None if teacher.bias is None else teacher.bias.detach(),
+                **self._rows(hidden, labels, num_items_in_batch),
+            )
+        return value
+
+
+def _distillation(loss: Any, teacher: nn.Module | None, student: nn.Module | None, shift: bool | None) -> _Distillation:
+    kind = _HiddenDistillation if isinstance(loss, FusedLinearCUDLoss) else _Distillation
+    return kind(loss, teacher, student, shift)
+
+
+class TrainerLoss:
+    """`CUDLoss`, `FusedLinearCUDLoss` or `DUSLoss` for ``Trainer(..., compute_loss_func=TrainerLoss(...))``.
 
     With `CUDLoss` a forward pre-hook on the student keeps each batch, and the teacher runs on it under
     ``torch.no_grad()``, without labels and cache. The sum over rows is divided by `num_items_in_batch`, so the loss
@@ -175,10 +254,12 @@ class TrainerLoss(_Distillation):
     are held against the next label, as the model's own loss does; those of a classifier (B, C), and of token
     classification, masked and encoder-decoder models, against their own.
 
-    `FusedLinearCUDLoss` needs the forward itself to stop before the logits: see `DistillationTrainer`.
+    With `FusedLinearCUDLoss` the hook makes both causal models stop before their last layer (`logits_to_keep=1`), and
+    the student's logits exist in evaluation only, where `Trainer` may return them; see `DistillationTrainer`.
 
     Args:
-        loss: `CUDLoss`, or `DUSLoss` to train a teacher. reduction="mean" and ignore_index=-100.
+        loss: `CUDLoss`; `FusedLinearCUDLoss` for causal language models; `DUSLoss` to train a teacher.
+            reduction="mean" and ignore_index=-100.
         teacher: in eval mode, on the device that trains; None for `DUSLoss`.
         student: the model given to Trainer; None for `DUSLoss`. ``handle.remove()`` takes the hook off it.
         shift: whether logits (B, S, V) predict the next label. Default None: as the student's own loss has it.
@@ -202,65 +283,24 @@ class TrainerLoss(_Distillation):
 
     def __init__(
         self,
-        loss: CUDLoss | DUSLoss,
+        loss: CUDLoss | FusedLinearCUDLoss | DUSLoss,
         teacher: nn.Module | None = None,
         student: nn.Module | None = None,
         *,
         shift: bool | None = None,
     ) -> None:
-        super().__init__(loss, teacher, student, shift)
-        if teacher is None or student is None:
-            return
+        self._distillation = _distillation(loss, teacher, student, shift)
+        if teacher is not None and student is not None:
+            self.handle = self._distillation.watch(student)
 
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, self.keep(kwargs)
-
-        self.handle = student.register_forward_pre_hook(keep, with_kwargs=True)
-
-
-class _HiddenDistillation(_Distillation):
-    """The same from the hidden states of two causal models."""
-
-    accepted = (FusedLinearCUDLoss,)
-
-    def __init__(self, loss: Any, teacher: nn.Module, student: nn.Module, shift: bool | None) -> None:
-        super().__init__(loss, teacher, student, shift)
-        given = loss.linear
-        self.student_head = Head(student, "student", given.scale, given.softcap)
-        self.teacher_head = Head(teacher, "teacher", given.teacher_scale, given.teacher_softcap)
-        self.linear = dataclasses.replace(
-            given,
-            scale=self.student_head.scale,
-            softcap=self.student_head.softcap,
-            teacher_scale=self.teacher_head.scale,
-            teacher_softcap=self.teacher_head.softcap,
-        )
-
-    @contextmanager
-    def reading(self, batch: Mapping[str, Any], logits_too: bool) -> Iterator[dict[str, Any]]:
-        with self.student_head.watched(), self.teacher_head.watched():
-            inputs = self.keep(batch)
-            assert self._batch is not None
-            self._batch["logits_to_keep"] = 1
-            yield inputs if logits_too else {**inputs, "logits_to_keep": 1}
+    @property
+    def shift(self) -> bool | None:
+        """Whether logits (B, S, V) are held against the next label; None where nothing says."""
+        return self._distillation.shift
 
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: float | Tensor | None = None) -> Tensor:
-        hidden = self.student_head.taken(_logits(outputs))
-        rows = self._rows(hidden, labels, num_items_in_batch)
-        taught = self.teacher_head.taken(_logits(self._taught(hidden.device))).to(hidden.device)
-        student, teacher = self.student_head.layer, self.teacher_head.layer
-        value: Tensor = fused_linear_cud_loss(
-            hidden,
-            student.weight,
-            options=self.loss.options,
-            linear=self.linear,
-            student_bias=student.bias,
-            teacher_hidden=taught,
-            teacher_weight=teacher.weight.detach(),
-            teacher_bias=None if teacher.bias is None else teacher.bias.detach(),
-            **rows,
-        )
-        return value
+        """The loss of what the model returned; Trainer calls it."""
+        return self._distillation(outputs, labels, num_items_in_batch)
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
@@ -303,8 +343,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if kwargs.get("compute_loss_func") is not None:
             raise TypeError("compute_loss_func was given to DistillationTrainer: pass loss= alone, or use Trainer")
         super().__init__(*args, **kwargs)
-        kind = _HiddenDistillation if isinstance(loss, FusedLinearCUDLoss) else _Distillation
-        self.compute_loss_func = kind(loss, teacher_model, self.model, shift)
+        self.compute_loss_func = _distillation(loss, teacher_model, self.model, shift)
         if not hasattr(teacher_model, "hf_device_map"):
             teacher_model.to(self.args.device)
         self._returns_logits = False
@@ -319,7 +358,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """As `Trainer.compute_loss`, which it calls."""
         with ExitStack() as stack:
             stack.enter_context(self.accelerator.autocast())
-            inputs = stack.enter_context(self.compute_loss_func.reading(inputs, self._returns_logits))
+            stack.enter_context(self.compute_loss_func.reading())
+            inputs = self.compute_loss_func.keep(inputs, self._returns_logits)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(

@@ -55,7 +55,8 @@ def cud_trainer(trainer: type[Any], loss: CUDLoss | FusedLinearCUDLoss, *, label
     hidden = issubclass(trainer, _module.DistillationTrainer)
     if not hidden and not hasattr(trainer, "generalized_jsd_loss"):
         raise TypeError(f"trainer: expected GKDTrainer, GOLDTrainer or DistillationTrainer, got {trainer.__name__}")
-    check_loss(loss, (FusedLinearCUDLoss,) if hidden else (CUDLoss,))
+    hint = "; FusedLinearCUDLoss, which takes hidden states, belongs to DistillationTrainer, and CUDLoss to the others"
+    check_loss(loss, (FusedLinearCUDLoss,) if hidden else (CUDLoss,), hint)
     if labels is None and loss.options.unlabeled_index is None:
         raise ValueError("labels=None with unlabeled_index=None: give the loss an index for rows without label, as -1")
     return _of_hidden(trainer, loss, labels) if hidden else _of_logits(trainer, loss, labels)
