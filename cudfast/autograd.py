@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import backends
 from .distributed.group import Shard
+from .distributed.projected import TOPS
 from .distributed.sharded import Sharded
 from .memory import LARGE, empty
 from .options import CUDOptions, DUSOptions, cross_entropy, parse, text_of
@@ -273,10 +274,11 @@ def _(
     parsed = parsed_of(options, target)
     dtype = compute_dtype(rows)
     student = isinstance(parsed, CUDOptions)
+    columns = columns_of(rows, parsed) + (TOPS if shard and bounds is not None else ())
     count = logits.numel() // logits.shape[-1]
     return (
         logits.new_empty((count,) if parsed.reduction == "none" else (), dtype=dtype),
-        logits.new_empty((count, len(columns_of(rows, parsed))), dtype=dtype),
+        logits.new_empty((count, len(columns)), dtype=dtype),
         logits.new_empty((count if student else 0,), dtype=torch.int64),
         logits.new_empty((3 if shard else 2,), dtype=vector_dtype(logits.device)),
     )

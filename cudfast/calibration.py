@@ -32,7 +32,16 @@ SWEEPS = 12
 STEPS = 8  # sweeps, after which every further one looks at several places
 PLACES = 4
 NATS = 1e-5  # how far the entropy may stay from its bound
+_SETS = (1, 2, 0)  # near, wrong, the rest, as `groups_of` numbers them
 HOTTEST = 1e6  # T is looked for up to here, down to its inverse
+
+
+class Factors(NamedTuple):
+    """A target, from which `factored` makes its logits."""
+
+    beta: Tensor  # (N,) 1 / T
+    centres: Tensor  # (N, 3) of the logits of each set: near, wrong, the rest
+    scales: Tensor  # (N, 3) what is added to those of each set; -inf for a set that has no class
 
 
 class Projected(NamedTuple):
@@ -44,22 +53,50 @@ class Projected(NamedTuple):
     reachable: Tensor  # (N, 4) what could have been
     moved: Tensor  # (N,) mass that changed sets, at temperature T
     sweeps: int  # over the rows, while the temperature was looked for
+    top1: Tensor  # (N,) of the teacher's own
+    factors: Factors
+    log_total: Tensor  # (N,) log sum exp of the teacher's own logits
 
 
-def _groups(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints) -> Tensor:
-    """(N, V) int8: 1 near, 2 wrong, 0 neither."""
+class Alone:
+    """Rows whose classes are all here, as `project` sees them; see `distributed.projected` for others."""
+
+    first = 0  # class of the first column
+    width: int | None = None  # columns that are classes; None: all of them
+
+    def top1(self, t: Tensor) -> Tensor:
+        """(N,) int64 of teacher logits t (N, V)."""
+        return first_top1(t)
+
+    def largest(self, m: Tensor) -> Tensor:
+        """Of the maxima m that parts of the rows have."""
+        return m
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Of the sums that parts of the rows have."""
+        return sums
+
+
+def groups_of(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints, top: Tensor, at: Alone) -> Tensor:
+    """(N, V) int8: 1 near, 2 wrong, 0 neither. index and top (N,): label and top-1, classes of the whole."""
     group = torch.zeros(t.shape, dtype=torch.int8, device=t.device)
+    last = at.first + (t.shape[-1] if at.width is None else at.width)
     rows = labelled.nonzero().squeeze(-1)
+
+    def mark(row: Tensor, column: Tensor, number: int) -> None:
+        inside = (column >= at.first) & (column < last)
+        group[row[inside], column[inside] - at.first] = number
+
     for number, sets in ((1, constraints.near), (2, constraints.wrong)):
         if sets is not None:
             row, column = sets.expand(index[rows])
-            group[rows[row], column] = number
+            mark(rows[row], column, number)
     if constraints.near is None:
-        group[rows, index[rows]] = 1
+        mark(rows, index[rows], 1)
     if constraints.top1:
-        top = first_top1(t)
-        wrong = rows[group[rows, top[rows]] == 0]
-        group[wrong, top[wrong]] = 2
+        row = rows[(top[rows] >= at.first) & (top[rows] < last)]
+        row = row[group[row, top[row] - at.first] == 0]
+        mark(row, top[row], 2)
     return group
 
 
@@ -117,52 +154,84 @@ def _temperature(
     return Temperature(beta, missed, limit.value, sweeps)
 
 
-def project(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints) -> Projected:
-    """Targets for teacher logits t (N, V) in the compute dtype; labelled (N,), index (N,): the label or any class."""
-    group = _groups(t, labelled, index, constraints)
+def factored(t: Tensor, group: Tensor, factors: Factors) -> Tensor:
+    """(N, V) log q, from teacher logits t (N, V) and the set of every class.
+
+    log q = beta (t - m) - log z + log M: centred, so that a large beta costs no digits.
+    """
+    beta = factors.beta.to(t.dtype).unsqueeze(-1)
+    logits = torch.full_like(t, NOTHING)
+    for number, centre, scale in zip(_SETS, factors.centres.unbind(-1), factors.scales.unbind(-1)):
+        q = (t - centre.to(t.dtype).unsqueeze(-1)) * beta + scale.to(t.dtype).unsqueeze(-1)
+        logits = torch.where((group == number) & (t > NOTHING), q, logits)
+    return torch.where(factors.centres.isnan().any(-1, keepdim=True), torch.nan, logits)
+
+
+def project(
+    t: Tensor,
+    labelled: Tensor,
+    index: Tensor,
+    constraints: Constraints,
+    at: Alone = Alone(),  # noqa: B008
+) -> Projected:
+    """Targets for teacher logits t (N, V) in the compute dtype; labelled (N,), index (N,): the label or any class.
+
+    at: where the columns lie, when other processes hold more of them.
+    """
+    top = at.top1(t)
+    group = groups_of(t, labelled, index, constraints, top, at)
     least, most, floor, ceiling = constraints.bounds.unbind(-1)  # f64: 1 - low - high may be all that is left
     least, most = (torch.where(labelled & ~x.isnan(), x, d) for x, d in ((least, 0.0), (most, 1.0)))
-    inside = [group == number for number in (1, 2, 0)]
-    m = [torch.where(mask, t, NOTHING).amax(-1) for mask in inside]
+    inside = [group == number for number in _SETS]
+    m = at.largest(torch.stack([torch.where(mask, t, NOTHING).amax(-1) for mask in inside], -1))
+    bad = (m.isnan() | (m == torch.inf)).any(-1)  # NaN, and no bound to blame
+    centres = torch.where(m == NOTHING, 0, m)
 
-    def at(beta: Tensor) -> tuple[tuple[TemperedState, ...], Masses, Tensor]:
-        states = []
-        for mask, top in zip(inside, m):
-            centre = torch.where(top == NOTHING, 0, top)
+    def look(beta: Tensor) -> tuple[tuple[TemperedState, ...], Masses, Tensor]:
+        sums = []
+        for mask, centre in zip(inside, centres.unbind(-1)):
             x = torch.where(mask & (t > NOTHING), t - centre.unsqueeze(-1), NOTHING)
-            sums = tempered_fold(x, beta.to(t.dtype).unsqueeze(-1))
-            states.append(TemperedState(*(v.to(least.dtype) for v in (centre, *sums))))
+            found = tempered_fold(x, beta.to(t.dtype).unsqueeze(-1))
+            sums.append(torch.stack(found if constraints.entropy else found[:1], -1))
+        whole = at.total(torch.stack(sums, -2).to(least.dtype))  # (N, 3, 3 or 1)
+        whole = torch.nn.functional.pad(whole, (0, 3 - whole.shape[-1]))
+        states = [
+            TemperedState(centre.to(least.dtype), *found.unbind(-1))
+            for centre, found in zip(centres.unbind(-1), whole.unbind(-2))
+        ]
         near, wrong, rest = states
         target = masses(log_mass(near, beta), log_mass(wrong, beta), log_mass(rest, beta), least, most)
         return (near, wrong, rest), target, beta
 
     beta = torch.ones_like(least)
-    states, target, _ = at(beta)
-    free = entropy(states, target, beta)
+    states, target, _ = look(beta)
+    total_free = _log_total(states, beta)
+    start = entropy(states, target, beta)
     tolerance = 1e-12 if t.dtype == torch.float64 else 1e-6
-    short = labelled & (free.value < floor - tolerance)  # false where there is no bound
-    long = labelled & (free.value > ceiling + tolerance)
+    short = labelled & (start.value < floor - tolerance)  # false where there is no bound
+    long = labelled & (start.value > ceiling + tolerance)
     wanted = torch.where(short, floor, ceiling)
-    found = _temperature(lambda beta: entropy(*at(beta)), free, short, long, wanted, tolerance)
+    found = _temperature(lambda beta: entropy(*look(beta)), start, short, long, wanted, tolerance)
     if found.sweeps > 1:
-        states, target, beta = at(found.beta)
-    reachable = torch.where(found.missed, found.limit, free.value)
-    short, long = short & found.missed, long & found.missed
-    logits, moved = torch.full_like(t, NOTHING), torch.zeros_like(beta)
-    total = torch.logaddexp(torch.logaddexp(*(log_mass(s, beta) for s in states[:2])), log_mass(states[2], beta))
-    for mask, state, new in zip(inside, states, target[:3]):
-        # log q = beta (t - m) - log z + log M: centred, so that a large beta costs no digits.
-        scale = torch.where(state.z > 0, new - state.z.log(), NOTHING)
-        q = (t - state.m.to(t.dtype).unsqueeze(-1)) * beta.to(t.dtype).unsqueeze(-1) + scale.to(t.dtype).unsqueeze(-1)
-        logits = torch.where(mask & (t > NOTHING), q, logits)
+        states, target, beta = look(found.beta)
+    reachable = torch.where(found.missed, found.limit, start.value)
+    short, long = short & found.missed & ~bad, long & found.missed & ~bad
+    total, moved = _log_total(states, beta), torch.zeros_like(beta)
+    scales = []
+    for state, new in zip(states, target[:3]):
+        scales.append(torch.where(state.z > 0, new - state.z.log(), NOTHING))
         moved = moved + torch.clamp(new.exp() - (log_mass(state, beta) - total).exp(), min=0)
-    bad = t.isnan().any(-1) | (t == torch.inf).any(-1)  # NaN, and no bound to blame
-    logits = torch.where(bad.unsqueeze(-1), torch.nan, logits)
-    short, long = short & ~bad, long & ~bad
+    factors = Factors(beta, torch.where(bad.unsqueeze(-1), torch.nan, centres), torch.stack(scales, -1))
     relaxed = torch.stack([target.no_near, target.all_wrong, short, long], -1)
     value = torch.stack([torch.zeros_like(beta), torch.ones_like(beta), reachable, reachable], -1)
     moved = torch.where(labelled, moved, 0).to(t.dtype)
-    return Projected(logits, beta.to(t.dtype), relaxed, value, moved, found.sweeps)
+    logits = factored(t, group, factors)
+    return Projected(logits, beta.to(t.dtype), relaxed, value, moved, found.sweeps, top, factors, total_free)
+
+
+def _log_total(states: tuple[TemperedState, ...], beta: Tensor) -> Tensor:
+    near, wrong, rest = (log_mass(state, beta) for state in states)
+    return torch.logaddexp(torch.logaddexp(near, wrong), rest)
 
 
 def refuse_bound(rows: Rows, row: int, relaxed: Tensor, reachable: Tensor) -> ValueError:

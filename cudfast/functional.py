@@ -153,9 +153,11 @@ def cud_loss(
         else:
             constraints = None
             if isinstance(options.calibration, Projection) and flat_labels is not None:
-                if shard is not None:
-                    raise ValueError("calibration=Projection(...) needs all classes of a row: leave out process_group")
-                constraints = constraints_of(options.calibration, student, classes, "student_logits")
+                in_all = classes
+                if shard is not None and (sets := options.calibration.sets):
+                    in_all = sets[0].num_classes
+                    shard = shard.of_all(in_all)
+                constraints = constraints_of(options.calibration, student, in_all, "student_logits")
             rows = Rows(student, teacher, flat_labels, flat_weight, per_row, scalar, items, classes, constraints)
             call = Call(options, return_stats, grad_out, shard)
         check_call(rows, "student_logits", call)
@@ -258,9 +260,11 @@ def dus_loss(
         assert flat_labels is not None
         per_row = None
         if alpha is not None:
+            in_all = classes
             if shard is not None:
-                shard = shard.of_all(alpha)
-            per_row = alpha_of(alpha, flat_labels, classes if shard is None else shard.classes or 0)
+                in_all = len(alpha) if isinstance(alpha, Tensor) and alpha.dim() else 0
+                shard = shard.of_all(in_all)
+            per_row = alpha_of(alpha, flat_labels, in_all)
         rows = Rows(
             logits,
             None,

@@ -68,6 +68,11 @@ class Projection:
             raise ValueError("Projection(max_wrong_mass=..., wrong=None): expected wrong='top1' or ClassSets")
         self._check_sets()
 
+    @property
+    def sets(self) -> list[ClassSets]:
+        """Those that were given."""
+        return [sets for sets in (self.near, self.wrong) if isinstance(sets, ClassSets)]
+
     def _check_sets(self) -> None:
         near, wrong = self.near, self.wrong
         if near is not None and not bool(near.contains_label().all()):

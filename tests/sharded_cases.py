@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cudfast import CUDLoss, DUSLoss, WClip
+from cudfast import ClassSets, CUDLoss, DUSLoss, Projection, WClip
 from cudfast.distributed.group import HEADER
 from cudfast.functional import cud_loss
 
@@ -160,6 +160,30 @@ def everything_of_a_call() -> None:
 
 
 @case
+def exact_projection() -> None:
+    """Bounds on masses and on the entropy, that bind, that do not and that are out of reach; sets over ranks."""
+    near = ClassSets.from_groups(torch.arange(V) % 7)
+    far = ClassSets.from_lists([[(y + 1) % V, (y + 50) % V] for y in range(V)], include_label=False)
+    asked: list[tuple[dict[str, Any], str]] = [
+        ({"min_near_mass": 0.3, "max_wrong_mass": 0.05}, "native"),
+        ({"near": near, "wrong": far, "min_near_mass": 0.6, "max_wrong_mass": 0.01}, "native"),
+        ({"near": near, "max_wrong_mass": 0.0, "min_entropy": 2.5}, "reference"),
+        ({"min_near_mass": torch.linspace(0, 1, N), "max_entropy": 0.8, "on_infeasible": "relax"}, "reference"),
+    ]
+    for group, widths in list(groups())[2::2]:
+        for dtype in (f32, f64) if widths[0] else (f64,):
+            s, t, labels = batch(dtype)
+            labels[4] = 30
+            for bounds, backend in asked:
+                options = {"calibration": Projection(**bounds), "backend": backend, "reduction": "none"}
+                agree(group, widths, CUDLoss, options, (s, t), labels)
+    s, t, labels = batch(f64)
+    part = [mine(x, *last) for x in (s, t)] if (last := list(groups())[-1]) else []
+    loss = CUDLoss(calibration=Projection(min_near_mass=0.5), process_group=last[0])
+    refused(ValueError, "row 4 cannot meet min_near_mass=0.5", of=lambda: loss(*part, labels))
+
+
+@case
 def cross_entropy_alone() -> None:
     for group, widths in groups():
         s, _, labels = batch(f64)
@@ -259,6 +283,16 @@ def what_is_sent() -> None:
                 assert sent.names == ["allgather", "allgather"]
                 assert sent.bytes == [HEADER, rows * wanted]
                 assert wanted <= 96
+                with Sent() as sent:
+                    value.backward()
+                assert sent.bytes == []
+            bounds = {"min_near_mass": 0.3, "max_wrong_mass": 0.05}
+            for entropy in ({}, {"min_entropy": 1.0}):
+                with Sent() as sent:
+                    value = CUDLoss(calibration=Projection(**bounds, **entropy), process_group=group)(s, t, labels)
+                if not entropy:
+                    assert sum(sent.bytes) - HEADER == rows * {f32: 96, f64: 160}[dtype]
+                assert max(sent.bytes[1:]) <= 96 * rows
                 with Sent() as sent:
                     value.backward()
                 assert sent.bytes == []

@@ -84,9 +84,9 @@ class Shard:
         group, *numbers = text.rsplit(" ", 2)
         return Shard(group, *(None if number == "None" else int(number) for number in numbers))
 
-    def of_all(self, per_class: Any) -> Shard:
-        """The same with the number of all classes, which (V,) `per_class` says."""
-        return replace(self, classes=per_class.shape[0] if isinstance(per_class, Tensor) and per_class.dim() else 0)
+    def of_all(self, classes: int) -> Shard:
+        """The same, knowing from an argument how many classes there are in all."""
+        return replace(self, classes=classes)
 
 
 class telling:  # noqa: N801 (used as a statement)
@@ -154,6 +154,15 @@ def gather(group: Any, message: Tensor) -> Tensor:
         RuntimeError: a rank cannot be reached, by name.
     """
     return Gathering(group, message).wait()
+
+
+def reduce(group: Any, x: Tensor) -> Tensor:
+    """The sum of the ranks' x, to the bit the same on all of them."""
+    try:
+        dist.all_reduce(x, group=group)
+    except RuntimeError as error:
+        raise _lost(group, x.device, error) from error
+    return x
 
 
 class Gathering:

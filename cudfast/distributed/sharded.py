@@ -3,6 +3,7 @@ states, and then what is not of size V on every rank alike, so that backward nee
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import zlib
@@ -17,6 +18,8 @@ from ..options import CUDOptions, DUSOptions, text_of
 from ..parts import Span, Whole, finished, inverse_temperature, merge, state_of, swept, unpacked, write_gradient
 from ..rows import Backend, Rows, State, check_vectors, compute_dtype, divisors_of, masks, vector_dtype
 from .group import Layout, Shard, ask, gather
+from .projected import again, calibrated
+from .projected import packed as with_target
 
 _OF_A_RANK = ("save", "inplace", "backend")  # options that ranks may choose for themselves
 _SCALAR = ("temperature", "alpha")  # options that a call has as rows.scalar
@@ -40,34 +43,45 @@ class Sharded:
         """See `cudfast.rows.Backend`. The divisors of the state are followed by this rank's first class."""
         agreement = ask(self._shard, rows.logits.device, _given(rows, options))
         layout = None
-        if options.num_classes is not None:
+        if options.num_classes is not None or rows.constraints is not None:
             layout = agreement.wait()
             rows = _cut(rows, options, layout.first)
-        packed = swept(rows, options, self._inner)
-        layout = layout or agreement.wait()
-        marks = mark(rows, options)
-        mine = state_of(Span(rows, layout.first), options, marks, packed)
-        whole = _refused(rows, options, layout, self._merged(mine, rows, options))
+        marks, asked, found = mark(rows, options), rows, None
+        if rows.constraints is not None:
+            assert layout is not None
+            _check(rows, options, layout)
+            rows, found, picked = calibrated(rows, marks, self._shard.process_group, layout.first)
+        plain = _plain(options) if found else options
+        packed = swept(rows, plain, self._inner)
+        if layout is None:
+            layout = agreement.wait()
+            _check(rows, options, layout)
+        mine = state_of(Span(rows, layout.first), plain, marks, packed)
+        whole = _refused(rows, options, layout, self._merged(mine, rows, plain, top1=not found))
         divisors = divisors_of(rows, options)
-        losses, state = finished(rows, options, marks, whole, divisors, compute_dtype(rows))
+        losses, state = finished(rows, plain, marks, whole, divisors, compute_dtype(rows))
+        if found:
+            state = with_target(state, found, picked)
         state = state._replace(divisors=torch.cat([divisors, divisors.new_tensor([layout.first])]))
         if gradient is not None:
-            self.row_gradient(rows, options, state, losses.new_ones(()), gradient)
+            self.row_gradient(asked, options, state, losses.new_ones(()), gradient)
         if options.reduction != "none":
             losses = losses.sum(dtype=vector_dtype(losses.device)).to(losses.dtype)
         return losses, state if keep else None
 
-    def _merged(self, mine: Whole, rows: Rows, options: CUDOptions | DUSOptions) -> Whole:
-        """The state of all ranks' classes."""
+    def _merged(self, mine: Whole, rows: Rows, options: CUDOptions | DUSOptions, *, top1: bool) -> Whole:
+        """The state of all ranks' classes. Without `top1` nobody asks for the teacher's."""
         dtype, columns = compute_dtype(rows), [x for x in mine if x.dtype != torch.int64]
         message = torch.stack(columns, -1).to(dtype).view(torch.uint8)
-        if isinstance(options, CUDOptions):
+        if isinstance(options, CUDOptions) and top1:
             message = torch.cat([message, mine[-1].unsqueeze(-1).view(torch.uint8)], -1)
         found = gather(self._shard.process_group, message)  # (R, N, bytes)
         width = len(columns) * dtype.itemsize
         sums = found[..., :width].contiguous().view(dtype)
-        top1 = found[..., width:].contiguous().view(torch.int64).squeeze(-1) if found.shape[-1] > width else sums
-        parts = unpacked(State(sums, top1, sums), options)
+        k = torch.zeros(found.shape[:2], dtype=torch.int64, device=found.device)
+        if found.shape[-1] > width:
+            k = found[..., width:].contiguous().view(torch.int64).squeeze(-1)
+        parts = unpacked(State(sums, k, sums), options)
         inv_tau = inverse_temperature(rows)
         while (count := len(parts[0])) > 1:  # neighbours first: their sums are alike
             pairs = merge(_ranks(parts, 0, count - 1, 2), _ranks(parts, 1, count, 2), inv_tau)
@@ -85,13 +99,17 @@ class Sharded:
     ) -> None:
         """See `cudfast.rows.Backend`: of this rank's classes."""
         first: Any = state.divisors[2].to(torch.int64)
-        if options.num_classes is not None:
-            rows = _cut(rows, options, int(first))
+        if options.num_classes is not None or rows.constraints is not None:
+            first = int(first)
+            rows = _cut(rows, options, first)
         if rows.classes == 0:
             gradient.zero_()
             return
         marks = mark(rows, options)
         state = state._replace(divisors=state.divisors[:2])
+        if rows.constraints is not None:
+            rows, state = again(rows, marks, state, first)
+            options = _plain(options)
         write_gradient(Span(rows, first), options, marks, self._inner, state, upstream, gradient)
 
     def scale(self, gradient: Tensor, upstream: Tensor) -> Tensor:
@@ -109,8 +127,16 @@ def _ranks(parts: Whole, begin: int, end: int, step: int) -> Whole:
 
 def _cut(rows: Rows, options: CUDOptions | DUSOptions, first: int) -> Rows:
     """Without the columns beyond `num_classes`."""
-    assert options.num_classes is not None
+    if options.num_classes is None:
+        return rows
     return rows._replace(classes=max(0, min(rows.classes, options.num_classes - first)))
+
+
+@functools.lru_cache(maxsize=256)
+def _plain(options: CUDOptions | DUSOptions) -> CUDOptions | DUSOptions:
+    """Of rows whose teacher has been calibrated."""
+    assert isinstance(options, CUDOptions)
+    return dataclasses.replace(options, calibration=None)
 
 
 @functools.lru_cache(maxsize=256)
@@ -130,8 +156,16 @@ def _given(rows: Rows, options: CUDOptions | DUSOptions) -> dict[str, Any]:
         "weight": _digest(rows.weight),
         "temperature or alpha": _digest(rows.per_row) if rows.per_row is not None else rows.scalar,
         "num_items": _digest(items) if isinstance(items, Tensor) else items,
+        "projection": _constraints(rows),
         **_fields(options),
     }
+
+
+def _constraints(rows: Rows) -> str | None:
+    if rows.constraints is None:
+        return None
+    tensors, flags = rows.constraints.packed()
+    return ", ".join([flags, f"bounds {_digest(tensors[0])}", *(f"{x.numel()} members" for x in tensors[2::2])])
 
 
 def _digest(x: Tensor | None) -> str | None:
@@ -143,15 +177,22 @@ def _digest(x: Tensor | None) -> str | None:
     )
 
 
+def _of_all(rows: Rows, options: CUDOptions | DUSOptions, layout: Layout) -> Rows:
+    return rows._replace(
+        classes=layout.total if options.num_classes is None else min(layout.total, options.num_classes)
+    )
+
+
+def _check(rows: Rows, options: CUDOptions | DUSOptions, layout: Layout) -> None:
+    """Labels and other vectors, where the host may read them; every rank finds the same."""
+    if rows.logits.is_cpu or rows.constraints is not None:
+        check_vectors(_of_all(rows, options, layout), options)
+
+
 def _refused(rows: Rows, options: CUDOptions | DUSOptions, layout: Layout, whole: Whole) -> Whole:
-    """A label that is no class: an error, or, where the host reads nothing, a row of NaN."""
-    total = layout.total if options.num_classes is None else min(layout.total, options.num_classes)
-    rows = rows._replace(classes=total)
-    if rows.logits.is_cpu:
-        check_vectors(rows, options)
-        return whole
-    if rows.labels is None:
+    """Where the host reads nothing, a label that is no class makes its row NaN."""
+    if rows.logits.is_cpu or rows.labels is None:
         return whole
     _, labelled = masks(rows, options)
-    outside = labelled & ((rows.labels < 0) | (rows.labels >= total))
+    outside = labelled & ((rows.labels < 0) | (rows.labels >= _of_all(rows, options, layout).classes))
     return _of(whole, (torch.where(outside, torch.nan, x) if x.is_floating_point() else x for x in whole))
