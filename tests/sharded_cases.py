@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cudfast import ClassSets, CUDLoss, DUSLoss, Projection, WClip
+from cudfast import ClassSets, CUDLoss, DUSLoss, FusedLinearCUDLoss, FusedLinearDUSLoss, Projection, WClip
 from cudfast.distributed.group import HEADER
 from cudfast.functional import cud_loss
 
@@ -250,6 +250,51 @@ def inplace_grad_out_and_twice() -> None:
         close(out, wanted, "no_grad")
 
 
+def rows_of(x: Tensor, group: Any, sizes: list[int]) -> Tensor:
+    rank = dist.get_rank(group)
+    return x[sum(sizes[:rank]) : sum(sizes[: rank + 1])]
+
+
+@case
+def fused_linear_heads() -> None:
+    """Heads whose classes are spread over ranks: hidden states whole or cut; their gradient is summed once."""
+    for group, widths in groups():
+        rank, ranks = dist.get_rank(group), len(widths)
+        sizes = [N - ranks + 1] + [1] * (ranks - 1)
+        for options in (
+            {"memory_budget": 1 << 20},
+            {"reduction": "none", "student_logit_softcap": 5.0},
+            {"save": "state"},
+        ):
+            _, _, labels = batch(f64)
+            leaves = [torch.randn(*shape, dtype=f64) for shape in ((N, 5), (V, 5), (V,))]
+            teacher = [torch.randn(*shape, dtype=f64) for shape in ((N, 7), (V, 7), (V,))]
+            whole = [x.clone().requires_grad_() for x in leaves]
+            names = ("teacher_hidden", "teacher_weight", "teacher_bias")
+            wanted, wanted_stats = FusedLinearCUDLoss(**options)(
+                *whole[:2], labels, student_bias=whole[2], **dict(zip(names, teacher)), return_stats=True
+            )
+            upstream = torch.rand_like(wanted) + 0.5
+            wanted_grads = torch.autograd.grad(wanted, whole, upstream)
+            for cut in (False, True):
+                hidden, th = (rows_of(x, group, sizes) if cut else x for x in (leaves[0], teacher[0]))
+                mine_ = [hidden.clone().requires_grad_()]
+                mine_ += [mine(x.t(), group, widths).t().clone().requires_grad_() for x in leaves[1:]]
+                parts = (th, *(mine(x.t(), group, widths).t().contiguous() for x in teacher[1:]))
+                loss = FusedLinearCUDLoss(**options, process_group=group, sequence_sharded=cut)
+                got, stats = loss(
+                    *mine_[:2], labels, student_bias=mine_[2], **dict(zip(names, parts)), return_stats=True
+                )
+                close(got, wanted, (widths, options, cut))
+                grads = torch.autograd.grad(got, mine_, upstream)
+                expected = rows_of(wanted_grads[0], group, sizes) if cut else wanted_grads[0]
+                close(grads[0], expected, ("hidden", widths, options, cut))
+                for grad, of in zip(grads[1:], wanted_grads[1:]):
+                    close(grad, mine(of.t(), group, widths).t(), ("weight or bias", widths, options, cut))
+                close(stats.student_nll, wanted_stats.student_nll, "statistics")
+        assert rank < ranks
+
+
 class Sent(TorchDispatchMode):
     """Bytes that this rank hands to collectives, and their names."""
 
@@ -296,6 +341,28 @@ def what_is_sent() -> None:
                 with Sent() as sent:
                     value.backward()
                 assert sent.bytes == []
+
+
+@case
+def fused_linear_teacher_and_what_it_sends() -> None:
+    """DUSLoss from hidden states; no rows that count; bytes: states forward, the hidden states' gradient backward."""
+    for group, widths in groups():
+        h, w = torch.randn(N, 5, dtype=f64), torch.randn(V, 5, dtype=f64)
+        labels, alpha = torch.randint(V, (N,)), torch.rand(V) + 0.5
+        labels[2] = -100
+        for y in (labels, torch.full_like(labels, -100)):
+            whole, part = (x.clone().requires_grad_() for x in (w, mine(w.t(), group, widths).t()))
+            hidden = h.clone().requires_grad_()
+            wanted = FusedLinearDUSLoss(alpha=alpha, logit_scale=0.5)(h, whole, y)
+            with Sent() as sent:
+                got = FusedLinearDUSLoss(alpha=alpha, logit_scale=0.5, process_group=group)(hidden, part, y)
+            close(got, wanted, widths)
+            assert sum(sent.bytes) == HEADER + int((y >= 0).sum()) * 32
+            with Sent() as sent:
+                got.backward()
+            assert sent.bytes == [hidden.nbytes]
+            wanted.backward()
+            close(part.grad, mine(whole.grad.t(), group, widths).t(), widths)
 
 
 @case

@@ -99,7 +99,8 @@ class telling:  # noqa: N801 (used as a statement)
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if self._shard is not None and isinstance(error, Exception) and not torch.compiler.is_compiling():
+        known = getattr(error, "every_rank_has_it", False)
+        if self._shard is not None and isinstance(error, Exception) and not known and not torch.compiler.is_compiling():
             _Headers(self._shard, {"error": f"{type(error).__name__}: {error}"}).tell()
 
 
@@ -108,6 +109,7 @@ class Layout(NamedTuple):
 
     first: int  # of this rank
     total: int
+    sizes: list[int]  # of every rank
 
 
 def _name(group: Any, rank: int) -> str:
@@ -165,6 +167,16 @@ def reduce(group: Any, x: Tensor) -> Tensor:
     return x
 
 
+def scattered(group: Any, parts: list[Tensor]) -> Tensor:
+    """The sum of the ranks' parts for this rank, all of one shape."""
+    mine = torch.empty_like(parts[0])
+    try:
+        dist.reduce_scatter(mine, parts, group=group)
+    except RuntimeError as error:
+        raise _lost(group, mine.device, error) from error
+    return mine
+
+
 class Gathering:
     """A `gather` on its way."""
 
@@ -220,8 +232,12 @@ class Agreement(NamedTuple):
         Raises:
             ValueError: ranks that do not go together. RuntimeError: a rank refused its arguments, or cannot be reached.
         """
-        headers = self.gathering.wait().cpu().numpy().tobytes()
-        return _layout(headers, dist.get_rank(self.group), self.group.group_name)
+        try:
+            headers = self.gathering.wait().cpu().numpy().tobytes()
+            return _layout(headers, dist.get_rank(self.group), self.group.group_name)
+        except (ValueError, RuntimeError) as error:
+            error.every_rank_has_it = True  # type: ignore[union-attr]
+            raise
 
 
 def ask(shard: Shard, device: torch.device, given: dict[str, Any]) -> Agreement:
@@ -240,7 +256,7 @@ def _layout(headers: bytes, rank: int, group_name: str) -> Layout:
             raise RuntimeError(f"{_name(group, other)} refused its arguments, so no rank goes on: {header['error']}")
     for other, header in enumerate(said):
         for key, value in header["alike"].items():
-            if value != (expected := said[0]["alike"][key]):
+            if value != (expected := said[0]["alike"].get(key)):
                 raise ValueError(
                     f"{_name(group, other)} was given {key} = {value}, and {_name(group, 0)} {expected}: expected the "
                     "same on every rank of process_group"
@@ -254,7 +270,7 @@ def _layout(headers: bytes, rank: int, group_name: str) -> Layout:
         raise ValueError(
             f"the ranks of process_group hold {total} classes in all, and alpha or sets are for {expected}"
         )
-    return Layout(first[rank], total)
+    return Layout(first[rank], total, [header["mine"]["classes"] for header in said])
 
 
 def _firsts(group: Any, said: list[dict[str, Any]]) -> list[int]:

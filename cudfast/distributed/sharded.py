@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..backends.reference import mark
 from ..options import CUDOptions, DUSOptions, text_of
-from ..parts import Span, Whole, finished, inverse_temperature, merge, state_of, swept, unpacked, write_gradient
+from ..parts import Span, Whole, finished, inverse_temperature, merge, state_of, swept, write_gradient
+from ..reference import StudentState
 from ..rows import Backend, Rows, State, check_vectors, compute_dtype, divisors_of, masks, vector_dtype
 from .group import Layout, Shard, ask, gather
 from .projected import again, calibrated
@@ -41,23 +42,24 @@ class Sharded:
         gradient: Tensor | None,
     ) -> tuple[Tensor, State | None]:
         """See `cudfast.rows.Backend`. The divisors of the state are followed by this rank's first class."""
-        agreement = ask(self._shard, rows.logits.device, _given(rows, options))
+        agreement = ask(self._shard, rows.logits.device, given_to(rows, options))
         layout = None
         if options.num_classes is not None or rows.constraints is not None:
             layout = agreement.wait()
-            rows = _cut(rows, options, layout.first)
+            rows = cut(rows, options, layout.first)
         marks, asked, found = mark(rows, options), rows, None
         if rows.constraints is not None:
             assert layout is not None
-            _check(rows, options, layout)
+            check(rows, options, layout)
             rows, found, picked = calibrated(rows, marks, self._shard.process_group, layout.first)
         plain = _plain(options) if found else options
         packed = swept(rows, plain, self._inner)
         if layout is None:
             layout = agreement.wait()
-            _check(rows, options, layout)
+            check(rows, options, layout)
         mine = state_of(Span(rows, layout.first), plain, marks, packed)
-        whole = _refused(rows, options, layout, self._merged(mine, rows, plain, top1=not found))
+        whole = merged(self._shard.process_group, mine, compute_dtype(rows), inverse_temperature(rows), top1=not found)
+        whole = refused(rows, options, layout, whole)
         divisors = divisors_of(rows, options)
         losses, state = finished(rows, plain, marks, whole, divisors, compute_dtype(rows))
         if found:
@@ -68,26 +70,6 @@ class Sharded:
         if options.reduction != "none":
             losses = losses.sum(dtype=vector_dtype(losses.device)).to(losses.dtype)
         return losses, state if keep else None
-
-    def _merged(self, mine: Whole, rows: Rows, options: CUDOptions | DUSOptions, *, top1: bool) -> Whole:
-        """The state of all ranks' classes. Without `top1` nobody asks for the teacher's."""
-        dtype, columns = compute_dtype(rows), [x for x in mine if x.dtype != torch.int64]
-        message = torch.stack(columns, -1).to(dtype).view(torch.uint8)
-        if isinstance(options, CUDOptions) and top1:
-            message = torch.cat([message, mine[-1].unsqueeze(-1).view(torch.uint8)], -1)
-        found = gather(self._shard.process_group, message)  # (R, N, bytes)
-        width = len(columns) * dtype.itemsize
-        sums = found[..., :width].contiguous().view(dtype)
-        k = torch.zeros(found.shape[:2], dtype=torch.int64, device=found.device)
-        if found.shape[-1] > width:
-            k = found[..., width:].contiguous().view(torch.int64).squeeze(-1)
-        parts = unpacked(State(sums, k, sums), options)
-        inv_tau = inverse_temperature(rows)
-        while (count := len(parts[0])) > 1:  # neighbours first: their sums are alike
-            pairs = merge(_ranks(parts, 0, count - 1, 2), _ranks(parts, 1, count, 2), inv_tau)
-            last = _ranks(parts, count - count % 2, count, 1)
-            parts = _of(parts, (torch.cat([a, b]) for a, b in zip(pairs, last)))
-        return _of(parts, (x[0] for x in parts))
 
     def row_gradient(
         self,
@@ -101,7 +83,7 @@ class Sharded:
         first: Any = state.divisors[2].to(torch.int64)
         if options.num_classes is not None or rows.constraints is not None:
             first = int(first)
-            rows = _cut(rows, options, first)
+            rows = cut(rows, options, first)
         if rows.classes == 0:
             gradient.zero_()
             return
@@ -117,6 +99,49 @@ class Sharded:
         return self._inner.scale(gradient, upstream)
 
 
+def agreed(shard: Shard, rows: Rows, options: CUDOptions | DUSOptions) -> int:
+    """This rank's first class, the vectors of the call checked.
+
+    Raises:
+        ValueError, RuntimeError: ranks that do not go together; a value out of range, on every rank.
+    """
+    layout = ask(shard, rows.logits.device, given_to(rows, options)).wait()
+    check_vectors(_of_all(rows, options, layout), options)
+    return layout.first
+
+
+def over_ranks(
+    shard: Shard, chunks: list[Whole], rows: Rows, options: CUDOptions | DUSOptions, dtype: torch.dtype
+) -> tuple[Tensor, State]:
+    """Losses (N,) and packed states of rows, from the states of this rank's classes, some rows at a time."""
+    mine = _of(chunks[0], (torch.cat(parts) for parts in zip(*chunks)))
+    student = isinstance(options, CUDOptions)
+    whole = merged(shard.process_group, mine, dtype, inverse_temperature(rows), top1=student)
+    assert isinstance(rows.num_items, Tensor)
+    return finished(rows, options, mark(rows, options), whole, rows.num_items, dtype)
+
+
+def merged(group: Any, mine: Whole, dtype: torch.dtype, inv_tau: Tensor, *, top1: bool) -> Whole:
+    """The state of all ranks' classes, from one exchange in `dtype`. Without `top1` nobody asks for the teacher's."""
+    columns = [x for x in mine if x.dtype != torch.int64]
+    message = torch.stack(columns, -1).to(dtype).view(torch.uint8)
+    if isinstance(mine, StudentState) and top1:
+        message = torch.cat([message, mine.k.unsqueeze(-1).view(torch.uint8)], -1)
+    found = gather(group, message)  # (R, N, bytes)
+    width = len(columns) * dtype.itemsize
+    sums = found[..., :width].contiguous().view(dtype).to(mine[0].dtype)
+    fields = list(sums.unbind(-1))
+    if isinstance(mine, StudentState):
+        k = torch.zeros(found.shape[:2], dtype=torch.int64, device=found.device)
+        fields.append(found[..., width:].contiguous().view(torch.int64).squeeze(-1) if top1 else k)
+    parts = _of(mine, fields)
+    while (count := len(parts[0])) > 1:  # neighbours first: their sums are alike
+        pairs = merge(_ranks(parts, 0, count - 1, 2), _ranks(parts, 1, count, 2), inv_tau)
+        last = _ranks(parts, count - count % 2, count, 1)
+        parts = _of(parts, (torch.cat([a, b]) for a, b in zip(pairs, last)))
+    return _of(parts, (x[0] for x in parts))
+
+
 def _of(like: Whole, fields: Iterable[Tensor]) -> Whole:
     return type(like)(*fields)
 
@@ -125,7 +150,7 @@ def _ranks(parts: Whole, begin: int, end: int, step: int) -> Whole:
     return _of(parts, (x[begin:end:step] for x in parts))
 
 
-def _cut(rows: Rows, options: CUDOptions | DUSOptions, first: int) -> Rows:
+def cut(rows: Rows, options: CUDOptions | DUSOptions, first: int) -> Rows:
     """Without the columns beyond `num_classes`."""
     if options.num_classes is None:
         return rows
@@ -144,7 +169,7 @@ def _fields(options: CUDOptions | DUSOptions) -> dict[str, Any]:
     return {key: value for key, value in json.loads(text_of(options)).items() if key not in _OF_A_RANK + _SCALAR}
 
 
-def _given(rows: Rows, options: CUDOptions | DUSOptions) -> dict[str, Any]:
+def given_to(rows: Rows, options: CUDOptions | DUSOptions) -> dict[str, Any]:
     """What this rank says of its arguments."""
     items = rows.num_items
     return {
@@ -183,13 +208,13 @@ def _of_all(rows: Rows, options: CUDOptions | DUSOptions, layout: Layout) -> Row
     )
 
 
-def _check(rows: Rows, options: CUDOptions | DUSOptions, layout: Layout) -> None:
+def check(rows: Rows, options: CUDOptions | DUSOptions, layout: Layout) -> None:
     """Labels and other vectors, where the host may read them; every rank finds the same."""
     if rows.logits.is_cpu or rows.constraints is not None:
         check_vectors(_of_all(rows, options, layout), options)
 
 
-def _refused(rows: Rows, options: CUDOptions | DUSOptions, layout: Layout, whole: Whole) -> Whole:
+def refused(rows: Rows, options: CUDOptions | DUSOptions, layout: Layout, whole: Whole) -> Whole:
     """Where the host reads nothing, a label that is no class makes its row NaN."""
     if rows.logits.is_cpu or rows.labels is None:
         return whole

@@ -52,8 +52,8 @@ class _LinearLoss(torch.autograd.Function):
         kept.append(found.state)
         ctx.made = found.gradients if made else None
         rows = p.rows
-        ctx.plain = (rows.scalar, rows.num_items, rows.classes, rows.constraints, p.options, p.linear)
-        ctx.save_for_backward(*tensors_of(p), *(() if made else found.state))
+        ctx.plain = (rows.scalar, rows.num_items, rows.classes, rows.constraints, p.options, p.linear, p.shard)
+        ctx.save_for_backward(*tensors_of(p), *(() if made and p.shard is None else found.state))
         ctx.set_materialize_grads(False)
         assert found.losses is not None
         return _reduced(p, found.losses)
@@ -79,7 +79,7 @@ class _LinearLoss(torch.autograd.Function):
         if ctx.made is not None:
             made: Found = ctx.made
             ctx.made = None  # handed over once; a second backward makes them again
-            scale = backends.choose(ctx.plain[-2].backend, upstream.device).scale
+            scale = backends.choose(ctx.plain[-3].backend, upstream.device).scale
             return cast(Found, tuple(None if g is None else scale(g, upstream) for g in made))
         saved = ctx.saved_tensors
         p = problem_of(Tensors(*saved[: len(Tensors._fields)]), *ctx.plain)

@@ -39,13 +39,15 @@ def _check_dtype(value: Tensor, name: str) -> None:
         raise TypeError(f"{name} has layout {value.layout}: expected a dense (strided) tensor; call .to_dense() first")
 
 
-def layer_of(weight: object, bias: object, hidden: Tensor, names: tuple[str, str, str]) -> Layer:
-    """Weight (V, D) and bias (V,) for hidden states (..., D). names: of weight, bias and hidden states."""
+def layer_of(
+    weight: object, bias: object, hidden: Tensor, names: tuple[str, str, str], *, empty: bool = False
+) -> Layer:
+    """Weight (V, D) and bias (V,) for hidden states (..., D). names: of weight, bias, hidden states; empty: allow V = 0."""
     w_name, b_name, h_name = names
     if not isinstance(weight, Tensor):
         raise TypeError(f"{w_name}: expected a torch.Tensor (V, D), as nn.Linear has it, got {type(weight).__name__}")
     _check_dtype(weight, w_name)
-    if weight.dim() != 2 or weight.shape[0] == 0:
+    if weight.dim() != 2 or (weight.shape[0] == 0 and not empty):
         raise ValueError(f"{w_name} has shape {tuple(weight.shape)}: expected (V, D) with at least one class")
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(

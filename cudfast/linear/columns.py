@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from ..backends.reference import mark
@@ -29,18 +30,19 @@ class Work(NamedTuple):
     backend: Backend
     fill: Callable[[int, int], Filled]  # logits of the classes [first, last)
     step: int  # classes of a tile
+    offset: int = 0  # the first class of all tiles
 
     def tiles(self) -> Iterator[tuple[Filled, Span]]:
         """Logits, and the part of the rows that they are."""
-        for first in range(0, self.rows.classes, self.step):
+        for first in range(0, max(1, self.rows.classes), self.step):  # a rank may have no class
             last = min(first + self.step, self.rows.classes)
             filled = self.fill(first, last)
             part = self.rows._replace(logits=filled.student, target=filled.teacher, classes=last - first)
-            yield filled, Span(part, first)
+            yield filled, Span(part, self.offset + first)
 
 
-def merged_state(work: Work) -> tuple[Tensor, State]:
-    """Losses (R,) and states of rows whose tiles are folded one after the other."""
+def part_state(work: Work) -> tuple[Whole, torch.dtype]:
+    """State of rows whose tiles are folded one after the other, and the compute dtype."""
     rows, options = work.rows, work.options
     marks, inv_tau = mark(rows, options), inverse_temperature(rows)
     whole: Whole | None = None
@@ -49,7 +51,14 @@ def merged_state(work: Work) -> tuple[Tensor, State]:
         whole = new if whole is None else merge(whole, new, inv_tau)
         dtype = compute_dtype(span.rows)
     assert whole is not None
-    return finished(rows, options, marks, whole, cast(Tensor, rows.num_items), dtype)
+    return whole, dtype
+
+
+def merged_state(work: Work) -> tuple[Tensor, State]:
+    """Losses (R,) and states of rows all of whose classes are tiles."""
+    whole, dtype = part_state(work)
+    rows = work.rows
+    return finished(rows, work.options, mark(rows, work.options), whole, cast(Tensor, rows.num_items), dtype)
 
 
 def gradients(work: Work, state: State, upstream: Tensor) -> Iterator[tuple[int, Filled]]:
@@ -57,4 +66,4 @@ def gradients(work: Work, state: State, upstream: Tensor) -> Iterator[tuple[int,
     marks = mark(work.rows, work.options)
     for filled, span in work.tiles():
         write_gradient(span, work.options, marks, work.backend, state, upstream, filled.gradient)
-        yield cast(int, span.first), filled
+        yield cast(int, span.first) - work.offset, filled

@@ -19,6 +19,8 @@ from ..checks import (
     temperature_of,
     weight_of,
 )
+from ..distributed.group import Shard, telling
+from ..distributed.heads import spread, spread_teacher
 from ..options import CUDOptions, DUSOptions, LinearOptions, cross_entropy
 from ..projection import Projection
 from ..rows import Rows, State
@@ -45,7 +47,13 @@ def _options(options: CUDOptions | DUSOptions, kind: type, linear: LinearOptions
 
 
 def _teacher(
-    given: tuple[object, object, object], logits: object, linear: LinearOptions, hidden: Tensor, needed: str
+    given: tuple[object, object, object],
+    logits: object,
+    linear: LinearOptions,
+    hidden: Tensor,
+    needed: str,
+    shard: Shard | None,
+    sequence_sharded: bool,
 ) -> tuple[Tensor | None, Layer | None]:
     """The teacher's hidden states and layer, or its logits; needed: why there must be one, or ""."""
     check_frozen(dict(zip(_TEACHER, given)))
@@ -59,7 +67,7 @@ def _teacher(
                 "teacher_logits were given with a teacher scale or soft cap, which belong to teacher_hidden and "
                 "teacher_weight: pass logits that are final, and leave both out"
             )
-        found = logits_of(logits, "teacher_logits")
+        found = logits_of(logits, "teacher_logits", empty=shard is not None)
         check_alike(hidden, found, ("student_hidden", "teacher_logits"))
         return found, None
     if given[0] is None and given[1] is None:
@@ -72,10 +80,14 @@ def _teacher(
     for name, value in zip(_TEACHER[:2], given[:2]):
         if value is None:
             raise TypeError(f"{name} is None: expected teacher_hidden and teacher_weight together, or teacher_logits")
-    found = hidden_of(autocast(given[0]), "teacher_hidden")
+    found = spread_teacher(hidden_of(autocast(given[0]), "teacher_hidden"), shard, sequence_sharded)
     check_alike(hidden, found, ("student_hidden", "teacher_hidden"))
     layer = layer_of(
-        autocast(given[1]), autocast(given[2]), found, ("teacher_weight", "teacher_bias", "teacher_hidden")
+        autocast(given[1]),
+        autocast(given[2]),
+        found,
+        ("teacher_weight", "teacher_bias", "teacher_hidden"),
+        empty=shard is not None,
     )
     return found, layer
 
@@ -96,6 +108,8 @@ def fused_linear_cud_loss(
     weight: Tensor | None = ...,
     temperature: float | Tensor | None = ...,
     num_items: float | Tensor | None = ...,
+    shard: Shard | None = ...,
+    sequence_sharded: bool = ...,
     return_stats: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -114,6 +128,8 @@ def fused_linear_cud_loss(
     weight: Tensor | None = ...,
     temperature: float | Tensor | None = ...,
     num_items: float | Tensor | None = ...,
+    shard: Shard | None = ...,
+    sequence_sharded: bool = ...,
     return_stats: bool,
 ) -> Tensor | tuple[Tensor, StudentStatistics]: ...
 
@@ -133,6 +149,8 @@ def fused_linear_cud_loss(
     weight: Tensor | None = None,
     temperature: float | Tensor | None = None,
     num_items: float | Tensor | None = None,
+    shard: Shard | None = None,
+    sequence_sharded: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, StudentStatistics]:
     """`cud_loss` (Eq. 9) of logits that are never all in memory. See `cudfast.FusedLinearCUDLoss`.
@@ -151,6 +169,9 @@ def fused_linear_cud_loss(
         weight: (...) one weight per row, as in `cud_loss`.
         temperature: overrides options.temperature, as in `cud_loss`.
         num_items: replaces both divisors, as in `cud_loss`.
+        shard: the classes of this process, those of its weights, biases and teacher_logits, where the classes of a row
+            are spread over a process group; all else is whole. See `cudfast.FusedLinearCUDLoss`.
+        sequence_sharded: with a shard, hidden states are (S_r, ..., D), cut along their first axis over its ranks.
         return_stats: also return `StudentStatistics` of every row.
 
     Returns:
@@ -171,33 +192,38 @@ def fused_linear_cud_loss(
         (0.0, torch.Size([1000, 8]))
     """
     _options(options, CUDOptions, linear)
-    hidden = hidden_of(autocast(student_hidden), "student_hidden")
-    names = ("student_weight", "student_bias", "student_hidden")
-    student = layer_of(autocast(student_weight), autocast(student_bias), hidden, names)
-    plain = options.kd_weight == 0 and not return_stats
-    needed = "" if plain else "unless kd_weight=0 and return_stats=False"
-    given = (teacher_hidden, teacher_weight, teacher_bias)
-    target, teacher = _teacher(given, teacher_logits, linear, hidden, needed)
-    other, other_name = (target, "teacher_logits") if teacher is None else (teacher[0].t(), "teacher_weight")
-    classes = classes_of(student[0].t(), other, options.num_classes, ("student_weight", other_name))
-    flat_labels = labels_of(labels, hidden, "student_hidden")
-    scalar, per_row = temperature_of(temperature, options.temperature, hidden, "student_hidden")
-    constraints = None
-    if isinstance(options.calibration, Projection) and flat_labels is not None and not plain:
-        constraints = constraints_of(options.calibration, hidden, classes, "student_weight")
-    rows = Rows(
-        hidden,
-        None if plain else target,
-        flat_labels,
-        weight_of(weight, hidden, "student_hidden"),
-        None if plain else per_row,
-        1.0 if plain else scalar,
-        num_items_of(num_items),
-        classes,
-        constraints,
-    )
-    made = cross_entropy(options) if plain and not torch.compiler.is_compiling() else options
-    found = _evaluated(problem(rows, student, None if plain else teacher, made, linear), return_stats)
+    with telling(shard):
+        hidden = spread(hidden_of(autocast(student_hidden), "student_hidden"), shard, sequence_sharded)
+        names = ("student_weight", "student_bias", "student_hidden")
+        student = layer_of(autocast(student_weight), autocast(student_bias), hidden, names, empty=shard is not None)
+        plain = options.kd_weight == 0 and not return_stats
+        needed = "" if plain else "unless kd_weight=0 and return_stats=False"
+        given = (teacher_hidden, teacher_weight, teacher_bias)
+        target, teacher = _teacher(given, teacher_logits, linear, hidden, needed, shard, sequence_sharded)
+        other, other_name = (target, "teacher_logits") if teacher is None else (teacher[0].t(), "teacher_weight")
+        classes = classes_of(student[0].t(), other, options.num_classes, ("student_weight", other_name), shard)
+        flat_labels = labels_of(labels, hidden, "student_hidden")
+        scalar, per_row = temperature_of(temperature, options.temperature, hidden, "student_hidden")
+        constraints = None
+        if isinstance(options.calibration, Projection) and flat_labels is not None and not plain:
+            if shard is not None:
+                raise ValueError(
+                    "calibration=Projection(...) over a process group needs this rank's logits all at once: use CUDLoss"
+                )
+            constraints = constraints_of(options.calibration, hidden, classes, "student_weight")
+        rows = Rows(
+            hidden,
+            None if plain else target,
+            flat_labels,
+            weight_of(weight, hidden, "student_hidden"),
+            None if plain else per_row,
+            1.0 if plain else scalar,
+            num_items_of(num_items),
+            classes,
+            constraints,
+        )
+        made = cross_entropy(options) if plain and not torch.compiler.is_compiling() else options
+    found = _evaluated(problem(rows, student, None if plain else teacher, made, linear, shard), return_stats)
     if not return_stats:
         return found[0]
     return found[0], student_statistics(rows, options, found[1])
@@ -215,6 +241,8 @@ def fused_linear_dus_loss(
     alpha: Tensor | None = ...,
     weight: Tensor | None = ...,
     num_items: float | Tensor | None = ...,
+    shard: Shard | None = ...,
+    sequence_sharded: bool = ...,
     return_stats: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -229,6 +257,8 @@ def fused_linear_dus_loss(
     alpha: Tensor | None = ...,
     weight: Tensor | None = ...,
     num_items: float | Tensor | None = ...,
+    shard: Shard | None = ...,
+    sequence_sharded: bool = ...,
     return_stats: bool,
 ) -> Tensor | tuple[Tensor, TeacherStatistics]: ...
 
@@ -244,6 +274,8 @@ def fused_linear_dus_loss(
     alpha: Tensor | None = None,
     weight: Tensor | None = None,
     num_items: float | Tensor | None = None,
+    shard: Shard | None = None,
+    sequence_sharded: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TeacherStatistics]:
     """`dus_loss` (Eq. 3) of logits that are never all in memory. See `cudfast.FusedLinearDUSLoss`.
@@ -258,6 +290,8 @@ def fused_linear_dus_loss(
         alpha: (V,) focal scale per class, > 0; overrides options.alpha.
         weight: (...) one weight per row, finite and >= 0.
         num_items: as in `dus_loss`.
+        shard: as in `fused_linear_cud_loss`; alpha is that of all classes.
+        sequence_sharded: as in `fused_linear_cud_loss`.
         return_stats: also return `TeacherStatistics` of every row.
 
     Returns:
@@ -276,22 +310,33 @@ def fused_linear_dus_loss(
     _options(options, DUSOptions, linear)
     if labels is None:
         raise TypeError("labels is None: the teacher loss needs a label (or ignore_index) for every row")
-    hidden = hidden_of(autocast(hidden), "hidden")
-    layer = layer_of(autocast(head_weight), autocast(head_bias), hidden, ("head_weight", "head_bias", "hidden"))
-    classes = classes_of(layer[0].t(), None, options.num_classes, ("head_weight", ""))
-    flat_labels = labels_of(labels, hidden, "hidden")
-    assert flat_labels is not None
-    rows = Rows(
-        hidden,
-        None,
-        flat_labels,
-        weight_of(weight, hidden, "hidden"),
-        None if alpha is None else alpha_of(alpha, flat_labels, classes),
-        options.alpha,
-        num_items_of(num_items),
-        classes,
-    )
-    loss, state = _evaluated(problem(rows, layer, None, options, linear), return_stats)
+    with telling(shard):
+        hidden = spread(hidden_of(autocast(hidden), "hidden"), shard, sequence_sharded)
+        layer = layer_of(
+            autocast(head_weight),
+            autocast(head_bias),
+            hidden,
+            ("head_weight", "head_bias", "hidden"),
+            empty=shard is not None,
+        )
+        classes = classes_of(layer[0].t(), None, options.num_classes, ("head_weight", ""), shard)
+        flat_labels = labels_of(labels, hidden, "hidden")
+        assert flat_labels is not None
+        in_all = classes
+        if shard is not None and isinstance(alpha, Tensor) and alpha.dim():
+            in_all = len(alpha)
+            shard = shard.of_all(in_all)
+        rows = Rows(
+            hidden,
+            None,
+            flat_labels,
+            weight_of(weight, hidden, "hidden"),
+            None if alpha is None else alpha_of(alpha, flat_labels, in_all),
+            options.alpha,
+            num_items_of(num_items),
+            classes,
+        )
+    loss, state = _evaluated(problem(rows, layer, None, options, linear, shard), return_stats)
     if not return_stats:
         return loss
     return loss, teacher_statistics(rows, options, state)

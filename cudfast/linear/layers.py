@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributed.group import Shard
 from ..options import CUDOptions, DUSOptions, LinearOptions
 from ..rows import Constraints, Rows
 
@@ -69,6 +70,7 @@ class Problem(NamedTuple):
     teacher: Head | None  # None: rows.target are logits (..., >= V), or there is no teacher
     options: CUDOptions | DUSOptions
     linear: LinearOptions
+    shard: Shard | None = None  # when other ranks hold more of the classes
 
     @property
     def heads(self) -> tuple[Head, ...]:
@@ -87,6 +89,7 @@ def problem(
     teacher: tuple[Tensor, Tensor | None] | None,
     options: CUDOptions | DUSOptions,
     linear: LinearOptions,
+    shard: Shard | None = None,
 ) -> Problem:
     """From weights and biases."""
 
@@ -100,6 +103,7 @@ def problem(
         None if teacher is None else head(teacher, linear.teacher_scale, linear.teacher_softcap),
         options,
         linear,
+        shard,
     )
 
 
@@ -141,6 +145,7 @@ def problem_of(
     constraints: Constraints | None,
     options: CUDOptions | DUSOptions,
     linear: LinearOptions,
+    shard: Shard | None = None,
 ) -> Problem:
     """Inverse of `tensors_of`, with everything else."""
     return problem(
@@ -149,6 +154,7 @@ def problem_of(
         None if x.teacher_weight is None else (x.teacher_weight, x.teacher_bias),
         options,
         linear,
+        shard,
     )
 
 

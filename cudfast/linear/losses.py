@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed.group import Shard
 from ..losses import changed, split_alpha
 from ..options import BackendName, CUDOptions, DUSOptions, LinearOptions, Reduction, Save, WClip
 from ..projection import Projection
 from ..statistics import StudentStatistics, TeacherStatistics
 from .functional import fused_linear_cud_loss, fused_linear_dus_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class FusedLinearCUDLoss(nn.Module):
@@ -31,6 +35,12 @@ class FusedLinearCUDLoss(nn.Module):
         accumulate_dtype: in which weight gradients are summed over chunks, if wider than the weight. Default float32.
         student_logit_scale, teacher_logit_scale: factors of the logits, > 0 (Cohere). Default 1.0.
         student_logit_softcap, teacher_logit_softcap: c of c tanh(z / c), > 0 (Gemma); None: no cap. Default None.
+        process_group, class_offset: as in `CUDLoss`, for heads whose classes are spread over ranks: weights (V_r, D),
+            biases and teacher_logits are this rank's, all else is whole. The gradient of the hidden states is summed
+            over the ranks, once: do not do it again. Always six products. `Projection` is refused.
+        sequence_sharded: with process_group, hidden states of both sides are (S_r, ..., D): cut along the first axis
+            over the ranks in their order. They are gathered, and each rank gets the gradient of its own; labels stay
+            whole.
 
     Shapes:
         student_hidden (..., Ds), student_weight (V, Ds), labels (...), student_bias (V,), teacher_hidden (..., Dt),
@@ -73,8 +83,13 @@ class FusedLinearCUDLoss(nn.Module):
         student_logit_softcap: float | None = None,
         teacher_logit_scale: float = 1.0,
         teacher_logit_softcap: float | None = None,
+        process_group: ProcessGroup | None = None,
+        class_offset: int | None = None,
+        sequence_sharded: bool = False,
     ) -> None:
         super().__init__()
+        self.shard = Shard.of(process_group, class_offset)
+        self.sequence_sharded = sequence_sharded
         self.options = CUDOptions(
             temperature=temperature,
             kd_weight=kd_weight,
@@ -129,6 +144,8 @@ class FusedLinearCUDLoss(nn.Module):
             temperature=temperature,
             num_items=num_items,
             return_stats=return_stats,
+            shard=self.shard,
+            sequence_sharded=self.sequence_sharded,
         )
 
     def extra_repr(self) -> str:
@@ -144,6 +161,7 @@ class FusedLinearDUSLoss(nn.Module):
         save, memory_budget, accumulate_dtype: as in `FusedLinearCUDLoss`.
         logit_scale: factor of the logits, > 0. Default 1.0.
         logit_softcap: c of c tanh(z / c), > 0; None: no cap. Default None.
+        process_group, class_offset, sequence_sharded: as in `FusedLinearCUDLoss`.
 
     Shapes:
         hidden (..., D), head_weight (V, D), labels (...), head_bias (V,), weight (...); returns () or (...) for
@@ -183,8 +201,13 @@ class FusedLinearDUSLoss(nn.Module):
         accumulate_dtype: torch.dtype = torch.float32,
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
+        process_group: ProcessGroup | None = None,
+        class_offset: int | None = None,
+        sequence_sharded: bool = False,
     ) -> None:
         super().__init__()
+        self.shard = Shard.of(process_group, class_offset)
+        self.sequence_sharded = sequence_sharded
         scalar, per_class = split_alpha(alpha)
         self.register_buffer("alpha", per_class, persistent=False)
         self.options = DUSOptions(
@@ -231,6 +254,8 @@ class FusedLinearDUSLoss(nn.Module):
             weight=weight,
             num_items=num_items,
             return_stats=return_stats,
+            shard=self.shard,
+            sequence_sharded=self.sequence_sharded,
         )
 
     def extra_repr(self) -> str:

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from .. import backends
 from ..autograd import check_finite
+from ..distributed.sharded import agreed, cut, over_ranks
 from ..memory import empty
 from ..options import CUDOptions, DUSOptions
 from ..rows import Backend, State, check_vectors, columns_of, compute_dtype, divisors_of, masks
 from . import tiles
 from .chunks import Chunk, chunks, flat
-from .columns import Filled, Work, gradients, merged_state
+from .columns import Filled, Work, gradients, merged_state, part_state
 from .gradients import Found, Gradients
 from .layers import Needs, Problem
 
@@ -105,7 +106,17 @@ def _hidden(chunk: Chunk, p: Problem) -> tuple[Tensor, Tensor | None]:
 
 
 def _packed(chunk: Chunk, state: State) -> State:
-    return State(chunk.vector(state.sums), chunk.vector(state.top1) if len(state.top1) else state.top1, state.divisors)
+    top1 = chunk.vector(state.top1) if len(state.top1) else state.top1
+    return State(chunk.vector(state.sums), top1, state.divisors[:2])
+
+
+def _no_gradients(p: Problem, needs: Needs) -> Found:
+    """Of a rank without classes."""
+    tensors = (p.rows.logits, p.student.weight, p.student.bias)
+    hidden, weight, bias = (
+        None if x is None or not wanted else torch.zeros_like(x) for x, wanted in zip(tensors, needs)
+    )
+    return hidden, weight, bias
 
 
 def _chunk(
@@ -138,9 +149,15 @@ def sweep(
         ValueError: a label, weight, temperature or alpha out of range; a budget that is too small; and what a backend
             refuses.
     """
-    rows, options, device = p.rows, _per_row(p.options), p.rows.logits.device
+    options, device = _per_row(p.options), p.rows.logits.device
     backend = backends.choose(options.backend, device)
-    check_vectors(rows, options)
+    first = 0
+    if p.shard is None:
+        check_vectors(p.rows, options)
+    else:
+        first = agreed(p.shard, p.rows, p.options) if state is None else int(state.divisors[2])
+        p = p._replace(rows=cut(p.rows, p.options, first))
+    rows = p.rows
     counts, _ = masks(rows, options)
     index = None if bool(counts.all()) else counts.nonzero().squeeze(-1)
     count = rows.n if index is None else len(index)
@@ -151,7 +168,7 @@ def sweep(
         p.linear.bytes,
         whole=rows.constraints is not None,
     )
-    cut = tile.classes < rows.classes
+    parted = p.shard is not None or tile.classes < rows.classes
     dtype = compute_dtype(rows)
     losses, given = None, state
     if given is None:
@@ -160,28 +177,50 @@ def sweep(
         top1 = torch.zeros(rows.n if isinstance(options, CUDOptions) else 0, dtype=torch.int64, device=device)
         state = State(sums, top1, divisors_of(rows, p.options))
     assert state is not None
+    kept = state
+    divisors = state.divisors[:2]
     if upstream is None:
         upstream = torch.ones((), dtype=dtype, device=device)
-    found = Gradients(p, needs, cut=cut, chunks=-(-count // tile.rows))
+    found = Gradients(p, needs, cut=parted, chunks=-(-count // tile.rows))
     buffers = _Buffers(p, tile, needs) if count else None
+
+    def work_of(chunk: Chunk) -> tuple[Tensor, Work]:
+        assert buffers is not None
+        hidden, other = _hidden(chunk, p)
+        rows_here = chunk.rows(rows, divisors)._replace(logits=hidden, target=other)
+        fill = functools.partial(buffers.fill, hidden, other)
+        return hidden, Work(rows_here, options, backend, fill, max(1, tile.classes), first)
+
+    def keep(chunk: Chunk, loss: Tensor, packed: State) -> None:
+        assert losses is not None
+        chunk.put(losses, loss)
+        chunk.put(kept.sums, packed.sums)
+        if len(kept.top1):
+            chunk.put(kept.top1, packed.top1)
+
     with torch.autocast(device.type, enabled=False):
+        if p.shard is not None and given is None:
+            if count:
+                parts = [part_state(work_of(chunk)[1])[0] for chunk in chunks(count, index, tile.rows)]
+                every = Chunk(0, count, index)
+                all_rows = every.rows(rows, divisors)._replace(logits=rows.logits.new_empty((count, 0)), target=None)
+                keep(every, *over_ranks(p.shard, parts, all_rows, options, dtype))
+                if options.check_finite:
+                    check_finite(rows, options, kept)
+            given = state = state._replace(divisors=torch.cat([divisors, divisors.new_tensor([first])]))
+        if p.shard is not None and not (rows.classes and any(needs)):
+            return Swept(losses, state, _no_gradients(p, needs))
         for chunk in chunks(count, index, tile.rows):
-            assert buffers is not None
-            hidden, other = _hidden(chunk, p)
-            rows_here = chunk.rows(rows, state.divisors)._replace(logits=hidden, target=other)
-            work = Work(rows_here, options, backend, functools.partial(buffers.fill, hidden, other), tile.classes)
+            hidden, work = work_of(chunk)
             above = chunk.vector(upstream) if upstream.dim() else upstream
-            packed = None if given is None else _packed(chunk, given)
-            loss, packed, parts = _chunk(work, packed, above, cut=cut, statistics=statistics, wanted=any(needs))
-            if loss is not None and losses is not None:
-                chunk.put(losses, loss)
-                chunk.put(state.sums, packed.sums)
-                if len(state.top1):
-                    chunk.put(state.top1, packed.top1)
+            before = None if given is None else _packed(chunk, given)
+            loss, packed, tiles_here = _chunk(work, before, above, cut=parted, statistics=statistics, wanted=any(needs))
+            if loss is not None:
+                keep(chunk, loss, packed)
                 if options.check_finite:
                     check_finite(work.rows, options, packed)
-            for first, filled in parts:
+            for begin, filled in tiles_here:
                 p.student.uncap(filled.gradient, filled.student)
-                found.add(chunk, hidden, first, filled.gradient)
+                found.add(chunk, hidden, begin, filled.gradient)
             found.end(chunk)
     return Swept(losses, state, found.found(None if index is None else ~counts))

@@ -1,0 +1,93 @@
+"""Hidden states before a head whose classes are spread over ranks: whole on every rank, or cut along their first axis.
+
+A rank's classes give it a part of the gradient of every hidden state; the parts are summed here, once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .group import Shard, ask, gather, reduce, scattered
+
+
+class _Whole(torch.autograd.Function):
+    """Hidden states that every rank has: nothing is sent forward, their gradient is summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return reduce(ctx.group, gradient.clone(memory_format=torch.contiguous_format)), None
+
+
+class _Cut(torch.autograd.Function):
+    """Hidden states that ranks have in turn: gathered forward; backward, each gets the sum of its own part."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: Any, sizes: list[int]) -> Tensor:
+        ctx.group, ctx.sizes = group, sizes
+        return _gathered(hidden, group, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        most = max(ctx.sizes)
+        parts = [_padded(part, most) for part in gradient.split(ctx.sizes)]
+        mine = ctx.sizes[dist.get_rank(ctx.group)]
+        return scattered(ctx.group, parts)[:mine], None, None
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    if len(x) == rows:
+        return x.contiguous()
+    return torch.cat([x, x.new_zeros((rows - len(x), *x.shape[1:]))])
+
+
+def _gathered(hidden: Tensor, group: Any, sizes: list[int]) -> Tensor:
+    parts = gather(group, _padded(hidden, max(sizes)))
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+
+def spread(hidden: Tensor, shard: Shard | None, sequence_sharded: bool) -> Tensor:
+    """The student's hidden states (..., D), all of them, whose gradient is summed over the ranks that hold the classes.
+
+    Raises:
+        ValueError: ranks whose hidden states do not go together.
+    """
+    if shard is None:
+        if sequence_sharded:
+            raise ValueError("sequence_sharded=True without process_group: expected both, or neither")
+        return hidden
+    group, wanted = shard.process_group, hidden.requires_grad and torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        raise RuntimeError("the fused losses over a process group do not trace: call them outside of torch.compile")
+    if not sequence_sharded:
+        return cast(Tensor, _Whole.apply(hidden, group)) if wanted else hidden  # type: ignore[no-untyped-call]
+    sizes = sizes_of(hidden, shard)
+    if wanted:
+        return cast(Tensor, _Cut.apply(hidden, group, sizes))  # type: ignore[no-untyped-call]
+    return _gathered(hidden, group, sizes)
+
+
+def sizes_of(hidden: Tensor, shard: Shard) -> list[int]:
+    """How many rows, along the first axis, every rank has."""
+    if hidden.dim() < 2:
+        raise ValueError(
+            f"sequence_sharded=True with hidden states of shape {tuple(hidden.shape)}: expected (S_r, ..., D), cut "
+            "along the first axis"
+        )
+    alike = {"other axes of the hidden states": list(hidden.shape[1:]), "their dtype": str(hidden.dtype)}
+    return ask(Shard(shard.group), hidden.device, {"classes": len(hidden), **alike}).wait().sizes
+
+
+def spread_teacher(hidden: Tensor, shard: Shard | None, sequence_sharded: bool) -> Tensor:
+    """The same for what gets no gradient."""
+    if shard is None or not sequence_sharded:
+        return hidden
+    return _gathered(hidden, shard.process_group, sizes_of(hidden, shard))
