@@ -42,7 +42,7 @@ def _check_dtype(value: Tensor, name: str) -> None:
 def layer_of(
     weight: object, bias: object, hidden: Tensor, names: tuple[str, str, str], *, empty: bool = False
 ) -> Layer:
-    """Weight (V, D) and bias (V,) for hidden states (..., D). names: of weight, bias, hidden states; empty: allow V = 0."""
+    """Weight (V, D) and bias (V,) for hidden states (..., D). names: of weight, bias, hidden; empty: V may be 0."""
     w_name, b_name, h_name = names
     if not isinstance(weight, Tensor):
         raise TypeError(f"{w_name}: expected a torch.Tensor (V, D), as nn.Linear has it, got {type(weight).__name__}")
