@@ -19,6 +19,7 @@ from .checks import (
     temperature_of,
     weight_of,
 )
+from .distributed.dtensors import is_dtensor, localized
 from .distributed.group import Shard, telling
 from .options import CUDOptions, DUSOptions, cross_entropy
 from .projection import Projection
@@ -117,6 +118,11 @@ def cud_loss(
     """
     if not isinstance(options, CUDOptions):
         raise TypeError(f"options: expected CUDOptions, got {type(options).__name__}")
+    if is_dtensor(student_logits):
+        logits, vectors, shard = localized(
+            {"student_logits": student_logits, "teacher_logits": teacher_logits}, (labels, weight, temperature), shard
+        )
+        (student_logits, teacher_logits), (labels, weight, temperature) = logits, vectors
     with telling(shard):
         student = logits_of(student_logits, "student_logits", empty=shard is not None)
         teacher = None
@@ -251,6 +257,8 @@ def dus_loss(
     """
     if not isinstance(options, DUSOptions):
         raise TypeError(f"options: expected DUSOptions, got {type(options).__name__}")
+    if is_dtensor(logits):
+        (logits,), (labels, weight), shard = localized({"logits": logits}, (labels, weight), shard)
     with telling(shard):
         logits = logits_of(logits, "logits", empty=shard is not None)
         if labels is None:

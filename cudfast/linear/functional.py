@@ -19,6 +19,7 @@ from ..checks import (
     temperature_of,
     weight_of,
 )
+from ..distributed.dtensors import is_dtensor, localized_heads
 from ..distributed.group import Shard, telling
 from ..distributed.heads import spread, spread_teacher
 from ..options import CUDOptions, DUSOptions, LinearOptions, cross_entropy
@@ -192,6 +193,20 @@ def fused_linear_cud_loss(
         (0.0, torch.Size([1000, 8]))
     """
     _options(options, CUDOptions, linear)
+    if is_dtensor(student_weight):
+        hiddens, layers, vectors, shard, sequence_sharded = localized_heads(
+            {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden},
+            {
+                "student_weight": student_weight,
+                "student_bias": student_bias,
+                "teacher_weight": teacher_weight,
+                "teacher_bias": teacher_bias,
+            },
+            (labels, weight, temperature),
+            shard,
+        )
+        (student_hidden, teacher_hidden), (labels, weight, temperature) = hiddens, vectors
+        student_weight, student_bias, teacher_weight, teacher_bias = layers
     with telling(shard):
         hidden = spread(hidden_of(autocast(student_hidden), "student_hidden"), shard, sequence_sharded)
         names = ("student_weight", "student_bias", "student_hidden")
@@ -308,6 +323,11 @@ def fused_linear_dus_loss(
         torch.Size([1000, 8])
     """
     _options(options, DUSOptions, linear)
+    if is_dtensor(head_weight):
+        (hidden,), layers, (labels, weight), shard, sequence_sharded = localized_heads(
+            {"hidden": hidden}, {"head_weight": head_weight, "head_bias": head_bias}, (labels, weight), shard
+        )
+        head_weight, head_bias = layers
     if labels is None:
         raise TypeError("labels is None: the teacher loss needs a label (or ignore_index) for every row")
     with telling(shard):

@@ -1,0 +1,115 @@
+"""DTensors as arguments: what of them is here, and which dimension of their mesh holds the classes.
+
+A mesh dimension whose placement is a Shard of the last axis holds the classes; its group is the loss's process group.
+On all others, Shard of another axis (rows) and Replicate, each rank goes on with the rows that it has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .group import Shard
+
+
+def is_dtensor(x: object) -> bool:
+    return type(x).__name__ == "DTensor"
+
+
+class Place:
+    """How logits (..., V), or class weights (V, D) with `classes` = 0, lie on a mesh."""
+
+    def __init__(self, x: Any, name: str, classes: int, shard: Shard | None) -> None:
+        self.mesh, self.placements, self._name = x.device_mesh, tuple(x.placements), name
+        self.classes = classes % x.dim()
+        if shard is not None:
+            raise ValueError(f"process_group was given and {name} is a DTensor, which has its own: leave it out")
+        for placement in self.placements:
+            if type(placement).__name__ not in ("Shard", "Replicate"):
+                raise ValueError(
+                    f"{name} has placements {self.placements}: expected Shard or Replicate on every dimension of the "
+                    "mesh; call .redistribute(...) first"
+                )
+        self.dims = [i for i, placement in enumerate(self.placements) if placement.is_shard(self.classes)]
+        if len(self.dims) > 1:
+            raise ValueError(
+                f"{name} has placements {self.placements}: expected its classes cut by one dimension at most"
+            )
+
+    def shard(self, width: int) -> Shard | None:
+        """The group of the classes, `width` of them in all; None where every rank has them all."""
+        if not self.dims:
+            return None
+        (dim,) = self.dims
+        group = self.mesh.get_group(dim)
+        if bool((self.mesh.mesh.diff(dim=dim) > 0).all()):
+            return Shard.of(group)
+        ranks, at = self.mesh.size(dim), self.mesh.get_local_rank(dim)  # whose order the group does not keep
+        return Shard.of(group, min(at * -(-width // ranks), width))
+
+    def same(self, x: Any, name: str) -> Any:
+        """The local part of another such tensor, which lies alike; or a tensor that is local already."""
+        if not is_dtensor(x):
+            return x
+        if x.device_mesh != self.mesh or tuple(x.placements) != self.placements:
+            raise ValueError(
+                f"{name} has placements {tuple(x.placements)} and {self._name} {self.placements}: expected the same on "
+                f"one mesh; to move it, call {name}.redistribute({self._name}.device_mesh, {self._name}.placements)"
+            )
+        return _local(x)
+
+    def rows(self, x: Any) -> Any:
+        """The local part of a tensor of the rows' shape, moved to where the rows are; or what is local already."""
+        if not is_dtensor(x):
+            return x
+        from torch.distributed.tensor import Replicate
+
+        wanted = [Replicate() if p.is_shard(self.classes) else p for p in self.placements]
+        return _local(x.redistribute(self.mesh, wanted))
+
+
+def _local(x: Any) -> Tensor:
+    local: Any = x.to_local()
+    found: Tensor = local.wait() if hasattr(local, "trigger_wait") else local
+    return found
+
+
+def localized(
+    logits: dict[str, Any], rows: tuple[Any, ...], shard: Shard | None
+) -> tuple[list[Any], list[Any], Shard | None]:
+    """Logits, the first a DTensor; what has one value per row; and the process group of the classes."""
+    (name, first), *others = logits.items()
+    place = Place(first, name, -1, shard)
+    found = [_local(first), *(place.same(x, other) for other, x in others)]
+    return found, [place.rows(x) for x in rows], place.shard(first.shape[-1])
+
+
+def localized_heads(
+    hidden: dict[str, Any], weights: dict[str, Any], rows: tuple[Any, ...], shard: Shard | None
+) -> tuple[list[Any], list[Any], list[Any], Shard | None, bool]:
+    """Hidden states, class weights and biases (the first weight a DTensor), what has one value per row; the process
+    group of the classes, and whether the hidden states are cut over it."""
+    (name, first), *others = weights.items()
+    place = Place(first, name, 0, shard)
+    if place.mesh.ndim != 1 or not place.dims:
+        raise ValueError(
+            f"{name} has placements {place.placements} on a mesh of {place.mesh.ndim} dimensions: expected (Shard(0),) "
+            "on that of the classes, mesh['tp'] as FSDP2 hands weights to a layer; where it is whole pass .to_local()"
+        )
+    found = [_local(first), *(place.same(x, other) for other, x in others)]
+    cut, local = [], []
+    for other, x in hidden.items():
+        if is_dtensor(x):
+            if x.device_mesh != place.mesh or not (x.placements[0].is_replicate() or x.placements[0].is_shard(0)):
+                raise ValueError(
+                    f"{other} has placements {tuple(x.placements)}: expected Replicate() or Shard(0) on {name}'s mesh"
+                )
+            cut.append(x.placements[0].is_shard(0))
+        elif x is not None:
+            cut.append(False)
+        local.append(_local(x) if is_dtensor(x) else x)
+    if len(set(cut)) > 1:
+        raise ValueError(f"{' and '.join(hidden)} lie differently: expected all of them whole, or all cut along axis 0")
+    whole = [x.full_tensor() if is_dtensor(x) else x for x in rows]
+    return local, found, whole, place.shard(first.shape[0]), cut[0]
