@@ -85,8 +85,9 @@ def auroc(rows: Outcome, weights: Array) -> Array:
     """Chance that a correct row is more confident than a wrong one, ties counting half; NaN without either kind."""
     order = np.argsort(rows.confidence, kind="stable")
     _, start = np.unique(rows.confidence[order], return_index=True)
-    right = np.add.reduceat(weights[:, order] * rows.correct[order], start, axis=1)
-    wrong = np.add.reduceat(weights[:, order] * (1 - rows.correct[order]), start, axis=1)
+    ordered = weights[:, order]
+    right = np.add.reduceat(ordered * rows.correct[order], start, axis=1)
+    wrong = np.add.reduceat(ordered, start, axis=1) - right
     below = wrong.cumsum(1) - wrong / 2
     return _ratio((right * below).sum(1), right.sum(1) * wrong.sum(1))
 
