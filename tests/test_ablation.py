@@ -148,6 +148,10 @@ def test_thirds_are_of_classes_by_training_rows(task: Task) -> None:
     assert sum(found.values()).tolist() == [1] * 4
     classes = {name: [task.data.classes[i] for i in which.nonzero()[:, 0]] for name, which in found.items()}
     assert (classes["frequent classes"], classes["rare classes"]) == (["blue", "grey"], ["red"])
+    test = task.data.tests[PARTS[0]]
+    seen = replace(test, label=test.label.clamp_min(1))  # class 0 is not tested
+    found = tasks.thirds(replace(task.data, tests={**task.data.tests, PARTS[0]: seen}))
+    assert sum(found.values()).tolist() == [0, 1, 1, 1]
 
 
 def test_capped_draws_a_number_or_a_share() -> None:

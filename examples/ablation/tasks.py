@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..common.data import Dataset, Names, build, capped
+from ..common.data import PARTS, Dataset, Names, build, capped
 from ..common.methods import (
     CE_STUDENT,
     CE_TEACHER,
@@ -90,8 +90,19 @@ def make(config: Config, names: Names, shift: Names, embed: Callable[[list[str]]
 
 
 def thirds(data: Dataset) -> dict[str, Tensor]:
-    """Which classes (bool [V]) are the most frequent third in training, the middle one and the rarest."""
-    count = torch.bincount(data.train.label, minlength=len(data.classes))
-    rank = count.argsort(descending=True, stable=True).argsort()
-    third = rank * 3 // len(data.classes)
-    return {name: third == i for i, name in enumerate(("frequent classes", "middling classes", "rare classes"))}
+    """Which classes (bool [V]) are the most frequent third in training, the middle one and the rarest.
+
+    Of those that are tested in distribution: a class of one string has it in training alone.
+    """
+    count, tested = (
+        torch.bincount(rows.label, minlength=len(data.classes)) for rows in (data.train, data.tests[PARTS[0]])
+    )
+    order = count.argsort(descending=True, stable=True)
+    order = order[tested[order] > 0]
+    found = {}
+    for name, third in zip(
+        ("frequent classes", "middling classes", "rare classes"), order.tensor_split(3), strict=True
+    ):
+        found[name] = torch.zeros(len(data.classes), dtype=torch.bool)
+        found[name][third] = True
+    return found
