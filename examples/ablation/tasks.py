@@ -57,7 +57,7 @@ class Config:
 FULL = {
     "babel": Config("babel", 50, 200, 80, batch=512, teacher_epochs=4, student_epochs=4),
     "geonames": Config("geonames", 1, 0.12, 4, batch=128, teacher_epochs=2, student_epochs=2, trials=5),
-    "wordnet": Config("wordnet", 20, 600, 200, batch=256, teacher_epochs=8, student_epochs=8),
+    "wordnet": Config("wordnet", 20, 600, 100, batch=256, teacher_epochs=5, student_epochs=5, trials=5),
 }
 QUICK = {
     "babel": replace(FULL["babel"], max_strings=60, max_shift=20, trials=4, teacher_epochs=2, student_epochs=2),
