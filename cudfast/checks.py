@@ -49,7 +49,7 @@ def classes_of(
         if teacher is not None and teacher.shape[-1] != width:
             raise ValueError(
                 f"{names[0]} has {width} classes on this rank and {names[1]} has {teacher.shape[-1]}: expected both "
-                "cut at the same classes"
+                "cut at the same classes; cudfast.distributed.reshard moves one of them to where the other is"
             )
         return width
     if num_classes is None and (teacher is None or teacher.shape[-1] == width):

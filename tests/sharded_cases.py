@@ -20,8 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cudfast import ClassSets, CUDLoss, DUSLoss, FusedLinearCUDLoss, FusedLinearDUSLoss, Projection, WClip
+from cudfast.distributed import reshard
 from cudfast.distributed.group import HEADER
 from cudfast.functional import cud_loss
+from examples import class_parallel
 
 from .ranks import PATIENCE, run_cases, start
 
@@ -129,7 +131,7 @@ def student_loss() -> None:
     for group, widths in groups():
         for dtype in (f32, f64):
             *logits, labels = batch(dtype)
-            for options in STUDENT:
+            for options in STUDENT if dtype is f64 else STUDENT[:2]:
                 agree(group, widths, CUDLoss, options, tuple(logits), labels % V if "save" in options else labels)
 
 
@@ -139,7 +141,7 @@ def teacher_loss() -> None:
         for dtype in (f32, f64):
             logits, _, labels = batch(dtype)
             labels[2] = 3
-            for options in TEACHER:
+            for options in TEACHER if dtype is f64 else TEACHER[:2]:
                 agree(group, widths, DUSLoss, options, (logits,), labels)
             agree(group, widths, DUSLoss, {"alpha": torch.rand(V) + 0.5}, (logits,), labels)
 
@@ -484,9 +486,38 @@ def data_parallel() -> None:
 
 
 @case
+def teachers_that_are_cut_elsewhere() -> None:
+    """Refused, unless they are moved; a teacher with fewer or more padded classes than the student."""
+    for group, widths in groups():
+        s, t, labels = batch(f64)
+        there = widths[::-1] if widths[0] != widths[-1] else [V - len(widths) + 1] + [1] * (len(widths) - 1)
+        part, elsewhere = mine(s, group, widths), mine(t, group, there)
+        loss = CUDLoss(process_group=group)
+        refused(
+            (ValueError, RuntimeError), "cut at the same classes", of=functools.partial(loss, part, elsewhere, labels)
+        )
+        moved = reshard(elsewhere, part.shape[-1], group)
+        assert torch.equal(moved, mine(t, group, widths))
+        for short in (t[:, :90], torch.cat([t, t], -1)):
+            whole = torch.cat([short, torch.full_like(t, -torch.inf)], -1)[:, :V]
+            there = [short.shape[-1] - 3 * (len(widths) - 1)] + [3] * (len(widths) - 1)
+            moved = reshard(mine(short, group, there), part.shape[-1], group)
+            assert torch.equal(moved, mine(whole, group, widths))
+
+
+@case
+def example() -> None:
+    losses = [value for value, _ in class_parallel.train(5000, 8, 16, torch.device("cpu"))]
+    assert losses[-1] < losses[0] / 2
+    said: list[Any] = [None] * 4
+    dist.all_gather_object(said, losses)
+    assert said == [losses] * 4
+
+
+@case
 def compiled() -> None:
     """fullgraph, eager's numbers, also where ranks differ in width and backward comes after another call."""
-    for group, widths in list(groups())[1::3]:
+    for group, widths in list(groups())[4:5]:
         s, t, labels = batch(f32)
         part, teacher = mine(s, group, widths).clone().requires_grad_(), mine(t, group, widths)
         loss = CUDLoss(process_group=group)
@@ -499,13 +530,13 @@ def compiled() -> None:
             close(got, wanted, widths)
 
 
-def refused(error: type, *words: str, of: Callable[[], object]) -> None:
+def refused(error: type | tuple[type, ...], *words: str, of: Callable[[], object]) -> None:
     try:
         of()
     except Exception as found:
         if isinstance(found, error) and all(word in str(found) for word in words):
             return
-        raise AssertionError(f"expected {error.__name__} with {words}") from found
+        raise AssertionError(f"expected {error} with {words}") from found
     raise AssertionError(f"nothing was raised: expected {words}")
 
 

@@ -16,7 +16,7 @@ RANKS = 4
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where every case has left what went wrong."""
     folder = tmp_path_factory.mktemp("ranks")
-    codes = spawn(sharded_cases.main, RANKS, 120, folder)
+    codes = spawn(sharded_cases.main, RANKS, 240, folder)
     (folder / "codes").write_text(str(codes))
     return folder
 

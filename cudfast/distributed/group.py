@@ -121,7 +121,7 @@ def _is_gloo(group: Any, device: torch.device) -> bool:
     return f"{device.type}:gloo" in dist.get_backend_config(group)
 
 
-def _lost(group: Any, device: torch.device, error: Exception) -> RuntimeError:
+def lost(group: Any, device: torch.device, error: Exception) -> RuntimeError:
     """The error of a collective that failed, with the ranks whose connections are closed."""
     gone = []
     if _is_gloo(group, device):
@@ -163,7 +163,7 @@ def reduce(group: Any, x: Tensor) -> Tensor:
     try:
         dist.all_reduce(x, group=group)
     except RuntimeError as error:
-        raise _lost(group, x.device, error) from error
+        raise lost(group, x.device, error) from error
     return x
 
 
@@ -173,7 +173,7 @@ def scattered(group: Any, parts: list[Tensor]) -> Tensor:
     try:
         dist.reduce_scatter(mine, parts, group=group)
     except RuntimeError as error:
-        raise _lost(group, mine.device, error) from error
+        raise lost(group, mine.device, error) from error
     return mine
 
 
@@ -186,13 +186,13 @@ class Gathering:
         try:
             self._work = dist.all_gather(list(self._all.unbind(0)), self._message, group=group, async_op=True)
         except RuntimeError as error:
-            raise _lost(group, message.device, error) from error
+            raise lost(group, message.device, error) from error
 
     def wait(self) -> Tensor:
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise _lost(self._group, self._message.device, error) from error
+            raise lost(self._group, self._message.device, error) from error
         return self._all
 
 

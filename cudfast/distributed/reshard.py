@@ -1,0 +1,59 @@
+"""Logits moved to other ranks, for models whose heads are cut at different classes: nothing else here sends any."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..reference import NOTHING
+from .group import Shard, ask, lost
+
+
+def reshard(logits: Tensor, width: int, process_group: Any) -> Tensor:
+    """The columns that this rank would have if every rank had its `width` of them, in the order of the ranks.
+
+    For a teacher whose classes are not cut where the student's are. Each rank sends the columns that others need: up to
+    all of its logits. No gradient flows.
+
+    Args:
+        logits: (..., V_r) this rank's, of a leading shape and dtype that all ranks share.
+        width: how many classes this rank is to have, as the student's logits do here. The widths may come to more than
+            there are classes, which fills up with -inf, or to fewer, which drops the last (padding that the other model
+            does not have).
+        process_group: the ranks that hold the classes.
+
+    Returns:
+        (..., width), contiguous.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as the losses over a process group.
+
+    Example:
+        >>> # teacher_logits = reshard(teacher_logits, student_logits.shape[-1], group)
+    """
+    shard = Shard.of(process_group)
+    assert shard is not None
+    alike = {"leading shape": list(logits.shape[:-1]), "dtype": str(logits.dtype)}
+    have = ask(shard, logits.device, {"classes": logits.shape[-1], **alike}).wait().sizes
+    want = ask(shard, logits.device, {"classes": width, **alike}).wait().sizes
+    rank, rows = dist.get_rank(process_group), logits.shape[:-1].numel()
+    columns = logits.detach().reshape(rows, logits.shape[-1]).t().contiguous()
+    found = columns.new_full((width, rows), NOTHING)
+    send = [_shared(have, want, rank, other) for other in range(len(have))]
+    take = [_shared(have, want, other, rank) for other in range(len(have))]
+    there = found[: sum(take)]
+    try:
+        dist.all_to_all_single(there, columns[: sum(send)], take, send, group=process_group)
+    except RuntimeError as error:
+        raise lost(process_group, logits.device, error) from error
+    return found.t().reshape(*logits.shape[:-1], width).contiguous()
+
+
+def _shared(have: list[int], want: list[int], source: int, target: int) -> int:
+    """How many classes go from one rank to another."""
+    ends = tuple(accumulate(have))[source], tuple(accumulate(want))[target]
+    begins = ends[0] - have[source], ends[1] - want[target]
+    return max(0, min(ends) - max(begins))
