@@ -98,8 +98,8 @@ def cud_loss(
         return_stats: also return `StudentStatistics` of every row, from the same pass.
         grad_out: (..., V) memory for the gradient, in the student's dtype. Without
             it, large CPU gradients come from a pool (see `cudfast.empty_cache`).
-        shard: the classes of this process where those of a row are spread over a process group; V is then their number
-            here, and everything else that of the whole. See `cudfast.CUDLoss`.
+        shard: `cudfast.distributed.Shard.of(group)`, where the classes of a row are spread over a process group; V is
+            then their number here, and everything else that of the whole. See `cudfast.CUDLoss`.
 
     Returns:
         The loss: () or, for reduction="none", (...); float32, or float64 when the logits that count are. With

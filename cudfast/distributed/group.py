@@ -204,8 +204,10 @@ class _Headers:
         text = json.dumps(given).encode()
         if "error" in given:
             text = json.dumps({"error": given["error"].encode("ascii", "replace").decode()[: HEADER - 200]}).encode()
-        if len(text) > HEADER:
-            raise AssertionError(f"a header of {len(text)} bytes")
+        elif len(text) > HEADER:
+            raise ValueError(
+                f"the header of this call takes {len(text)} bytes, more than {HEADER}: flatten leading axes"
+            )
         self._text = torch.frombuffer(bytearray(text.ljust(HEADER)), dtype=torch.uint8)
 
     def _sent(self, device: torch.device) -> Gathering:
@@ -265,7 +267,7 @@ def _layout(headers: bytes, rank: int, group_name: str) -> Layout:
     total = sum(header["mine"]["classes"] for header in said)
     if total == 0:
         raise ValueError("no rank of process_group has a class: expected logits (..., V_r) with at least one in all")
-    expected = said[0]["alike"]["classes in all"]
+    expected = said[0]["alike"].get("classes in all")
     if expected is not None and expected != total:
         raise ValueError(
             f"the ranks of process_group hold {total} classes in all, and alpha or sets are for {expected}"

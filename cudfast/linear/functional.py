@@ -170,8 +170,8 @@ def fused_linear_cud_loss(
         weight: (...) one weight per row, as in `cud_loss`.
         temperature: overrides options.temperature, as in `cud_loss`.
         num_items: replaces both divisors, as in `cud_loss`.
-        shard: the classes of this process, those of its weights, biases and teacher_logits, where the classes of a row
-            are spread over a process group; all else is whole. See `cudfast.FusedLinearCUDLoss`.
+        shard: `cudfast.distributed.Shard.of(group)`, where the classes are spread over a process group; weights, biases
+            and teacher_logits are then those of this process, all else is whole. See `cudfast.FusedLinearCUDLoss`.
         sequence_sharded: with a shard, hidden states are (S_r, ..., D), cut along their first axis over its ranks.
         return_stats: also return `StudentStatistics` of every row.
 
