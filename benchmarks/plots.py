@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from cudfast.bench.result import Result
 
@@ -40,12 +40,14 @@ def style(name: str) -> dict[str, Any]:
     return {"color": warm.get(name, "tab:pink" if "TRL" in name else "tab:purple"), "marker": "s"}
 
 
-def plain_classes(axes: Axes) -> None:
+def classes_axis(axes: Axes, classes: Sequence[int]) -> None:
+    """Logarithmic, with a tick at every V that was measured."""
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("V, classes")
     axes.grid(which="major", alpha=0.3)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e6:g}M" if v >= 1e6 else f"{v / 1e3:g}k"))
+    axes.set_xticks(classes, [f"{v / 1e6:.3g}M" if v >= 1e6 else f"{v / 1e3:.3g}k" for v in classes], rotation=30)
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 
 
@@ -60,7 +62,7 @@ def against_classes(races: Sequence[Result], path: Path) -> str:
         left.plot(classes, [1e6 * f.median_ms / (r.rows * r.classes) for r, f in seen], label=name, ms=4, **style(name))
         right.plot(classes, [f.rate for _, f in seen], ms=4, **style(name))
     for axes in (left, right):
-        plain_classes(axes)
+        classes_axis(axes, sorted({race.classes for race in races}))
     left.set_ylabel("nanoseconds per logit, N V of them")
     right.set_ylabel("GB/s of the bytes that must move")
     figure.legend(
@@ -100,7 +102,7 @@ def scaling(race: Result, path: Path) -> str:
     figure, axes = pyplot.subplots(figsize=(6, 3.4))
     axes.plot(list(lengths), [f.median_ms for f in lengths.values()], label="given gradient", **style("given gradient"))
     axes.axhline(race.contestants[race.floor].median_ms, label=race.floor, color="black", linestyle="--")
-    plain_classes(axes)
+    classes_axis(axes, list(lengths))
     axes.set_yscale("linear")
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"ms for {race.rows * race.classes:,} logits")

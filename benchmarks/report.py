@@ -187,7 +187,9 @@ def goals(found: Found) -> list[str]:
     return ["## Goals", "", *table(["", "ratio", "measured", "required", "aim", "met"], rows)] if rows else []
 
 
-def document(found: Found, folder: Path, verified: Mapping[str, Any] | None = None, *, quick: bool = False) -> str:
+def document(
+    found: Found, folder: Path, verified: Mapping[str, Any] | None = None, *, quick: bool = False, note: str = ""
+) -> str:
     """The text of benchmarks.md; its pictures go into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = ", ".join(f"{key} {value}" for key, value in found.machine.items() if value)
@@ -197,6 +199,7 @@ def document(found: Found, folder: Path, verified: Mapping[str, Any] | None = No
         "",
         "Written by `make bench`; `python -m cudfast bench` runs the core of it without the source tree.",
         f"Measured {max(found.dates, default='')} on: {facts}.",
+        *([note] if note else []),
         "",
         *short,
         ABOUT,
@@ -228,11 +231,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="say what became slower; exit with 1 if any")
     parser.add_argument("--quick", action="store_true", help="say that this was a short run")
+    parser.add_argument("--note", default="", help="a sentence about the machine")
     asked = parser.parse_args(arguments)
     found = Found(asked.json)
     verified = json.loads(asked.gpu.read_text()) if asked.gpu and asked.gpu.exists() else None
     page = asked.out / "benchmarks.md"
-    page.write_text(document(found, asked.out / PICTURES, verified, quick=asked.quick))
+    page.write_text(document(found, asked.out / PICTURES, verified, quick=asked.quick, note=asked.note))
     print(f"Written: {page}, {asked.out / PICTURES}")
     if not asked.compare:
         return 0
