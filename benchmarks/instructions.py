@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 KEPT = Path(__file__).with_name("instructions.json")
@@ -102,7 +102,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if asked.write else 0
     program = build()
     built_by = compiler()
-    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {"compiler": "", "per_logit": {}}
+    kept: dict[str, Any] = {"compiler": "", "per_logit": {}}
+    if KEPT.exists():
+        kept = json.loads(KEPT.read_text())
     if not asked.write and kept["compiler"] != built_by:
         print(f"instructions: NOT COMPARABLE, counted with {kept['compiler']}, here is {built_by}", file=sys.stderr)
         return 0
