@@ -36,15 +36,22 @@ class CMakeBuild(build_ext):
         compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
         if compiler is None or shutil.which(compiler.split()[0]) is None:
             raise RuntimeError(f"no C++ compiler found (looked for {compiler or 'c++, g++, clang++'})")
-        build = Path(self.build_temp).resolve()
+        # Where the sources are used in place, what has not changed is not compiled again.
+        build = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
         configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
+        if ninja := shutil.which("ninja"):
+            configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")  # in another place for every isolated build
         configure += os.environ.get("CMAKE_ARGS", "").split()
         jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), *jobs], check=True)
         shutil.copy2(next(build.glob("_native*.so")), package)
+        for stale in package.glob("_cuda*.so"):
+            stale.unlink()
+        for cuda in build.glob("_cuda*.so"):  # when there is an nvcc
+            shutil.copy2(cuda, package)
 
 
 setup(ext_modules=[Extension("cudfast._native", sources=[], optional=True)], cmdclass={"build_ext": CMakeBuild})

@@ -1,148 +1,26 @@
-// pybind11: launch.h for tensors, and row/ on scalars in double for the tests. Tensors are read through their Python
-// methods and no torch header is seen, so one binary serves every torch.
-#include <pybind11/pybind11.h>
+// pybind11: launch.h for tensors, and row/ on scalars in double for the tests.
 #include <pybind11/stl.h>
 
 #include <cmath>
-#include <tuple>
 #include <vector>
 
 #include "cpu/pool.h"
 #include "cpu/sweeps.h"
 #include "launch.h"
+#include "python.h"
 #include "row/element.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
 
-namespace py = pybind11;
-using namespace cudfast;
-
 namespace {
 
 // (fault, row). A fault is one of launch.h's, or kStrides: some logits' rows are not where a Matrix can find them.
 using Answer = std::pair<int, int64_t>;
 constexpr int kStrides = 4;
-struct NoLayout {};
 
 enum class Reduction : int { none = 0, sum = 1, mean = 2 };
-
-// ---- Tensors ----
-
-// A Python name, made once: for a small batch the lookups are a good part of a call.
-#define CUDFAST_NAME(name)                                               \
-  ([]() -> PyObject* {                                                   \
-    static PyObject* const interned = PyUnicode_InternFromString(#name); \
-    return interned;                                                     \
-  }())
-
-py::object checked(PyObject* result) {
-  if (!result) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
-py::object called(py::handle tensor, PyObject* method) {
-  return checked(PyObject_CallMethodNoArgs(tensor.ptr(), method));
-}
-
-int64_t integer(const py::object& value) {
-  const long long number = PyLong_AsLongLong(value.ptr());
-  if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return number;
-}
-
-// Where a tensor's data begin; null for None.
-template <class T>
-T* address(py::handle tensor) {
-  if (tensor.is_none()) return nullptr;
-  void* const data = PyLong_AsVoidPtr(called(tensor, CUDFAST_NAME(data_ptr)).ptr());
-  if (!data && PyErr_Occurred()) throw py::error_already_set();
-  return static_cast<T*>(data);
-}
-
-// torch.Size is a tuple of ints.
-py::object shape_of(py::handle tensor) { return checked(PyObject_GetAttr(tensor.ptr(), CUDFAST_NAME(shape))); }
-int64_t size_at(const py::object& shape, Py_ssize_t axis) {
-  return integer(py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(shape.ptr(), axis)));
-}
-int64_t width(const py::object& shape) { return size_at(shape, PyTuple_GET_SIZE(shape.ptr()) - 1); }
-
-// cudfast.rows.DTYPES, in the order of DType.
-DType dtype_of(py::handle tensor) {
-  static PyObject* const known = py::object(py::module_::import("cudfast.rows").attr("DTYPES")).release().ptr();
-  const py::object dtype = checked(PyObject_GetAttr(tensor.ptr(), CUDFAST_NAME(dtype)));
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(known); ++i) {
-    if (PyTuple_GET_ITEM(known, i) == dtype.ptr()) return static_cast<DType>(i);
-  }
-  throw py::type_error("a dtype that is not in cudfast.rows.DTYPES");
-}
-
-// (..., V) logits whose last axis is dense; None is absent.
-Matrix matrix(py::handle tensor) {
-  Matrix m;
-  if (tensor.is_none()) return m;
-  m.data = address<char>(tensor);
-  m.dtype = dtype_of(tensor);
-  if (called(tensor, CUDFAST_NAME(is_contiguous)).ptr() == Py_True) {
-    m.outer_stride = width(shape_of(tensor));
-  } else {
-    const py::object layout = py::module_::import("cudfast.rows").attr("row_layout")(tensor);
-    if (layout.is_none()) throw NoLayout();
-    std::tie(m.inner, m.outer_stride, m.inner_stride) = layout.cast<std::tuple<int64_t, int64_t, int64_t>>();
-  }
-  return m;
-}
-
-// cudfast.sets.ClassSets, or None.
-ClassSets make_sets(py::handle sets) {
-  if (sets.is_none()) return {};
-  return {address<const int64_t>(sets.attr("offsets")), address<const int64_t>(sets.attr("indices"))};
-}
-
-// cudfast.rows.Constraints, field by field.
-Constraints make_constraints(py::handle fields) {
-  const auto field = [&](int i) { return py::handle(PyTuple_GET_ITEM(fields.ptr(), i)); };
-  Constraints c;
-  c.near = make_sets(field(0));
-  c.wrong = make_sets(field(1));
-  c.top1 = field(2).cast<bool>();
-  c.bounds = address<const double>(field(3));
-  c.relax = field(4).cast<bool>();
-  return c;
-}
-
-// cudfast.rows.Rows, field by field.
-Rows make_rows(const py::tuple& fields, int64_t ignore_index, int64_t unlabeled_index, int threads) {
-  const auto field = [&](int i) { return py::handle(PyTuple_GET_ITEM(fields.ptr(), i)); };
-  Rows rows;
-  rows.logits = matrix(field(0));
-  rows.target = matrix(field(1));
-  rows.labels = address<const int64_t>(field(2));
-  rows.weight = address<const double>(field(3));
-  rows.per_row = address<const double>(field(4));
-  rows.scalar = field(5).cast<double>();
-  rows.classes = field(7).cast<int64_t>();
-  if (!field(8).is_none()) rows.constraints = make_constraints(field(8));
-  const py::object shape = shape_of(field(0));
-  rows.padded = width(shape);
-  rows.rows = 1;
-  for (Py_ssize_t axis = 0; axis + 1 < PyTuple_GET_SIZE(shape.ptr()); ++axis) rows.rows *= size_at(shape, axis);
-  rows.ignore_index = ignore_index;
-  rows.unlabeled_index = unlabeled_index;
-  rows.threads = threads;
-  return rows;
-}
-
-// cudfast.rows.State, or None.
-void set_state(Outputs& out, const py::object& state) {
-  if (state.is_none()) return;
-  out.state = address<void>(PyTuple_GET_ITEM(state.ptr(), 0));
-  out.top1 = address<int64_t>(PyTuple_GET_ITEM(state.ptr(), 1));
-}
-double* divisors_in(const py::object& state) {
-  return state.is_none() ? nullptr : address<double>(PyTuple_GET_ITEM(state.ptr(), 2));
-}
 
 // ---- The two sweeps ----
 
@@ -336,13 +214,7 @@ void define_row(py::module_ row) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native CPU kernels of cudfast.";
-  py::class_<StudentOptions>(m, "StudentOptions")
-      .def(py::init<double, double, bool, double, double>(), py::arg("kd_weight"), py::arg("ce_weight"),
-           py::arg("clip"), py::arg("budget"), py::arg("margin"));
-  py::class_<TeacherOptions>(m, "TeacherOptions")
-      .def(py::init<double, double, double, double, double, double, double, bool>(), py::arg("ce_weight"),
-           py::arg("focal_weight"), py::arg("entropy_weight"), py::arg("gamma"), py::arg("gate_threshold"),
-           py::arg("gate_scale"), py::arg("gate_power"), py::arg("differentiate_gate"));
+  define_options(m);
   m.def("student_state", row_state<StudentOptions>);
   m.def("teacher_state", row_state<TeacherOptions>);
   m.def("student_gradient", row_gradient<StudentOptions>);

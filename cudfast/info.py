@@ -19,6 +19,8 @@ _KNOWN_LOSS = 1.3487058729273549
 
 def _device(backend: str) -> str | None:
     """Where a backend can be checked here."""
+    if backend == "cuda":
+        return "cuda" if torch.cuda.is_available() else None
     if backend != "triton":
         return "cpu"
     return next((name for name in backends.GPUS if torch.get_device_module(name).is_available()), None)
@@ -70,6 +72,8 @@ def describe() -> tuple[str, bool]:
         good = good and verdict.startswith(("ok", "left out"))
         lines.append((f"backend {name}", f"available, self-check {verdict}"))
     lines += _native_lines()
+    if not isinstance(cuda := backends.load("cuda"), str):
+        lines.append(("CUDA kernels for", f"{cuda.ARCHITECTURES}; opt-in"))  # type: ignore[attr-defined]
     lines.append(("default backend", os.environ.get("CUDFAST_BACKEND") or "auto"))
     width = max(len(key) for key, _ in lines)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in lines), good

@@ -20,7 +20,7 @@ from .projection import Projection
 
 Reduction = Literal["none", "sum", "mean"]
 Save = Literal["auto", "state", "gradient"]
-BackendName = Literal["auto", "reference", "native", "triton"]
+BackendName = Literal["auto", "reference", "native", "triton", "cuda"]
 
 NUMBERS = (int, float, np.integer, np.floating)
 
@@ -107,7 +107,8 @@ class LossOptions:
             cache; the inputs are held, too, for a second backward. "auto": "gradient" for scalar reductions, "state"
             for reduction="none" and for float16 logits.
         inplace: write the gradient over the logits, which hold it after backward; no (N, V) memory at all.
-        backend: "auto", "native" (C++ on the CPU), "triton" (GPUs) or "reference" (PyTorch, any device).
+        backend: "auto", "native" (C++ on the CPU), "triton" (GPUs), "cuda" (NVIDIA GPUs,
+            opt-in: CUDA C++) or "reference" (PyTorch, any device).
         check_finite: raise ValueError naming the first row whose loss is NaN, at the cost of a read of the row states.
     """
 

@@ -133,6 +133,7 @@ def test_grad_scaler_with_half_students() -> None:
     close(tuple(g.float() / 2**10 for g in found), grads(wide.fused(), wide.leaves), 2e-3)
 
 
+@pytest.mark.parametrize("backend", ["native", "triton", "reference"])
 def test_projection_in_chunks_of_rows(backend: str) -> None:
     x = Batch(classes=400)
     near = ClassSets.from_groups(torch.arange(400) // 20)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cudfast import CUDOptions, DUSOptions, WClip, reference
-from cudfast.backends.native import _native, _native_options
+from cudfast.backends.native import _native
+from cudfast.backends.packed import packed_options
 
 row = _native.row
 f64 = torch.float64
@@ -102,7 +103,7 @@ def test_teacher(seed: int) -> None:
             continue
         loss = reference.teacher_finish(reference.TeacherState(*tensors(state)), alpha, options)
         c = reference.teacher_coefficients(loss, torch.tensor([1.5], dtype=f64))
-        got = row.teacher_finish(state, 0.7, _native_options(options), 1.5)
+        got = row.teacher_finish(state, 0.7, packed_options(_native, options), 1.5)
         same(got, (loss.value, loss.entropy, *c))
         for x in (0.0, -3.0, -INF):
             log_z = math.log(state[1])
@@ -138,7 +139,7 @@ def test_replace_and_finish(seed: int) -> None:
     tau, kd, ce = (torch.tensor([v], dtype=f64) for v in (2.0, 0.3, 0.4 if labelled else 0.0))
     loss = reference.student_finish(state, torch.tensor([labelled]), tau, options)
     c = reference.student_coefficients(state, loss, tau, kd, ce)
-    got = row.student_finish(values, labelled, 2.0, _native_options(options), 0.3, float(ce))
+    got = row.student_finish(values, labelled, 2.0, packed_options(_native, options), 0.3, float(ce))
     same(got, (loss.kd, loss.ce, loss.z_tau, loss.impossible, *c))
     for dt, ds in itertools.product((0.0, -2.0, -INF), repeat=2):
         element = reference.student_element(c, *(torch.tensor([v], dtype=f64) for v in (dt, ds)), 0.5)
@@ -155,7 +156,7 @@ def test_focal_and_gate(log_p: float, gamma: float) -> None:
     assert not term.slope.isnan()
     options = DUSOptions(gate_power=gamma, gate_scale=1.3)
     weight = reference.gate(p, options)
-    same(row.gate(log_p, _native_options(options)), weight)
+    same(row.gate(log_p, packed_options(_native, options)), weight)
     assert not weight.slope.isnan()
 
 

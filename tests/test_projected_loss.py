@@ -17,6 +17,13 @@ from cudfast.functional import cud_loss
 
 from .test_temperature import awkward
 
+
+@pytest.fixture(params=["native", "triton", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Those that have the projection."""
+    return str(request.param)
+
+
 f32, f64 = torch.float32, torch.float64
 INF = torch.inf
 

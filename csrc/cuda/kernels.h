@@ -27,7 +27,13 @@ struct Chunks {
     end = begin + each < all ? begin + each : all;
   }
   CUDFAST_KERNEL int64_t column(int chunk) const { return static_cast<int64_t>(chunk) * width - shift; }
-  CUDFAST_KERNEL bool whole(int chunk) const { return column(chunk) >= 0 && column(chunk) + width <= classes; }
+  // Elements [low, high) of a chunk are the row's.
+  CUDFAST_KERNEL int low(int chunk) const { return chunk == 0 ? shift : 0; }
+  CUDFAST_KERNEL int high(int chunk) const {
+    const int64_t left = classes - column(chunk);
+    return left < width ? static_cast<int>(left) : width;
+  }
+  CUDFAST_KERNEL bool whole(int chunk) const { return low(chunk) == 0 && high(chunk) == width; }
   CUDFAST_KERNEL int64_t first() const { return begin == 0 ? 0 : column(begin); }
   CUDFAST_KERNEL int64_t last() const { return column(end) < classes ? column(end) : classes; }
 };
@@ -42,7 +48,7 @@ struct RowKernel {
 
   // What a block shares.
   struct Board {
-    State part;
+    State part, whole;
     typename Loss::Map map;
   };
   static_assert(sizeof(Board) <= kHeaderBytes - kScratchBytes, "does not fit");
@@ -85,9 +91,10 @@ struct RowKernel {
         }
         return;
       }
+      const int low = chunks.low(chunk), high = chunks.high(chunk);
       CUDFAST_UNROLL
       for (int j = 0; j < width; ++j) {
-        const bool inside = column + j >= 0 && column + j < chunks.classes;
+        const bool inside = j >= low && j < high;
         for (int a = 0; a < Loss::arrays; ++a) {
           v[a][j] = inside ? rows[a].template load<R>(column + j) : kNothing<R>;
         }
@@ -100,9 +107,10 @@ struct RowKernel {
         narrow(g, gradient.dtype(), gradient.template lines<width>(column));
         return;
       }
+      const int low = chunks.low(chunk), high = chunks.high(chunk);
       CUDFAST_UNROLL
       for (int j = 0; j < width; ++j) {
-        if (column + j >= 0 && column + j < chunks.classes) gradient.store(column + j, g[j]);
+        if (j >= low && j < high) gradient.store(column + j, g[j]);
       }
     }
   };
@@ -157,9 +165,8 @@ struct RowKernel {
     x.each([&](Thread th) {
       const View view = this->view(x, th, row);
       sums[th] = Loss::around(part[th], top[th], inv_tau, [&](int array, int chunk, R value) {
-        for (int j = 0; j < width; ++j) {
+        for (int j = view.chunks.low(chunk); j < view.chunks.high(chunk); ++j) {
           const int64_t column = view.chunks.column(chunk) + j;
-          if (column < 0 || column >= view.chunks.classes) continue;
           if (view.rows[array].template load<R>(column) == value) return column;
         }
         return kBeaten;
@@ -202,13 +209,11 @@ struct RowKernel {
     collect(x, row, m, whole);
     x.each([&](Thread th) {
       if (th.index != 0) return;
-      const State state = whole[th];
-      const Upstream& up = call.upstream;
-      const double upstream = up.data ? get(up.data, sizeof(R) == 8, up.per_row ? row : 0) : 1.0;
-      const Divisors divisors{call.divisors[0], call.divisors[1]};
-      const double value = loss.finish(state, m, divisors, upstream, x.shared<Board>(th.rank).map);
+      Board& board = x.shared<Board>(th.rank);
+      board.whole = whole[th];
+      const double value = cudfast::finish(call, loss.options, row, board.whole, board.map);
       if (!writes(x, th) || call.from == From::state) return;
-      pack(state, call.out, sizeof(R) == 8, row);
+      pack(board.whole, call.out, sizeof(R) == 8, row);
       if (call.out.loss) static_cast<double*>(call.out.loss)[row] = value;
     });
     x.join();
@@ -242,7 +247,7 @@ struct RowKernel {
 
   CUDFAST_KERNEL void operator()(Executor& x) const {
     const int row = x.block(0) / call.split;
-    const Marks m = Loss::marks_of(call.rows, row);
+    const Marks m = marks_of(call.rows, loss.options, row);
     if (!m.ignored) {
       if (call.from == From::logits) fold(x, row, m);
       if (call.only_parts) {

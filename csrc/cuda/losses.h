@@ -18,6 +18,10 @@ CUDFAST_KERNEL R centred(R m) {
   return m == kNothing<R> ? R(0) : m;
 }
 
+CUDFAST_KERNEL double upstream_of(const Call& call, bool wide, int row) {
+  return call.upstream.data ? get(call.upstream.data, wide, call.upstream.per_row ? row : 0) : 1.0;
+}
+
 // Whether a sum met -inf or NaN: then its chunk is folded once more, the one way that tells them apart.
 template <class R>
 CUDFAST_KERNEL bool broken(R sum) {
@@ -45,6 +49,55 @@ CUDFAST_KERNEL void set(Fixed<R>& to, const Fixes& f, bool counts) {
   }
 }
 
+CUDFAST_KERNEL Marks marks_of(const Rows& rows, const StudentOptions&, int row) {
+  return marks(rows, row, kLowestTemperature, kHighestTemperature);
+}
+CUDFAST_KERNEL Marks marks_of(const Rows& rows, const TeacherOptions&, int row) {
+  return marks(rows, row, std::numeric_limits<double>::denorm_min(), std::numeric_limits<double>::max());
+}
+
+template <class R>
+struct StudentMap : Fixed<R> {
+  StudentGradient<R> c;
+  R c_s, c_t, inv_tau;
+};
+
+// The row's value, and what its map needs.
+template <class R>
+CUDFAST_KERNEL double finish(const Call& call, const StudentOptions& options, int row, const StudentState<double>& state,
+                           StudentMap<R>& map) {
+  const Marks m = marks_of(call.rows, options, row);
+  const StudentRow end = finish_row(state, m.labelled, m.value, row_weights(m.ignored, m.labelled, m.weight), options,
+                                    {call.divisors[0], call.divisors[1]}, upstream_of(call, sizeof(R) == 8, row));
+  set(map, fixes(state, end, m.label, m.value), end.counts);
+  map.c = {static_cast<R>(end.gradient.student_tau), static_cast<R>(end.gradient.teacher_tau),
+           static_cast<R>(end.gradient.student_one), R(0)};
+  map.c_s = static_cast<R>(centred(state.m_s));
+  map.c_t = static_cast<R>(centred(state.m_t));
+  map.inv_tau = static_cast<R>(1 / m.value);
+  return end.value;
+}
+
+template <class R>
+struct TeacherMap : Fixed<R> {
+  TeacherGradient<R> c;
+  R centre, inv_z, log_z;
+};
+
+template <class R>
+CUDFAST_KERNEL double finish(const Call& call, const TeacherOptions& options, int row,
+                             const TeacherState<double>& state, TeacherMap<R>& map) {
+  const Marks m = marks_of(call.rows, options, row);
+  const TeacherRow end = finish_row(state, m.value, row_weights(m.ignored, m.labelled, m.weight), options,
+                                    {call.divisors[0], call.divisors[1]}, upstream_of(call, sizeof(R) == 8, row));
+  set(map, fixes(state, end, m.label), end.counts);
+  map.c = {static_cast<R>(end.gradient.one), static_cast<R>(end.gradient.log), R(0)};
+  map.centre = static_cast<R>(centred(state.m));
+  map.inv_z = static_cast<R>(1 / state.z);
+  map.log_z = static_cast<R>(end.loss.log_z);
+  return end.value;
+}
+
 // P: the temperature when it is known to the compiler, else 0.
 template <int P, int D, class R_>
 struct Student {
@@ -56,10 +109,6 @@ struct Student {
   using Values = R[arrays][chunk];  // the student's, the teacher's
 
   StudentOptions options;
-
-  CUDFAST_KERNEL static Marks marks_of(const Rows& rows, int64_t row) {
-    return marks(rows, row, kLowestTemperature, kHighestTemperature);
-  }
 
   template <int Ones, bool Holes>
   CUDFAST_KERNEL static StudentSums<F> sums_of(const Values& v, R c_s, R c_t, R inv_tau) {
@@ -165,21 +214,7 @@ struct Student {
     return unpack_student(from, wide, row);
   }
 
-  struct Map : Fixed<R> {
-    StudentGradient<R> c;
-    R c_s, c_t, inv_tau;
-  };
-  CUDFAST_KERNEL double finish(const State& state, const Marks& m, Divisors divisors, double upstream, Map& map) const {
-    const StudentRow row = finish_row(state, m.labelled, m.value, row_weights(m.ignored, m.labelled, m.weight), options,
-                                      divisors, upstream);
-    set(map, fixes(state, row, m.label, m.value), row.counts);
-    map.c = {static_cast<R>(row.gradient.student_tau), static_cast<R>(row.gradient.teacher_tau),
-             static_cast<R>(row.gradient.student_one), R(0)};
-    map.c_s = static_cast<R>(centred(state.m_s));
-    map.c_t = static_cast<R>(centred(state.m_t));
-    map.inv_tau = static_cast<R>(1 / m.value);
-    return row.value;
-  }
+  using Map = StudentMap<R>;
   CUDFAST_KERNEL static void map(const Map& m, const Values& v, R (&g)[chunk]) {
     const StudentGradient<F> c{F(m.c.student_tau), F(m.c.teacher_tau), F(m.c.student_one), F(0)};
     CUDFAST_UNROLL
@@ -201,10 +236,6 @@ struct Teacher {
   using Values = R[arrays][chunk];
 
   TeacherOptions options;
-
-  CUDFAST_KERNEL static Marks marks_of(const Rows& rows, int64_t row) {
-    return marks(rows, row, std::numeric_limits<double>::denorm_min(), std::numeric_limits<double>::max());
-  }
 
   template <bool Holes>
   CUDFAST_KERNEL static TeacherSums<F> sums_of(const Values& v, R c) {
@@ -269,20 +300,7 @@ struct Teacher {
     return unpack_teacher(from, wide, row);
   }
 
-  struct Map : Fixed<R> {
-    TeacherGradient<R> c;
-    R centre, inv_z, log_z;
-  };
-  CUDFAST_KERNEL double finish(const State& state, const Marks& m, Divisors divisors, double upstream, Map& map) const {
-    const TeacherRow row =
-        finish_row(state, m.value, row_weights(m.ignored, m.labelled, m.weight), options, divisors, upstream);
-    set(map, fixes(state, row, m.label), row.counts);
-    map.c = {static_cast<R>(row.gradient.one), static_cast<R>(row.gradient.log), R(0)};
-    map.centre = static_cast<R>(centred(state.m));
-    map.inv_z = static_cast<R>(1 / state.z);
-    map.log_z = static_cast<R>(row.loss.log_z);
-    return row.value;
-  }
+  using Map = TeacherMap<R>;
   CUDFAST_KERNEL static void map(const Map& m, const Values& v, R (&g)[chunk]) {
     const TeacherGradient<F> c{F(m.c.one), F(m.c.log), F(0)};
     CUDFAST_UNROLL

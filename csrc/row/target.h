@@ -24,7 +24,7 @@ CUDFAST_HD inline Clip<R> wclip(R u, R budget, R margin) {
   clip.t_y = u;
   if (clip.r > 0) {  // r = 0 leaves both logits exactly as they are, whatever u is
     clip.t_k = std::log1p(-clip.r);
-    clip.t_y = std::log((1 + below_one) + clip.r);
+    clip.t_y = log((1 + below_one) + clip.r);
   }
   return clip;
 }
@@ -47,13 +47,13 @@ CUDFAST_HD inline TargetSums<R> replace(const StudentState<R>& state, const Clip
     sums.impossible = 1;
     return sums;
   }
-  const R mass_k = std::exp(new_k);
-  const R mass_y = std::exp(new_y);
+  const R mass_k = exp(new_k);
+  const R mass_y = exp(new_y);
   sums.z_tau += (mass_k - 1) + mass_y;  // exp((t_k - m_t) / tau) was exactly 1
   sums.a += (mass_k * (new_k - w_k) + w_k) + mass_y * (new_y - w_y);
   if (state.t_y > kNothing<R>) {  // a label at -inf had contributed nothing
     const R old_y = (state.t_y - state.m_t) * inv_tau;
-    const R mass_old = std::exp(old_y);
+    const R mass_old = exp(old_y);
     sums.z_tau -= mass_old;
     sums.a -= mass_old * (old_y - w_y);
   }
@@ -65,7 +65,7 @@ CUDFAST_HD inline TargetSums<R> replace(const StudentState<R>& state, const Clip
 template <class R>
 CUDFAST_HD inline R log_add(R a, R b) {
   const R high = a > b ? a : b, low = a > b ? b : a;
-  return high == kNothing<R> ? high : high + std::log1p(std::exp(low - high));
+  return high == kNothing<R> ? high : high + std::log1p(exp(low - high));
 }
 
 // Log masses of the target on N, on W and on the rest; which bounds bind, and which cannot be met.          [masses]
@@ -86,14 +86,14 @@ CUDFAST_HD inline Masses<R> masses(R near, R wrong, R rest, R low, R high) {
   Masses<R> target{n, w, r, false, false, low > 0 && n == kNothing<R>, high < 1 && not_wrong == kNothing<R>};
   if (target.no_near) low = 0;  // the nearest that can be met
   if (target.all_wrong) high = 1;
-  const R log_low = std::log(low), log_high = std::log(high), left = std::log1p(-low), lost = std::log1p(-high);
+  const R log_low = log(low), log_high = log(high), left = std::log1p(-low), lost = std::log1p(-high);
   const bool wrong_over = w > log_high, near_under = n < log_low;
   const R n_alone = n + (lost - not_wrong), w_alone = w + (left - not_near);  // when only the other bound binds
   target.wrong_binds = near_under ? !(w_alone <= log_high) : wrong_over;
   target.near_binds = wrong_over ? !(n_alone >= log_low) : near_under;
   if (target.near_binds && target.wrong_binds) {
     const R both = 1 - low - high;
-    target.rest = both > 0 ? std::log(both) : kNothing<R>;
+    target.rest = both > 0 ? log(both) : kNothing<R>;
   } else if (target.wrong_binds) {
     target.near = n_alone;
     target.rest = r + (lost - not_wrong);
@@ -143,7 +143,7 @@ CUDFAST_HD inline void fold(TemperedSums<F>& sums, F x, F beta) {
 // log sum exp(beta t); -inf for a set without classes that can happen.
 template <class R>
 CUDFAST_HD inline R log_mass(const TemperedState<R>& state, R beta) {
-  return state.z == 0 ? kNothing<R> : beta * state.m + std::log(state.z);
+  return state.z == 0 ? kNothing<R> : beta * state.m + log(state.z);
 }
 
 // H = sum M (h - log M) over N, W and the rest, h the entropy within; its slope with respect to beta^2 is minus half a
@@ -163,8 +163,8 @@ CUDFAST_HD inline Entropy<R> entropy(const TemperedState<R> (&sets)[3], const Ma
     free[i] = at[i] = 0;
     const TemperedState<R>& set = sets[i];
     if (set.z == 0 || log_m[i] == kNothing<R>) continue;
-    const R m = std::exp(log_m[i]), centre = set.e / set.z;
-    value += m * (std::log(set.z) - beta * centre - log_m[i]);
+    const R m = exp(log_m[i]), centre = set.e / set.z;
+    value += m * (log(set.z) - beta * centre - log_m[i]);
     variance += m * (set.v / set.z - centre * centre);
     at[i] = set.m + centre;
     free[i] = binds[i] ? R(0) : m;
@@ -201,10 +201,10 @@ CUDFAST_HD inline R temper(const End<R>& low, const End<R>& high, R wanted) {
   const R middle = low.beta > 0 ? std::sqrt(low.beta * high.beta) : high.beta / 4;
   R from_low = std::sqrt(-above / low.found.slope);
   if (low.beta > 0) {
-    from_low = left < above ? low.beta + std::log(left / drop) * drop / (2 * low.beta * low.found.slope)
-                            : low.beta * std::exp(-above / (2 * u * low.found.slope));
+    from_low = left < above ? low.beta + log(left / drop) * drop / (2 * low.beta * low.found.slope)
+                            : low.beta * exp(-above / (2 * u * low.found.slope));
   }
-  const R from_high = high.beta * std::exp(left / (2 * high.beta * high.beta * high.found.slope));
+  const R from_high = high.beta * exp(left / (2 * high.beta * high.beta * high.found.slope));
   const bool low_good = from_low > low.beta && from_low <= middle;
   const bool high_good = from_high < high.beta && from_high >= middle;
   if (low_good && (above < left || !high_good)) return from_low;

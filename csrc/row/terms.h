@@ -60,14 +60,14 @@ template <class R>
 CUDFAST_HD inline R kd_value(const StudentState<R>& state, const TargetSums<R>& target, R tau) {
   if (state.m_t == kNothing<R> || state.m_s == kNothing<R>) return std::numeric_limits<R>::quiet_NaN();
   if (target.impossible > 0) return std::numeric_limits<R>::infinity() + 0 * (target.z_tau * state.s_tau);
-  const R kl = target.a / target.z_tau + std::log(state.s_tau / target.z_tau);
+  const R kl = target.a / target.z_tau + log(state.s_tau / target.z_tau);
   return kl < 0 ? R(0) : tau * tau * kl;
 }
 
 // -log p_y = log S1 - (s_y - m_s)                                                                               [ce]
 template <class R>
 CUDFAST_HD inline R ce_value(R s_one, R s_y, R m_s) {
-  return std::log(s_one) - (s_y - m_s);
+  return log(s_one) - (s_y - m_s);
 }
 
 // Coefficients of dL/ds_j, what element.h needs of a row.                                         [student-gradient]
@@ -154,7 +154,7 @@ struct TeacherLoss {
 template <class R>
 CUDFAST_HD inline TeacherLoss<R> finish(const TeacherState<R>& state, R alpha, const TeacherOptions& o) {
   TeacherLoss<R> loss;
-  loss.log_z = std::log(state.z);
+  loss.log_z = log(state.z);
   loss.entropy = loss.log_z - state.e / state.z;
   const R log_p = (state.z_y - state.m) - loss.log_z;
   if (o.ce_weight > 0) {

@@ -12,7 +12,7 @@ import torch
 
 from ..rows import Backend, vector_dtype
 
-NAMES = ("native", "triton", "reference")
+NAMES = ("native", "triton", "cuda", "reference")
 GPUS = ("cuda", "xpu")  # as torch names them; ROCm is "cuda", too
 
 
@@ -70,8 +70,23 @@ def _fits(name: str, device: torch.device) -> str:
         found = load(name)
         if not (device.type == "cpu" and not isinstance(found, str) and found.interpreted()):  # type: ignore[attr-defined]
             return "works on GPU tensors (and on CPU tensors when TRITON_INTERPRET=1 is set, one element at a time)"
+    if name == "cuda":
+        return _fits_cuda(device)
     if name == "triton" and device.type in GPUS and (missing := lacking(device)):
         return f"does not work on this GPU ({missing})"
+    return ""
+
+
+def _fits_cuda(device: torch.device) -> str:
+    found = load("cuda")
+    assert not isinstance(found, str)
+    if device.type == "cpu" and found.emulated():  # type: ignore[attr-defined]
+        return ""
+    if device.type != "cuda" or torch.version.hip:
+        return "works on tensors on NVIDIA GPUs (and on CPU tensors when CUDFAST_CUDA_EMULATE=1 is set, for tests)"
+    gpu = torch.cuda.get_device_properties(device)
+    if (gpu.major, gpu.minor) < found.OLDEST:  # type: ignore[attr-defined]
+        return f"needs compute capability 7.5 or newer ({gpu.name} has {gpu.major}.{gpu.minor})"
     return ""
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
@@ -15,6 +13,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ...machine import Loop, Machine, listings, loop_of, resources
 from . import projected, search, student, teacher
 from .launch import TWO_PROGRAMS, plan
 
@@ -109,30 +108,6 @@ def compile(variant: Variant, dtype: str, target: str, classes: int = 32_000) ->
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
-class Loop(NamedTuple):
-    """One innermost loop that makes exponentials: counts per iteration of a thread (a wave's lane)."""
-
-    instructions: int  # without those behind a jump that is mostly taken: a new maximum is rare
-    exponentials: int
-    bytes_read: int
-    bytes_written: int
-    narrowest: int  # bytes of the narrowest access of global memory
-
-
-class Machine(NamedTuple):
-    """What the compiler made of a kernel."""
-
-    registers: int
-    stack: int  # bytes, spills among them
-    shared: int  # bytes
-    threads: int  # per program
-    loops: tuple[Loop, ...]  # main loops: whole blocks of a row. What is left of it, and sets of classes, are none
-
-
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
 def _loops(code: list[tuple[int, str]], jumps: Iterable[tuple[int, int]], exponential: str) -> list[list[str]]:
     """Bodies of the innermost loops with exponentials, without what they mostly skip; `jumps` are (from, to).
 
@@ -157,50 +132,15 @@ def _loops(code: list[tuple[int, str]], jumps: Iterable[tuple[int, int]], expone
     ]
 
 
-def _nvidia_width(access: str) -> int:
-    """Bytes of an access such as LDG.E.128."""
-    found = re.search(r"\.[US]?(8|16|64|128)\b", access)
-    return int(found[1]) // 8 if found else 4
-
-
-def _nvidia_loop(body: list[str]) -> Loop:
-    counts = Counter[str]()
-    widths = []
-    for text in body:
-        if found := re.search(r"\b(LDG|STG)\.\S+", text):
-            widths.append(_nvidia_width(found[0]))
-            counts[found[1]] += widths[-1]
-        counts["EX2"] += "MUFU.EX2" in text
-    return Loop(len(body), counts["EX2"], counts["LDG"], counts["STG"], min(widths, default=0))
-
-
 def nvidia(compiled: Any) -> Machine:
     """From the cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, listing = (
-            subprocess.run([_tool(name), option, file.name], capture_output=True, text=True, check=True).stdout
-            for name, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    labels: dict[str, int] = {}
-    code: list[tuple[int, str]] = []
-    jumps: list[tuple[int, str]] = []
-    waiting: list[str] = []
-    for line in listing.splitlines():
-        if label := re.match(r"^(\.L_\S+):", line):
-            waiting.append(label[1])
-        elif instruction := re.match(r"\s+/\*([0-9a-f]+)\*/\s+(.*?)\s*;", line):
-            at = int(instruction[1], 16)
-            labels |= dict.fromkeys(waiting, at)
-            waiting = []
-            code.append((at, instruction[2]))
-            if branch := re.search(r"\bBRA\b.*?`\((\.L_\S+)\)", instruction[2]):
-                jumps.append((at, branch[1]))
-    bodies = _loops(code, ((at, labels[to]) for at, to in jumps if to in labels), "MUFU.EX2")
-    loops = tuple(map(_nvidia_loop, bodies))
-    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
-    return Machine(registers, stack, compiled.metadata.shared, compiled.metadata.num_warps * 32, loops)
+        (usage,), (code,) = resources(file.name).values(), listings(file.name).values()
+    bodies = _loops(code.instructions, code.jumps, "MUFU.EX2")
+    threads = compiled.metadata.num_warps * 32
+    return Machine(usage["REG"], usage["STACK"], compiled.metadata.shared, threads, tuple(map(loop_of, bodies)))
 
 
 _AMD_WIDTHS = {"ubyte": 1, "byte": 1, "ushort": 2, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}

@@ -1,0 +1,101 @@
+// pybind11: the two sweeps on a GPU, or in the emulation where the device is -1. Nothing waits for the GPU.
+#include <memory>
+#include <stdexcept>
+
+#include "../python.h"
+#include "launch.h"
+
+namespace {
+
+struct Device {
+  const Kernels& kernels;
+  Machine machine;
+  void* stream;
+
+  Device(int device, uintptr_t on)
+      : kernels(device < 0 ? cudfast::kernels<Where::emulated>() : cudfast::kernels<Where::device>()),
+        stream(reinterpret_cast<void*>(on)) {
+    ask(kernels.machine(device, machine), "the CUDA device " + std::to_string(device) + " cannot be used: ");
+  }
+  static void ask(const char* error, const std::string& what) {
+    if (error) throw std::runtime_error(what + error);
+  }
+};
+
+// Both sweeps are false for logits whose rows a Matrix cannot walk.
+template <class Options>
+bool row_state(const py::tuple& fields, const Options& options, int64_t ignore_index, int64_t unlabeled_index,
+               int device, uintptr_t stream, bool statistics, const py::object& divisors, const py::object& loss,
+               const py::object& state, const py::object& gradient, const py::object& parts) try {
+  Call call;
+  call.rows = make_rows(fields, ignore_index, unlabeled_index, 1);
+  call.divisors = address<const double>(divisors);
+  call.statistics = statistics;
+  call.out.loss = address<void>(loss);
+  set_state(call.out, state);
+  call.out.gradient = matrix(gradient);
+  call.parts = address<void>(parts);
+  const py::gil_scoped_release unlocked;
+  const Device on(device, stream);
+  sweep(on.kernels, call, options, on.machine, on.stream);
+  return true;
+} catch (const NoLayout&) {
+  return false;
+}
+
+template <class Options>
+bool row_gradient(const py::tuple& fields, const Options& options, int64_t ignore_index, int64_t unlabeled_index,
+                  int device, uintptr_t stream, const py::object& upstream, bool per_row_upstream,
+                  const py::object& state, const py::object& gradient) try {
+  Call call;
+  call.rows = make_rows(fields, ignore_index, unlabeled_index, 1);
+  call.from = From::state;
+  call.divisors = divisors_in(state);
+  call.upstream = {address<const void>(upstream), per_row_upstream};
+  set_state(call.out, state);
+  call.out.gradient = matrix(gradient);
+  const py::gil_scoped_release unlocked;
+  const Device on(device, stream);
+  sweep(on.kernels, call, options, on.machine, on.stream);
+  return true;
+} catch (const NoLayout&) {
+  return false;
+}
+
+void count(const py::tuple& fields, int64_t ignore_index, int64_t unlabeled_index, int device, uintptr_t stream,
+           const py::object& divisors) {
+  const Rows rows = make_rows(fields, ignore_index, unlabeled_index, 1);
+  const Device on(device, stream);
+  Device::ask(on.kernels.count(rows, address<double>(divisors), on.stream), "the CUDA kernel that counts rows: ");
+}
+
+bool scale(const py::object& gradient, int device, uintptr_t stream, const py::object& upstream, bool per_row) try {
+  const Matrix g = matrix(gradient);
+  const py::object shape = shape_of(gradient);
+  const int64_t columns = width(shape), rows = integer(called(gradient, CUDFAST_NAME(numel))) / columns;
+  const Device on(device, stream);
+  const Upstream by{address<const void>(upstream), per_row};
+  Device::ask(on.kernels.scale(g, rows, columns, by, shared_rows(rows, columns, on.machine.processors), on.stream),
+              "the CUDA kernel that scales a gradient: ");
+  return true;
+} catch (const NoLayout&) {
+  return false;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of cudfast.";
+  define_options(m);
+  m.def("student_state", row_state<StudentOptions>);
+  m.def("teacher_state", row_state<TeacherOptions>);
+  m.def("student_gradient", row_gradient<StudentOptions>);
+  m.def("teacher_gradient", row_gradient<TeacherOptions>);
+  m.def("count", count);
+  m.def("scale", scale);
+  m.def("parts", [](int64_t rows, int64_t classes, int device) {
+    return shared_rows(rows, classes, Device(device, 0).machine.processors);
+  });
+  m.attr("PART") = static_cast<int>(sizeof(StudentState<double>) / sizeof(double));
+  m.attr("ARCHITECTURES") = CUDFAST_CUDA_ARCHS;
+}

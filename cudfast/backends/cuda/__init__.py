@@ -1,0 +1,121 @@
+"""The CUDA C++ kernels, opt-in: NVIDIA GPUs from compute capability 7.5.
+
+Nothing of a call is read on the host, as in the Triton backend: a label that is no class, a weight or a temperature out
+of range makes its row's loss NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+from torch import Tensor
+
+from ...options import CUDOptions, DUSOptions
+from ...rows import Rows, State, columns_of, compute_dtype, divisors_of
+from ..packed import Kernels, copied, kernels
+
+try:
+    import cudfast._cuda as _cuda
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "the CUDA kernels were not built when cudfast was installed: there was no nvcc, or CUDFAST_CUDA=0. "
+        "Install the CUDA toolkit, then install cudfast again with CUDFAST_CUDA=1 pip install --force-reinstall"
+    ) from error
+except ImportError as error:
+    raise ImportError(f"the CUDA kernels do not load: {error}") from error
+
+ARCHITECTURES: str = _cuda.ARCHITECTURES
+OLDEST = (7, 5)
+
+
+def emulated() -> bool:
+    """Whether CUDFAST_CUDA_EMULATE=1 runs the kernels on CPU tensors, thread after thread."""
+    return os.environ.get("CUDFAST_CUDA_EMULATE") == "1"
+
+
+def _place(device: torch.device) -> tuple[int, int]:
+    """Index and current stream of a device; -1 is the emulation."""
+    if device.type == "cpu":
+        return -1, 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch.cuda.current_stream(device).cuda_stream
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def _divisors(rows: Rows, options: CUDOptions | DUSOptions, calls: Kernels) -> Tensor:
+    """(2,) f64 on the device: of the KD term, of the label terms. Rows are counted in one launch."""
+    if rows.num_items is not None or options.reduction != "mean":
+        return divisors_of(rows, options)
+    found = torch.empty(2, dtype=torch.float64, device=rows.logits.device)
+    _cuda.count(rows, calls.ignore_index, calls.unlabeled_index, *_place(rows.logits.device), found)
+    return found
+
+
+def row_state(
+    rows: Rows,
+    options: CUDOptions | DUSOptions,
+    *,
+    statistics: bool,
+    keep: bool,
+    gradient: Tensor | None,
+) -> tuple[Tensor, State | None]:
+    """See `cudfast.rows.Backend`."""
+    if rows.constraints is not None:
+        raise ValueError(
+            "backend 'cuda' has no kernels for calibration=Projection(...); use backend='triton', or 'auto'"
+        )
+    calls, device, dtype = kernels(_cuda, options), rows.logits.device, compute_dtype(rows)
+    loss = torch.zeros(rows.n, dtype=torch.float64, device=device)
+    with _on(device):
+        place = _place(device)
+        # The gradient of a row that is shared is made from its state.
+        parts = _cuda.parts(rows.n, rows.classes, place[0])
+        state = State(
+            torch.empty(rows.n if keep else 0, len(columns_of(rows, options)), dtype=dtype, device=device),
+            torch.empty(rows.n if keep and calls.indices else 0, dtype=torch.int64, device=device),
+            _divisors(rows, options, calls),
+        )
+        room = torch.empty(rows.n * parts * _cuda.PART if parts > 1 else 0, dtype=torch.float64, device=device)
+        done = calls.state(
+            rows, calls.options, calls.ignore_index, calls.unlabeled_index, *place, statistics, state.divisors, loss,
+            state if keep else None, gradient, room,
+        )  # fmt: skip
+        value = loss if options.reduction == "none" else loss.sum()
+    if not done:
+        again = copied(rows, calls.logits)
+        return row_state(again, options, statistics=statistics, keep=keep, gradient=gradient)
+    return value.to(dtype), state if keep else None
+
+
+def row_gradient(
+    rows: Rows,
+    options: CUDOptions | DUSOptions,
+    state: State,
+    upstream: Tensor,
+    gradient: Tensor,
+) -> None:
+    """See `cudfast.rows.Backend`."""
+    calls, device = kernels(_cuda, options), rows.logits.device
+    with _on(device):
+        done = calls.gradient(
+            rows, calls.options, calls.ignore_index, calls.unlabeled_index, *_place(device),
+            upstream.to(state.sums.dtype).contiguous(), upstream.dim() > 0, state, gradient,
+        )  # fmt: skip
+    if not done:
+        row_gradient(copied(rows, calls.logits), options, state, upstream, gradient)
+
+
+def scale(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """See `cudfast.rows.Backend`."""
+    if gradient.numel():
+        dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+        by = upstream.to(dtype).reshape(-1).contiguous()
+        with _on(gradient.device):
+            if not _cuda.scale(gradient, *_place(gradient.device), by, upstream.dim() > 0):
+                gradient *= upstream.to(gradient.dtype).unsqueeze(-1) if upstream.dim() else upstream
+    return gradient

@@ -1,0 +1,119 @@
+"""The CUDA kernels as machine code: what nvcc made of the main loops, from the module that was built."""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import itertools
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import cudfast._cuda as _cuda
+
+from ...machine import Code, Loop, Machine, listings, loop_of, resources, run
+
+DTYPES = {"fp32": 0, "bf16": 2, "fp16": 3}  # csrc/launch.h
+HEADER = 2048  # bytes of shared memory besides staged rows: csrc/cuda/executor.h
+THREADS = 512
+
+
+class Variant(NamedTuple):
+    """A row kernel."""
+
+    name: str
+    symbol: str  # of its C++ type; {} is the dtype
+    exponentials: int  # that the method takes per element, forward and backward
+    arrays: int  # of logits
+    staged: bool
+
+
+VARIANTS = tuple(
+    Variant(f"CUDA {loss}, {how}", f"{symbol}ELb{int(staged)}E", exponentials, arrays, staged)
+    for loss, symbol, exponentials, arrays in (
+        ("student", "7StudentILi2ELi{}EfE", 4, 2),
+        ("student, any temperature", "7StudentILi0ELi{}EfE", 6, 2),
+        ("teacher", "7TeacherILi{}EfE", 2, 1),
+    )
+    for how, staged in (("staged", True), ("two sweeps", False))
+)
+
+
+def targets() -> tuple[str, ...]:
+    """Architectures that the module holds code for."""
+    return tuple(f"sm_{arch}" for arch in _cuda.ARCHITECTURES.split())
+
+
+class _Kernel(NamedTuple):
+    usage: dict[str, int]
+    code: Code
+
+
+@functools.cache
+def _kernels(target: str) -> dict[str, _Kernel]:
+    found: dict[str, _Kernel] = {}
+    assert _cuda.__file__ is not None
+    with tempfile.TemporaryDirectory() as folder:
+        run("cuobjdump", "-xelf", "all", "-arch", target, str(Path(_cuda.__file__).resolve()), cwd=folder)
+        for cubin in sorted(Path(folder).glob(f"*.{target}.cubin")):
+            usage, code = resources(str(cubin)), listings(str(cubin))
+            found |= {name: _Kernel(usage[name], code[name]) for name in code if name in usage}
+    return found
+
+
+def _paths(code: Code) -> list[list[str]]:
+    """Of every innermost loop that reads or writes 16 bytes: its shortest way round with such a read.
+
+    The shortest way is the one that a chunk of whole lines takes which raises no maximum and holds no -inf.
+    """
+    texts = dict(code.instructions)
+    addresses = [at for at, _ in code.instructions]
+    after = dict(itertools.pairwise(addresses))
+    jump = dict(code.jumps)
+
+    def next_of(at: int) -> list[int]:
+        text = texts[at]
+        always = not text.startswith("@")
+        ends = always and ("EXIT" in text or "RET" in text or (at in jump and ".DIV" not in text))
+        steps = [jump[at]] if at in jump and ".DIV" not in text else []
+        return steps + ([after[at]] if at in after and not ends else [])
+
+    def walk(start: int, goal: int) -> list[int] | None:
+        queue, seen = [(0, start, (start,))], set()
+        while queue:
+            length, at, path = heapq.heappop(queue)
+            if at == goal:
+                return list(path)
+            if at in seen:
+                continue
+            seen.add(at)
+            for step in next_of(at):
+                heapq.heappush(queue, (length + 1, step, (*path, step)))
+        return None
+
+    def reads(text: str) -> bool:
+        return "128" in text and ("LDG.E" in text or "LDS." in text)
+
+    found = []
+    spans = sorted(((to, at) for at, to in code.jumps if to <= at), key=lambda span: span[1] - span[0])
+    kept: list[tuple[int, int]] = []
+    for low, high in spans:
+        if any(low <= a and b <= high for a, b in kept):
+            continue
+        wide = [at for at in addresses if low <= at <= high and reads(texts[at])]
+        if not wide:
+            continue
+        kept.append((low, high))
+        there, back = walk(low, wide[0]), walk(wide[0], high)
+        if there is not None and back is not None:
+            found.append((low, [texts[at] for at in there + back[1:]]))
+    return [body for _, body in sorted(found, key=lambda each: each[0])]
+
+
+def machine(variant: Variant, dtype: str, target: str) -> Machine:
+    """Of a kernel in the module. Its main loops are the fold and the map."""
+    symbol = variant.symbol.format(DTYPES[dtype])
+    ((_, kernel),) = ((name, kernel) for name, kernel in _kernels(target).items() if symbol in name)
+    loops: tuple[Loop, ...] = tuple(loop_of(body) for body in _paths(kernel.code))
+    usage = kernel.usage
+    return Machine(usage["REG"], usage["STACK"] + usage["LOCAL"], HEADER, THREADS, loops)

@@ -1,0 +1,132 @@
+"""Machine code of NVIDIA GPUs, read by cuobjdump and nvdisasm: what a compiler made of a kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Loop(NamedTuple):
+    """One main loop: counts per iteration of a thread (a wave's lane), without what is mostly skipped."""
+
+    instructions: int
+    exponentials: int
+    bytes_read: int  # of global memory
+    bytes_written: int
+    narrowest: int  # bytes of the narrowest access of global memory, 0 where there is none
+    bytes_staged: int = 0  # read from shared memory
+
+
+class Machine(NamedTuple):
+    """What the compiler made of a kernel."""
+
+    registers: int
+    stack: int  # bytes of local memory, spills among them
+    shared: int  # bytes
+    threads: int  # per program
+    loops: tuple[Loop, ...]  # main loops: whole blocks of a row. What is left of it, and sets of classes, are none
+
+
+class Code(NamedTuple):
+    """One kernel: instructions by address, and its jumps (from, to)."""
+
+    instructions: list[tuple[int, str]]
+    jumps: list[tuple[int, int]]
+
+
+def tool(name: str) -> str:
+    """The toolkit's program, or the one that comes with Triton.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    if found := shutil.which(name):
+        return found
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin:
+        path = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name
+        if path.exists():
+            return str(path)
+    raise FileNotFoundError(f"{name} is neither on the PATH nor in Triton's package: pip install triton")
+
+
+def run(name: str, *arguments: str, cwd: str | None = None) -> str:
+    """What a tool prints."""
+    return subprocess.run([tool(name), *arguments], capture_output=True, text=True, check=True, cwd=cwd).stdout
+
+
+def resources(cubin: str) -> dict[str, dict[str, int]]:
+    """Of every kernel: REG, STACK, SHARED, LOCAL."""
+    found: dict[str, dict[str, int]] = {}
+    name = ""
+    for line in run("cuobjdump", "-res-usage", cubin).splitlines():
+        if function := re.match(r"\s*Function (\S+):", line):
+            name = function[1]
+        elif name and "REG:" in line:
+            found[name] = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", line)}
+    return found
+
+
+def listings(cubin: str) -> dict[str, Code]:
+    """Of every kernel, with the functions that only it calls behind it."""
+    found: dict[str, Code] = {}
+    labels: dict[str, int] = {}
+    waiting: list[str] = []
+    targets: list[tuple[int, str]] = []
+    code: list[tuple[int, str]] = []
+
+    def close() -> None:
+        jumps = [(at, labels[to]) for at, to in targets if to in labels]
+        if code:
+            found[name] = Code(list(code), jumps)
+        for each in (labels, waiting, targets, code):
+            each.clear()
+
+    name = ""
+    for line in run("nvdisasm", "-c", cubin).splitlines():
+        if section := re.match(r"\s*\.section\s+\.text\.([^,\s]+)", line):
+            close()
+            name = section[1].strip('"')
+        elif label := re.match(r"^(\.L_\S+):", line):
+            waiting.append(label[1])
+        elif instruction := re.match(r"\s+/\*([0-9a-f]+)\*/\s+(.*?)\s*;", line):
+            at = int(instruction[1], 16)
+            labels |= dict.fromkeys(waiting, at)
+            waiting.clear()
+            code.append((at, instruction[2]))
+            if branch := re.search(r"\bBRA\b.*?`\((\.L_\S+)\)", instruction[2]):
+                targets.append((at, branch[1]))
+    close()
+    return found
+
+
+def width(access: str) -> int:
+    """Bytes of an access such as LDG.E.128."""
+    found = re.search(r"\.[US]?(8|16|64|128)\b", access)
+    return int(found[1]) // 8 if found else 4
+
+
+def loop_of(body: list[str]) -> Loop:
+    """Counts of a loop's instructions. LDGSTS copies from global to shared memory."""
+    counts = Counter[str]()
+    widths = []
+    for text in body:
+        if found := re.search(r"\b(LDGSTS|LDG|STG|LDS)\.\S+", text):
+            bytes_ = width(found[0])
+            counts[found[1]] += bytes_
+            if found[1] in ("LDGSTS", "LDG", "STG"):
+                widths.append(bytes_)
+        counts["EX2"] += "MUFU.EX2" in text
+    return Loop(
+        len(body),
+        counts["EX2"],
+        counts["LDG"] + counts["LDGSTS"],
+        counts["STG"],
+        min(widths, default=0),
+        counts["LDS"],
+    )
