@@ -3,7 +3,7 @@
 # make test   set up .venv, run every test
 # make check  linters, types, instructions of the kernels
 # make bench  benchmarks beside PyTorch and other libraries, then docs/benchmarks.md and its pictures (QUICK=1: 2 minutes)
-# make gpu-verify  the Triton kernels on this machine's GPU: proof, times, a report in gpu_verify/
+# make gpu-verify  the Triton and CUDA kernels on this machine's GPU: proof, times, a report in gpu_verify/
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -86,4 +86,4 @@ gpu-verify: $(VENV)/.cudfast
 	$(BIN)/python -m benchmarks.gpu_verify
 
 clean:
-	rm -rf build $(VENV) *.egg-info cudfast/_native*.so cudfast/_native_missing.txt
+	rm -rf build $(VENV) *.egg-info cudfast/_native*.so cudfast/_cuda*.so cudfast/_native_missing.txt

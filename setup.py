@@ -23,14 +23,20 @@ class CMakeBuild(build_ext):
         note = package / "_native_missing.txt"
         note.unlink(missing_ok=True)
         try:
-            self.run_cmake(package)
+            try:
+                self.run_cmake(package)
+            except subprocess.CalledProcessError as error:
+                if os.environ.get("CUDFAST_CUDA", "") != "":  # somebody decided
+                    raise
+                print(f"cudfast: the build failed ({error}); once more without CUDA", file=sys.stderr)
+                self.run_cmake(package, "-DCUDFAST_CUDA=0")
         except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
             if os.environ.get("CUDFAST_REQUIRE_NATIVE") == "1":
                 raise
             note.write_text(f"{error}\n")
             print(f"cudfast: the native core was not built, the reference backend remains: {error}", file=sys.stderr)
 
-    def run_cmake(self, package: Path) -> None:
+    def run_cmake(self, package: Path, *options: str) -> None:
         import pybind11
 
         compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
@@ -41,17 +47,21 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
         configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
+        # A build folder that stays remembers what it was told.
+        configure += [f"-D{name}={os.environ.get(name, '')}" for name in ("CUDFAST_CUDA", "CUDFAST_CUDA_ARCHS")]
         if ninja := shutil.which("ninja"):
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")  # in another place for every isolated build
-        configure += os.environ.get("CMAKE_ARGS", "").split()
+        configure += [*os.environ.get("CMAKE_ARGS", "").split(), *options]
         jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), *jobs], check=True)
         shutil.copy2(next(build.glob("_native*.so")), package)
-        for stale in package.glob("_cuda*.so"):
+        # setuptools carries the extension that it knows to where an editable package lives, and no other.
+        home = ROOT / "cudfast" if self.editable_mode else package
+        for stale in home.glob("_cuda*.so"):
             stale.unlink()
         for cuda in build.glob("_cuda*.so"):  # when there is an nvcc
-            shutil.copy2(cuda, package)
+            shutil.copy2(cuda, home)
 
 
 setup(ext_modules=[Extension("cudfast._native", sources=[], optional=True)], cmdclass={"build_ext": CMakeBuild})

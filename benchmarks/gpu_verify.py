@@ -1,4 +1,4 @@
-"""`make gpu-verify`: the Triton kernels on the GPU of this machine, proven and timed; one JSON and one markdown report.
+"""`make gpu-verify`: Triton and CUDA kernels on this GPU, proven and timed; a report in JSON and markdown.
 
 Every result is compared with float64 first, under the gate of the benchmarks. Without a GPU it says so and exits
 with 2.
@@ -23,12 +23,13 @@ from torch import Tensor
 
 from cudfast import ClassSets, CUDLoss, CUDOptions, DUSOptions, Projection, WClip, __version__
 from cudfast.autograd import row_state_op
+from cudfast.backends import available
 from cudfast.bench.cases import compiled, cud_cases, dus_cases, eager_cud, eager_dus, make, through, with_gradient
 from cudfast.bench.contestants import Contestant
 from cudfast.bench.gate import Errors, Loss, gate, truth
 from cudfast.bench.shapes import Shape
 from cudfast.functional import cud_loss
-from cudfast.options import text_of
+from cudfast.options import BackendName, text_of
 
 WIDTHS = (1, 77, 1000, 2048, 4097, 32_000, 50_257, 128_256, 1_000_000)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -69,12 +70,12 @@ def checked(what: str, run: Callable[[], str | None]) -> Line:
 # ---- Correctness ----
 
 
-def agrees(shape: Shape, dtype: torch.dtype, device: str) -> None:
+def agrees(shape: Shape, dtype: torch.dtype, device: str, backend: str = "triton") -> None:
     """Every way to call both losses, against float64."""
     data = make(shape, dtype, device)
     for plain, cases, rest in (
-        (eager_cud, cud_cases(data, backend="triton"), (data.teacher, data.labels)),
-        (eager_dus, dus_cases(data, backend="triton"), (data.labels,)),
+        (eager_cud, cud_cases(data, backend=backend), (data.teacher, data.labels)),
+        (eager_dus, dus_cases(data, backend=backend), (data.labels,)),
     ):
         loss: Loss = plain
         true = truth(loss, data.plain, *rest)
@@ -84,7 +85,7 @@ def agrees(shape: Shape, dtype: torch.dtype, device: str) -> None:
             gate(name, with_gradient(forward)(), true, eager, 2.0)
 
 
-def options_agree(device: str) -> None:
+def options_agree(device: str, tried: str = "triton") -> None:
     """Weights, temperatures, masks and reductions, against the reference backend in float64."""
     torch.manual_seed(0)
     n, v = 64, 5000
@@ -95,7 +96,7 @@ def options_agree(device: str) -> None:
     weight, tau = torch.rand(n, device=device), 1 + torch.rand(n, device=device)
     for reduction, save in itertools.product(("none", "sum", "mean"), ("gradient", "state")):
         found = []
-        for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+        for backend, dtype in (("reference", torch.float64), (tried, torch.float32)):
             x = student.to(dtype, copy=True).requires_grad_()
             loss = CUDLoss(reduction=reduction, save=save, backend=backend)  # type: ignore[arg-type]
             value, stats = loss(x, teacher.to(dtype), labels, weight=weight, temperature=tau, return_stats=True)
@@ -130,19 +131,19 @@ def projection_agrees(device: str, n: int = 64, v: int = 5000) -> None:
             torch.testing.assert_close(got.double(), wanted.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def ops_check(device: str) -> None:
+def ops_check(device: str, backend: BackendName = "triton") -> None:
     """torch.library.opcheck of the op that torch.compile sees."""
     student = torch.randn(8, 300, device=device, requires_grad=True)
     labels = torch.randint(300, (8,), device=device)
-    for options in (CUDOptions(backend="triton"), DUSOptions(backend="triton")):
+    for options in (CUDOptions(backend=backend), DUSOptions(backend=backend)):
         target = student.detach() * 2 if isinstance(options, CUDOptions) else None
         arguments: Any = (student, target, labels, None, None, None, [], 2.0, 300, text_of(options), "", "", False)
         torch.library.opcheck(row_state_op, arguments)
 
 
-def compiles(device: str) -> None:
+def compiles(device: str, backend: BackendName = "triton") -> None:
     """torch.compile(fullgraph=True) gives the numbers of eager."""
-    loss = CUDLoss(backend="triton")
+    loss = CUDLoss(backend=backend)
     teacher, labels = torch.randn(32, 4000, device=device), torch.randint(4000, (32,), device=device)
     found = []
     for function in (loss, torch.compile(loss, fullgraph=True)):
@@ -153,13 +154,13 @@ def compiles(device: str) -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-8)
 
 
-def captures(device: str) -> str | None:
+def captures(device: str, backend: BackendName = "triton") -> str | None:
     """A CUDA graph holds forward and backward, and follows its inputs."""
     if device != "cuda":
         return "left out: needs CUDA"
     bounds = Projection(min_near_mass=0.2, max_wrong_mass=0.1, min_entropy=4.0, on_infeasible="relax")
-    for calibration in (WClip(), bounds):
-        capture(CUDOptions(calibration=calibration, backend="triton"))
+    for calibration in (WClip(), bounds) if backend == "triton" else (WClip(),):
+        capture(CUDOptions(calibration=calibration, backend=backend))
     return None
 
 
@@ -194,23 +195,25 @@ SANITIZED = """
 import torch
 from cudfast import CUDLoss, DUSLoss, Projection
 bounds = Projection(min_near_mass=0.3, max_wrong_mass=0.1, min_entropy=3.0, on_infeasible="relax")
-for n, v in ((3, 77), (5, 4097), (2, 300000)):
+for n, v in ((3, 77), (5, 4097), (2, 300000), (600, 60000)):  # the last in clusters, where there are any
     x = torch.randn(n, v, device="cuda", requires_grad=True)
     y = torch.randint(v, (n,), device="cuda")
-    CUDLoss()(x, torch.randn(n, v, device="cuda"), y).backward()
-    CUDLoss(calibration=bounds)(x, torch.randn(n, v, device="cuda"), y).backward()
-    DUSLoss()(x, y).backward()
+    for save in ("gradient", "state"):
+        CUDLoss(save=save, backend=BACKEND)(x, torch.randn(n, v, device="cuda"), y).backward()
+        DUSLoss(save=save, backend=BACKEND)(x, y).backward()
+    if BACKEND == "triton":
+        CUDLoss(calibration=bounds)(x, torch.randn(n, v, device="cuda"), y).backward()
 torch.cuda.synchronize()
 """
 
 
-def sanitized(tool: str) -> str | None:
+def sanitized(tool: str, backend: BackendName = "triton") -> str | None:
     """compute-sanitizer over both losses, whole rows and shared ones."""
     program = shutil.which("compute-sanitizer")
     if program is None:
         return "left out: compute-sanitizer is not on the PATH"
     found = subprocess.run(
-        [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED],
+        [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", f"BACKEND = {backend!r}{SANITIZED}"],
         capture_output=True,
         text=True,
     )
@@ -219,18 +222,43 @@ def sanitized(tool: str) -> str | None:
     return None
 
 
+def ours(device: str) -> dict[BackendName, str]:
+    """The backends under test, with why one is left out."""
+    names: tuple[BackendName, ...] = ("triton", "cuda")
+    missing = {name: available()[name] for name in names}
+    if torch.version.hip:
+        missing["cuda"] = "this is no NVIDIA GPU"
+    return missing
+
+
 def checks(device: str, widths: tuple[int, ...] = WIDTHS) -> Iterator[Line]:
-    """The whole table."""
+    """The whole table, for each backend."""
+    for backend, missing in ours(device).items():
+        if missing:
+            yield Line(backend, f"left out: {missing}", 0.0)
+            continue
+        yield from checks_of(backend, device, widths)
+
+
+def checks_of(backend: BackendName, device: str, widths: tuple[int, ...]) -> Iterator[Line]:
+    """The table of one backend."""
     for v, dtype in itertools.product(widths, DTYPES):
         n = max(2, min(512, 2**24 // v))
-        yield checked(f"{n} x {v:,} {dtype}", lambda n=n, v=v, d=dtype: agrees(Shape(n, v), d, device))  # type: ignore[misc]
-    yield checked("options, masks, statistics", lambda: options_agree(device))
-    yield checked("calibration=Projection(...)", lambda: projection_agrees(device))
-    yield checked("opcheck", lambda: ops_check(device))
-    yield checked("torch.compile(fullgraph=True)", lambda: compiles(device))
-    yield checked("CUDA graph", lambda: captures(device))
+        yield checked(
+            f"{backend}: {n} x {v:,} {dtype}",
+            lambda n=n, v=v, d=dtype: agrees(Shape(n, v), d, device, backend),  # type: ignore[misc]
+        )
+    yield checked(f"{backend}: options, masks, statistics", lambda: options_agree(device, backend))
+    if backend == "triton":
+        yield checked(f"{backend}: calibration=Projection(...)", lambda: projection_agrees(device))
+    yield checked(f"{backend}: opcheck", lambda: ops_check(device, backend))
+    yield checked(f"{backend}: torch.compile(fullgraph=True)", lambda: compiles(device, backend))
+    yield checked(f"{backend}: CUDA graph", lambda: captures(device, backend))
     for tool in ("memcheck", "racecheck"):
-        yield checked(f"compute-sanitizer {tool}", lambda t=tool: sanitized(t) if device == "cuda" else "left out")  # type: ignore[misc]
+        yield checked(
+            f"{backend}: compute-sanitizer {tool}",
+            lambda t=tool: sanitized(t, backend) if device == "cuda" else "left out",  # type: ignore[misc]
+        )
 
 
 # ---- Times ----
@@ -256,9 +284,11 @@ def race(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Time]:
     from triton.testing import do_bench
 
     data = make(shape, dtype, device)
-    ours = cud_cases(data, backend="triton")
     ways = [
-        Contestant(name, with_gradient(ours[name])) for name in ("given gradient", "fresh gradient", 'save="state"')
+        Contestant(f"{backend}, {name}", with_gradient(cud_cases(data, backend=backend)[name]))
+        for backend, missing in ours(device).items()
+        for name in ("given gradient", "fresh gradient", 'save="state"')
+        if not missing
     ]
     rest = (data.teacher, data.labels)
     peers = [("eager PyTorch", eager_cud), ("torch.compile", compiled(eager_cud))]

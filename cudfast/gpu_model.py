@@ -1,10 +1,10 @@
-"""`python -m cudfast gpu-model`: what the Triton kernels should take on GPUs that need not be there. A model.
+"""`python -m cudfast gpu-model`: what the kernels should take on GPUs that need not be there. A model.
 
-The kernels are compiled for the device; bytes, instructions and exponentials per element come from the machine code of
-their main loops. A kernel takes at least the longest of three times: its bytes over the memory's bandwidth, its
-instructions over the rate of float32 instructions, its exponentials over that of the special function units. Launches,
-latencies and the caches' own bandwidth are left out. The second look at a row is free while the rows in flight fit in
-L2.
+Triton's kernels are compiled for the device, those in CUDA C++ were when cudfast was built; bytes, instructions and
+exponentials per element come from the machine code of their main loops. A kernel takes at least the longest of three
+times: its bytes over the memory's bandwidth, its instructions over the rate of float32 instructions, its exponentials
+over that of the special function units. Launches, latencies and the caches' own bandwidth are left out. The second look
+at a row is free while the rows in flight fit in L2, and where they are staged in shared memory.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import functools
 import importlib
 import json
 import multiprocessing
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 from .arrays import progress
-from .backends.triton.compiled import DTYPES, TARGETS, VARIANTS, Machine, Variant, machine
+from .backends import load
+from .backends.triton.compiled import DTYPES, TARGETS, VARIANTS, Variant, machine
+from .machine import Machine
 
 
 class GPU(NamedTuple):
@@ -46,6 +49,11 @@ GPUS = {
 }  # fmt: skip
 
 
+# Bytes of a processor's shared memory, a KiB of which each block pays for itself, and the most blocks of a cluster that
+# every device has: CUDA C++ Programming Guide.
+SHARED = {"sm_80": (164 << 10, 1), "sm_90": (228 << 10, 8), "sm_100": (228 << 10, 8)}
+
+
 class Estimate(NamedTuple):
     """One kernel on one GPU, for a column of classes."""
 
@@ -63,21 +71,23 @@ class Estimate(NamedTuple):
 
 
 def programs(found: Machine, gpu: GPU) -> int:
-    """Programs that a processor holds at once, by registers and threads; registers come in groups of 8."""
-    per_thread = -(-found.registers // 8) * 8
-    return max(1, min(gpu.registers // (per_thread * found.threads), gpu.threads // found.threads))
+    """Programs that a processor holds at once, by registers, threads and staged rows; registers come in groups of 8."""
+    limits = [gpu.registers // (-(-found.registers // 8) * 8 * found.threads), gpu.threads // found.threads]
+    if gpu.target in SHARED:
+        limits.append(SHARED[gpu.target][0] // (found.shared + 1024))
+    return max(1, min(limits))
 
 
-def estimate(variant: Variant, found: Machine, dtype: str, classes: int, name: str) -> Estimate:
-    """The model's answer for rows of `classes` columns, N large."""
+def estimate(
+    kernel: str, found: Machine, arrays: int, walks: int, dtype: str, classes: int, name: str, cluster: int = 1
+) -> Estimate:
+    """The model's answer for rows of `classes` columns, N large; walks: how often the arrays are read from memory."""
     gpu, size = GPUS[name], DTYPES[dtype]
     resident = programs(found, gpu)
-    looks = variant.looks
-    arrays = variant.rows_read // looks
-    in_flight = gpu.processors * resident * classes * size * arrays
-    read = arrays * (1 if in_flight <= gpu.cache else looks)
+    in_flight = gpu.processors * resident / cluster * classes * size * arrays
+    read = arrays * (1 if in_flight <= gpu.cache else walks)
     # Per element: a loop's counts over the columns of a thread's iteration, which what it reads gives away.
-    per_element = [arrays * size / loop.bytes_read for loop in found.loops]
+    per_element = [arrays * size / (loop.bytes_staged or loop.bytes_read) for loop in found.loops]
     moved = size * read + sum(loop.bytes_written * each for loop, each in zip(found.loops, per_element))
     instructions = sum(loop.instructions * each for loop, each in zip(found.loops, per_element))
     exponentials = sum(loop.exponentials * each for loop, each in zip(found.loops, per_element))
@@ -88,9 +98,33 @@ def estimate(variant: Variant, found: Machine, dtype: str, classes: int, name: s
     }
     bound = max(times, key=lambda key: times[key])
     return Estimate(
-        variant.name, name, dtype, classes, found.registers, resident,
+        kernel, name, dtype, classes, found.registers, resident,
         moved, instructions, exponentials, times[bound] * 1e12, bound,
     )  # fmt: skip
+
+
+def _cuda(dtype: str, classes: int, name: str) -> Iterator[Estimate]:
+    """The fused kernels in CUDA C++, when they were built for this GPU: rows staged where they fit, else two sweeps."""
+    if isinstance(load("cuda"), str):
+        return
+    from .backends.cuda import compiled as cuda
+
+    gpu = GPUS[name]
+    if gpu.target not in cuda.targets():
+        return
+    for variant in cuda.VARIANTS:
+        found = cuda.machine(variant, dtype, gpu.target)
+        cluster = 1
+        if variant.staged:
+            row = classes * DTYPES[dtype] * variant.arrays
+            shared, clusters = SHARED[gpu.target]
+            fitting = [c for c in (1, 2, 4, 8) if c <= clusters and row // c + cuda.HEADER <= shared - 1024]
+            if not fitting:
+                continue
+            cluster = fitting[0]
+            found = found._replace(shared=row // cluster + cuda.HEADER)
+        kernel = f"{variant.name}{f' by {cluster} blocks' if cluster > 1 else ''}"
+        yield estimate(kernel, found, variant.arrays, 1 if variant.staged else 2, dtype, classes, name, cluster)
 
 
 def liger() -> tuple[Variant, ...]:
@@ -144,12 +178,21 @@ def estimates() -> list[Estimate]:
         jobs = [pool.submit(_compiled, case) for case in cases]
         code = {cases[i]: jobs[i].result() for i in progress(range(len(cases)), "compiling")}
     return [
-        estimate(variant, code[variant.name, dtype, gpu.target], dtype, classes, name)
+        each
         for name, gpu in GPUS.items()
         for dtype in dtypes
         for classes in widths
-        for variant in variants[gpu.target].values()
+        for found in (
+            (_triton(v, code[v.name, dtype, gpu.target], dtype, classes, name) for v in variants[gpu.target].values()),
+            _cuda(dtype, classes, name),
+        )
+        for each in found
     ]
+
+
+def _triton(variant: Variant, found: Machine, dtype: str, classes: int, name: str) -> Estimate:
+    arrays = variant.rows_read // variant.looks
+    return estimate(variant.name, found, arrays, variant.looks, dtype, classes, name)
 
 
 def table(found: list[Estimate]) -> str:

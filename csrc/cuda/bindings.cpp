@@ -62,14 +62,20 @@ bool row_gradient(const py::tuple& fields, const Options& options, int64_t ignor
   return false;
 }
 
-void count(const py::tuple& fields, int64_t ignore_index, int64_t unlabeled_index, int device, uintptr_t stream,
-           const py::object& divisors) {
-  const Rows rows = make_rows(fields, ignore_index, unlabeled_index, 1);
+void count_rows(const py::object& labels, const py::object& weight, int64_t n, int64_t ignore_index,
+                int64_t unlabeled_index, int device, uintptr_t stream, const py::object& divisors) {
+  Rows rows;
+  rows.rows = n;
+  rows.labels = address<const int64_t>(labels);
+  rows.weight = address<const double>(weight);
+  rows.ignore_index = ignore_index;
+  rows.unlabeled_index = unlabeled_index;
   const Device on(device, stream);
   Device::ask(on.kernels.count(rows, address<double>(divisors), on.stream), "the CUDA kernel that counts rows: ");
 }
 
-bool scale(const py::object& gradient, int device, uintptr_t stream, const py::object& upstream, bool per_row) try {
+bool scale_rows(const py::object& gradient, int device, uintptr_t stream, const py::object& upstream,
+                bool per_row) try {
   const Matrix g = matrix(gradient);
   const py::object shape = shape_of(gradient);
   const int64_t columns = width(shape), rows = integer(called(gradient, CUDFAST_NAME(numel))) / columns;
@@ -91,8 +97,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("teacher_state", row_state<TeacherOptions>);
   m.def("student_gradient", row_gradient<StudentOptions>);
   m.def("teacher_gradient", row_gradient<TeacherOptions>);
-  m.def("count", count);
-  m.def("scale", scale);
+  m.def("count", count_rows);
+  m.def("scale", scale_rows);
   m.def("parts", [](int64_t rows, int64_t classes, int device) {
     return shared_rows(rows, classes, Device(device, 0).machine.processors);
   });

@@ -41,6 +41,9 @@ void launch(RowLaunch<Options> run, const char* loss, const Call& call, const Op
     own.split = grid.cluster;
     own.slots = static_cast<int>((chunks_of(call.rows) + grid.cluster - 1) / grid.cluster);
   }
+  if (call.rows.rows * own.split > std::numeric_limits<int>::max()) {
+    throw std::runtime_error(text(call, loss, "more blocks than a launch can have; pass fewer rows"));
+  }
   if (const char* const error = run(own, options, grid, stream)) throw std::runtime_error(text(call, loss, error));
 }
 

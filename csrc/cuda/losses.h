@@ -64,8 +64,8 @@ struct StudentMap : Fixed<R> {
 
 // The row's value, and what its map needs.
 template <class R>
-CUDFAST_KERNEL double finish(const Call& call, const StudentOptions& options, int row, const StudentState<double>& state,
-                           StudentMap<R>& map) {
+CUDFAST_KERNEL double finish(const Call& call, const StudentOptions& options, int row,
+                             const StudentState<double>& state, StudentMap<R>& map) {
   const Marks m = marks_of(call.rows, options, row);
   const StudentRow end = finish_row(state, m.labelled, m.value, row_weights(m.ignored, m.labelled, m.weight), options,
                                     {call.divisors[0], call.divisors[1]}, upstream_of(call, sizeof(R) == 8, row));

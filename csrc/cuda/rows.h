@@ -63,14 +63,15 @@ const char* RowLaunches<kHere, CUDFAST_DTYPE>::teacher(const Call& call, const T
 
 namespace {
 
-const char* count(const Rows& rows, double* divisors, void* stream) {
+const char* count_rows(const Rows& rows, double* divisors, void* stream) {
   Grid grid;
   grid.blocks = 1;
   grid.threads = kMaxThreads;
   return run(CountKernel{rows, divisors}, grid, stream);
 }
 
-const char* scale(const Matrix& gradient, int64_t rows, int64_t columns, Upstream upstream, int split, void* stream) {
+const char* scale_rows(const Matrix& gradient, int64_t rows, int64_t columns, Upstream upstream, int split,
+                       void* stream) {
   Grid grid;
   grid.blocks = rows * split;
   grid.threads = kMaxThreads / 2;
@@ -88,8 +89,8 @@ const Kernels& kernels<kHere>() {
   static const Kernels found{
       {F32::student, Others::student, Bf16::student, F16::student},
       {F32::teacher, Others::teacher, Bf16::teacher, F16::teacher},
-      count,
-      scale,
+      count_rows,
+      scale_rows,
       find_machine,
   };
   return found;

@@ -20,8 +20,9 @@ try:
     import cudfast._cuda as _cuda
 except ModuleNotFoundError as error:
     raise ImportError(
-        "the CUDA kernels were not built when cudfast was installed: there was no nvcc, or CUDFAST_CUDA=0. "
-        "Install the CUDA toolkit, then install cudfast again with CUDFAST_CUDA=1 pip install --force-reinstall"
+        "the CUDA kernels were not built when cudfast was installed: there was no nvcc that "
+        "works, or CUDFAST_CUDA=0. Install the CUDA toolkit, 12.0 or newer, then install cudfast again with "
+        "CUDFAST_CUDA=1 pip install --force-reinstall"
     ) from error
 except ImportError as error:
     raise ImportError(f"the CUDA kernels do not load: {error}") from error
@@ -52,7 +53,8 @@ def _divisors(rows: Rows, options: CUDOptions | DUSOptions, calls: Kernels) -> T
     if rows.num_items is not None or options.reduction != "mean":
         return divisors_of(rows, options)
     found = torch.empty(2, dtype=torch.float64, device=rows.logits.device)
-    _cuda.count(rows, calls.ignore_index, calls.unlabeled_index, *_place(rows.logits.device), found)
+    place = _place(rows.logits.device)
+    _cuda.count(rows.labels, rows.weight, rows.n, calls.ignore_index, calls.unlabeled_index, *place, found)
     return found
 
 

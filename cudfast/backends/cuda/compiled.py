@@ -62,9 +62,10 @@ def _kernels(target: str) -> dict[str, _Kernel]:
 
 
 def _paths(code: Code) -> list[list[str]]:
-    """Of every innermost loop that reads or writes 16 bytes: its shortest way round with such a read.
+    """Of every innermost loop that reads 16 bytes at a time: its shortest way round with such a read.
 
-    The shortest way is the one that a chunk of whole lines takes which raises no maximum and holds no -inf.
+    That is the way of a chunk of whole lines which raises no maximum and holds no -inf; with a copy and a write, where
+    there are any.
     """
     texts = dict(code.instructions)
     addresses = [at for at, _ in code.instructions]
@@ -79,7 +80,8 @@ def _paths(code: Code) -> list[list[str]]:
         return steps + ([after[at]] if at in after and not ends else [])
 
     def walk(start: int, goal: int) -> list[int] | None:
-        queue, seen = [(0, start, (start,))], set()
+        queue: list[tuple[int, int, tuple[int, ...]]] = [(0, start, (start,))]
+        seen: set[int] = set()
         while queue:
             length, at, path = heapq.heappop(queue)
             if at == goal:
@@ -104,9 +106,12 @@ def _paths(code: Code) -> list[list[str]]:
         if not wide:
             continue
         kept.append((low, high))
-        there, back = walk(low, wide[0]), walk(wide[0], high)
-        if there is not None and back is not None:
-            found.append((low, [texts[at] for at in there + back[1:]]))
+        copies = [at for at in addresses if low <= at <= high and "LDGSTS" in texts[at]]
+        writes = [at for at in addresses if low <= at <= high and "STG.E" in texts[at] and "128" in texts[at]]
+        stops = [low, *copies[:1], wide[0], *writes[:1], high]
+        legs = [walk(a, b) for a, b in itertools.pairwise(stops)]
+        if all(legs):
+            found.append((low, [texts[low], *(texts[at] for leg in legs for at in (leg or [])[1:])]))
     return [body for _, body in sorted(found, key=lambda each: each[0])]
 
 
