@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 QUICK = os.environ.get("QUICK", "0") not in ("", "0")
-ROUNDS, SLOW_ROUNDS = (6, 2) if QUICK else (30, 5)
-SMALL_ROUNDS, SMALL_WARM = (100 if QUICK else 500), 5
+ROUNDS, SLOW_ROUNDS = (6, 2) if QUICK else (30, 3)
+SMALL_ROUNDS, SMALL_WARM = (100 if QUICK else 300), 5
 EVERY = ROUNDS // SLOW_ROUNDS
 """Peers far slower than the rest take part in every so many rounds."""
