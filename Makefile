@@ -2,7 +2,7 @@
 # make ablation DATA=babel|geonames|wordnet SEEDS=3   what each piece of the method adds, on one of three data sets
 # make test   set up .venv, run every test (JOBS=2: processes at a time, a thread and some 1.5 GB each)
 # make check  linters, types, instructions of the kernels
-# make bench  benchmarks beside PyTorch and other libraries, then docs/benchmarks.md and its pictures (QUICK=1: 2 minutes)
+# make bench  benchmarks beside PyTorch and other libraries, then docs/benchmarks.md and its pictures (QUICK=1: a short one)
 # make gpu-verify  the Triton and CUDA kernels on this machine's GPU: proof, times, a report in gpu_verify/
 
 PYTHON ?= python3
@@ -76,12 +76,12 @@ check: $(VENV)/.cudfast
 	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(SOURCES)) $(wildcard tests/cpp/* benchmarks/cpp/*)
 	$(BIN)/python -m benchmarks.instructions # says so where valgrind or the compiler of the kept counts is missing
 
-# QUICK=1: under two minutes. COMPARE=OLD.json: what became slower since.
+# QUICK=1: a short run, written to bench_results/ alone. COMPARE=OLD.json: what became slower since.
 bench: $(VENV)/.cudfast
 	mkdir -p bench_results
 	$(if $(QUICK),QUICK=1) $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=bench_results/bench.json
 	$(BIN)/python -m benchmarks.report bench_results/bench.json --gpu gpu_verify/report.json \
-		$(if $(QUICK),--quick) $(if $(COMPARE),--compare $(COMPARE))
+		$(if $(QUICK),--quick --out bench_results) $(if $(COMPARE),--compare $(COMPARE))
 
 gpu-verify: $(VENV)/.cudfast
 	$(BIN)/python -m benchmarks.gpu_verify
