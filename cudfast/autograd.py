@@ -275,7 +275,7 @@ def _(
     dtype = compute_dtype(rows)
     student = isinstance(parsed, CUDOptions)
     columns = columns_of(rows, parsed) + (TOPS if shard and bounds is not None else ())
-    count = logits.numel() // logits.shape[-1]
+    count = logits.shape[:-1].numel()  # a rank may have no class
     return (
         logits.new_empty((count,) if parsed.reduction == "none" else (), dtype=dtype),
         logits.new_empty((count, len(columns)), dtype=dtype),

@@ -21,10 +21,20 @@ if TYPE_CHECKING:
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
+def check_local(value: object, name: str) -> None:
+    """What decides where a call's rows and classes are has been made local already; kernels read addresses."""
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor, understood only where the logits (class weights, in a fused loss) are DTensors, and "
+            f"of alpha, num_items and grad_out never: pass {name}.to_local(), or .full_tensor()"
+        )
+
+
 def logits_of(value: object, name: str, *, empty: bool = False) -> Tensor:
     """Logits (..., V); empty: V may be 0."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor of logits (..., V), got {type(value).__name__}")
+    check_local(value, name)
     if value.dtype not in DTYPES:
         known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"{name} has dtype {value.dtype}: expected one of {known}")
@@ -74,6 +84,7 @@ def labels_of(labels: object, logits: Tensor, name: str) -> Tensor | None:
         return None
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: expected a torch.Tensor of class indices (...), got {type(labels).__name__}")
+    check_local(labels, "labels")
     if labels.dtype not in _INTEGERS:
         raise TypeError(
             f"labels has dtype {labels.dtype}: expected int64 class indices (class probabilities belong to the teacher)"
@@ -96,6 +107,7 @@ def _misplaced(vector: Tensor, name: str, logits: Tensor, logits_name: str) -> V
 
 def vector_of(vector: Tensor, name: str, logits: Tensor, logits_name: str) -> Tensor:
     """(N,) f64 from a float tensor of the rows' shape."""
+    check_local(vector, name)
     if not vector.dtype.is_floating_point:
         raise TypeError(f"{name} has dtype {vector.dtype}: expected floating point")
     if vector.requires_grad:
@@ -132,6 +144,7 @@ def num_items_of(num_items: object) -> float | Tensor | None:
     if num_items is None:
         return None
     if isinstance(num_items, Tensor):
+        check_local(num_items, "num_items")
         if num_items.numel() != 1 or num_items.dtype == torch.bool:
             raise ValueError(f"num_items is {num_items.dtype} {tuple(num_items.shape)}: expected one number")
         if torch.compiler.is_compiling() or not num_items.is_cpu:
@@ -176,6 +189,7 @@ def _check_gradient_memory(logits: Tensor, name: str, teacher: Tensor | None, ca
     elif out is not None:
         if not isinstance(out, Tensor):
             raise TypeError(f"grad_out: expected a torch.Tensor, got {type(out).__name__}")
+        check_local(out, "grad_out")
         if out.shape != logits.shape or out.dtype != logits.dtype or out.device != logits.device:
             raise ValueError(
                 f"grad_out is {out.dtype} {tuple(out.shape)} on {out.device}: expected {logits.dtype} "
@@ -223,6 +237,7 @@ def alpha_of(alpha: object, labels: Tensor, classes: int) -> Tensor:
     """(N,) focal scale of each row's label; 1 where there is none (a label out of range is refused later)."""
     if not isinstance(alpha, Tensor):
         raise TypeError(f"alpha: expected a torch.Tensor (V,) with one value per class, got {type(alpha).__name__}")
+    check_local(alpha, "alpha")
     if alpha.shape != (classes,) or not alpha.dtype.is_floating_point:
         raise ValueError(f"alpha is {alpha.dtype} {tuple(alpha.shape)}: expected floating point ({classes},)")
     if alpha.requires_grad:

@@ -517,7 +517,7 @@ def example() -> None:
 @case
 def compiled() -> None:
     """fullgraph, eager's numbers, also where ranks differ in width and backward comes after another call."""
-    for group, widths in list(groups())[4:5]:
+    for group, widths in list(groups())[4:6]:  # uneven; ranks without a class
         s, t, labels = batch(f32)
         part, teacher = mine(s, group, widths).clone().requires_grad_(), mine(t, group, widths)
         loss = CUDLoss(process_group=group)
@@ -584,6 +584,32 @@ def ranks_that_do_not_go_together() -> None:
         words = ("rank 1 of the group (rank 3 of all)", "leading shape")
         refused(ValueError, *words, of=lambda: DUSLoss(process_group=pair)(s[rank:], labels[rank:] % 16))
     agree(group, [24] * 4, CUDLoss, {}, batch(f32)[:2], labels)
+
+
+@case
+def heads_that_do_not_go_together() -> None:
+    """What one rank refuses, or wants no gradient of, leaves no other waiting; DTensors beside plain tensors."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    h, w, labels = torch.randn(N, 5), torch.randn(24, 5, requires_grad=True), torch.arange(N)
+
+    def call(hidden: Tensor = h, labels: Any = labels, **options: Any) -> Tensor:
+        return FusedLinearDUSLoss(process_group=group, **options)(hidden, w, labels)
+
+    error = TypeError if rank == 1 else RuntimeError
+    refused(error, "labels is None", of=lambda: call(labels=None if rank == 1 else labels))
+    error = ValueError if rank == 1 else RuntimeError
+    refused(error, "memory_budget=100 bytes", of=lambda: call(memory_budget=100 if rank == 1 else 1 << 20))
+    wanted = h.clone().requires_grad_(rank != 1)
+    refused(ValueError, "rank 1 was given gradient of the hidden states = False", of=lambda: call(wanted))
+    mesh = init_device_mesh("cpu", (4,))
+    s, t = h[:, :4], distribute_tensor(h, mesh, [Cut(1)])
+    refused(TypeError, "teacher_logits is a DTensor", of=lambda: CUDLoss()(h, t, labels % 5))
+    labels_ = distribute_tensor(labels, mesh, [Cut(0)])
+    refused(TypeError, "labels is a DTensor", of=lambda: DUSLoss(process_group=group)(s, labels_))
+    items = (labels_ >= 0).sum()
+    refused(TypeError, "num_items is a DTensor", of=lambda: DUSLoss()(t, labels_ % 5, num_items=items))
+    refused(TypeError, "hidden is a DTensor", of=lambda: call(distribute_tensor(h, mesh, [Cut(0)])))
+    assert bool(call().isfinite())
 
 
 def rank_dies() -> None:

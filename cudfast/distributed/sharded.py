@@ -105,7 +105,8 @@ def agreed(shard: Shard, rows: Rows, options: CUDOptions | DUSOptions) -> int:
     Raises:
         ValueError, RuntimeError: ranks that do not go together; a value out of range, on every rank.
     """
-    layout = ask(shard, rows.logits.device, given_to(rows, options)).wait()
+    said = {**given_to(rows, options), "gradient of the hidden states": rows.logits.requires_grad}
+    layout = ask(shard, rows.logits.device, said).wait()  # a rank that wants none would leave the others waiting
     check_vectors(_of_all(rows, options, layout), options)
     return layout.first
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import check_local
 from ..rows import DTYPES
 
 Layer = tuple[Tensor, Tensor | None]
@@ -32,6 +33,7 @@ def hidden_of(value: object, name: str) -> Tensor:
 
 
 def _check_dtype(value: Tensor, name: str) -> None:
+    check_local(value, name)
     if value.dtype not in DTYPES:
         known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"{name} has dtype {value.dtype}: expected one of {known}")
@@ -58,6 +60,7 @@ def layer_of(
         raise ValueError(
             f"{w_name} has strides {weight.stride()}: expected dense rows or columns; call .contiguous() first"
         )
+    check_local(bias, b_name)
     if not isinstance(bias, Tensor):
         if bias is not None:
             raise TypeError(f"{b_name}: expected a torch.Tensor (V,) or None, got {type(bias).__name__}")

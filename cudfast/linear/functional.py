@@ -328,9 +328,9 @@ def fused_linear_dus_loss(
             {"hidden": hidden}, {"head_weight": head_weight, "head_bias": head_bias}, (labels, weight), shard
         )
         head_weight, head_bias = layers
-    if labels is None:
-        raise TypeError("labels is None: the teacher loss needs a label (or ignore_index) for every row")
     with telling(shard):
+        if labels is None:
+            raise TypeError("labels is None: the teacher loss needs a label (or ignore_index) for every row")
         hidden = spread(hidden_of(autocast(hidden), "hidden"), shard, sequence_sharded)
         layer = layer_of(
             autocast(head_weight),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import backends
 from ..autograd import check_finite
+from ..distributed.group import telling
 from ..distributed.sharded import agreed, cut, over_ranks
 from ..memory import empty
 from ..options import CUDOptions, DUSOptions
@@ -154,20 +155,21 @@ def sweep(
     first = 0
     if p.shard is None:
         check_vectors(p.rows, options)
-    else:
+    counts, _ = masks(p.rows, options)
+    index = None if bool(counts.all()) else counts.nonzero().squeeze(-1)
+    count = p.rows.n if index is None else len(index)
+    with telling(p.shard if state is None else None):
+        tile = tiles.choose(
+            count,
+            p.rows.classes,
+            cost(p, needs, backend, compacted=index is not None),
+            p.linear.bytes,
+            whole=p.rows.constraints is not None,
+        )
+    if p.shard is not None:
         first = agreed(p.shard, p.rows, p.options) if state is None else int(state.divisors[2])
         p = p._replace(rows=cut(p.rows, p.options, first))
     rows = p.rows
-    counts, _ = masks(rows, options)
-    index = None if bool(counts.all()) else counts.nonzero().squeeze(-1)
-    count = rows.n if index is None else len(index)
-    tile = tiles.choose(
-        count,
-        rows.classes,
-        cost(p, needs, backend, compacted=index is not None),
-        p.linear.bytes,
-        whole=rows.constraints is not None,
-    )
     parted = p.shard is not None or tile.classes < rows.classes
     dtype = compute_dtype(rows)
     losses, given = None, state
