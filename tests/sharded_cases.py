@@ -488,6 +488,10 @@ def data_parallel() -> None:
 @case
 def teachers_that_are_cut_elsewhere() -> None:
     """Refused, unless they are moved; a teacher with fewer or more padded classes than the student."""
+    everyone, last = dist.group.WORLD, dist.get_rank() == 3
+    error = ValueError if last else RuntimeError
+    refused(error, "width=-1", of=lambda: reshard(torch.ones(2, 3), -1 if last else 4, everyone))
+    refused(TypeError, "process_group is None", of=lambda: reshard(torch.ones(2, 3), 3, None))
     for group, widths in groups():
         s, t, labels = batch(f64)
         there = widths[::-1] if widths[0] != widths[-1] else [V - len(widths) + 1] + [1] * (len(widths) - 1)

@@ -8,8 +8,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checks import logits_of
 from ..reference import NOTHING
-from .group import Shard, ask, lost
+from .group import Shard, ask, lost, telling
 
 
 def reshard(logits: Tensor, width: int, process_group: Any) -> Tensor:
@@ -35,7 +36,12 @@ def reshard(logits: Tensor, width: int, process_group: Any) -> Tensor:
         >>> # teacher_logits = reshard(teacher_logits, student_logits.shape[-1], group)
     """
     shard = Shard.of(process_group)
-    assert shard is not None
+    if shard is None:
+        raise TypeError("process_group is None: expected the group whose ranks hold the classes")
+    with telling(shard):
+        logits = logits_of(logits, "logits", empty=True)
+        if isinstance(width, bool) or not isinstance(width, int) or width < 0:
+            raise ValueError(f"width={width!r}: expected how many classes this rank is to have, an int >= 0")
     alike = {"leading shape": list(logits.shape[:-1]), "dtype": str(logits.dtype)}
     have = ask(shard, logits.device, {"classes": logits.shape[-1], **alike}).wait().sizes
     want = ask(shard, logits.device, {"classes": width, **alike}).wait().sizes
