@@ -252,7 +252,7 @@ CASES: list[tuple[type[Exception], str, Callable[[], object]]] = [
     (ValueError, "CUDOptions(save='all'): expected one of 'auto', 'state', 'gradient'", lambda: CUDLoss(save="all")),
     (
         ValueError,
-        "CUDOptions(backend='gpu'): expected one of 'auto', 'reference', 'native', 'triton'",
+        "CUDOptions(backend='gpu'): expected one of 'auto', 'reference', 'native', 'triton', 'cuda'",
         lambda: CUDLoss(backend="gpu"),
     ),
     (
@@ -334,7 +334,7 @@ def test_the_environment_sets_the_default(monkeypatch: pytest.MonkeyPatch) -> No
     backends.choose.cache_clear()
     monkeypatch.setenv("CUDFAST_BACKEND", "cublas")
     with pytest.raises(
-        ValueError, match=r"^CUDFAST_BACKEND='cublas': expected one of auto, native, triton, reference$"
+        ValueError, match=r"^CUDFAST_BACKEND='cublas': expected one of auto, native, triton, cuda, reference$"
     ):
         backends.choose("auto", torch.device("cpu"))
 
