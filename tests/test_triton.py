@@ -34,12 +34,12 @@ def batch(n: int, v: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [f32, f64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("v", [5_000, 17_000, 20_483])
+@pytest.mark.parametrize("v", [5_000, 20_483])
 def test_rows_that_programs_share(monkeypatch: pytest.MonkeyPatch, v: int, dtype: torch.dtype) -> None:
     monkeypatch.setattr(launch, "processors", lambda device: 4)
     student, teacher, labels = batch(4, v, dtype)
     parts = launch.plan(4, v, dtype == f64, 4).parts
-    assert parts == ({5_000: 2, 17_000: 4, 20_483: 4} if dtype == f64 else {5_000: 1, 17_000: 2, 20_483: 2})[v]
+    assert parts == ({5_000: 2, 20_483: 4} if dtype == f64 else {5_000: 1, 20_483: 2})[v]
     teacher[3, [100, v - 1]] = 30.0  # a tie over parts: the lowest index is the top-1
     for tau in (2.0, 3.0):
         found = []
