@@ -144,6 +144,15 @@ def test_no_local_memory_and_at_most_128_registers(machines: list[tuple[Any, str
 
 
 @built
+def test_scales_rows_that_no_kernel_walks() -> None:
+    """Leading axes out of order: PyTorch scales them, a factor a row."""
+    plain, by = torch.randn(2, 3, 4, 5), torch.rand(24)
+    gradient = plain.transpose(0, 2).contiguous().transpose(0, 2)
+    got = backends.load("cuda").scale(gradient, by)  # type: ignore[union-attr]
+    torch.testing.assert_close(got, plain * by.view(2, 3, 4, 1))
+
+
+@built
 def test_main_loops(machines: list[tuple[Any, str, str, Any]]) -> None:
     """A fold and a map; every access 16 bytes wide; the bytes and exponentials of the method per element."""
     for v, dtype, target, m in machines:

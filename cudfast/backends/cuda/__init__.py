@@ -15,6 +15,7 @@ from torch import Tensor
 from ...options import CUDOptions, DUSOptions
 from ...rows import Rows, State, columns_of, compute_dtype, divisors_of
 from ..packed import Kernels, copied, kernels
+from ..reference import scale as by_torch
 
 try:
     import cudfast._cuda as _cuda
@@ -119,5 +120,5 @@ def scale(gradient: Tensor, upstream: Tensor) -> Tensor:
         by = upstream.to(dtype).reshape(-1).contiguous()
         with _on(gradient.device):
             if not _cuda.scale(gradient, *_place(gradient.device), by, upstream.dim() > 0):
-                gradient *= upstream.to(gradient.dtype).unsqueeze(-1) if upstream.dim() else upstream
+                return by_torch(gradient, upstream)
     return gradient
