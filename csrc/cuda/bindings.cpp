@@ -22,6 +22,13 @@ struct Device {
   }
 };
 
+template <class Options>
+void sweep_unlocked(const Call& call, const Options& options, int device, uintptr_t stream) {
+  const py::gil_scoped_release unlocked;
+  const Device on(device, stream);
+  sweep(on.kernels, call, options, on.machine, on.stream);
+}
+
 // Both sweeps are false for logits whose rows a Matrix cannot walk.
 template <class Options>
 bool row_state(const py::tuple& fields, const Options& options, int64_t ignore_index, int64_t unlabeled_index,
@@ -35,9 +42,7 @@ bool row_state(const py::tuple& fields, const Options& options, int64_t ignore_i
   set_state(call.out, state);
   call.out.gradient = matrix(gradient);
   call.parts = address<void>(parts);
-  const py::gil_scoped_release unlocked;
-  const Device on(device, stream);
-  sweep(on.kernels, call, options, on.machine, on.stream);
+  sweep_unlocked(call, options, device, stream);
   return true;
 } catch (const NoLayout&) {
   return false;
@@ -54,9 +59,7 @@ bool row_gradient(const py::tuple& fields, const Options& options, int64_t ignor
   call.upstream = {address<const void>(upstream), per_row_upstream};
   set_state(call.out, state);
   call.out.gradient = matrix(gradient);
-  const py::gil_scoped_release unlocked;
-  const Device on(device, stream);
-  sweep(on.kernels, call, options, on.machine, on.stream);
+  sweep_unlocked(call, options, device, stream);
   return true;
 } catch (const NoLayout&) {
   return false;
