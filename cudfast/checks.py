@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
+def is_dtensor(value: object) -> bool:
+    """By its name: asking for the type would import all of torch.distributed.tensor."""
+    return type(value).__name__ == "DTensor"
+
+
 def check_local(value: object, name: str) -> None:
     """What decides where a call's rows and classes are has been made local already; kernels read addresses."""
-    if type(value).__name__ == "DTensor":
+    if is_dtensor(value):
         raise TypeError(
             f"{name} is a DTensor, understood only where the logits (class weights, in a fused loss) are DTensors, and "
             f"of alpha, num_items and grad_out never: pass {name}.to_local(), or .full_tensor()"
@@ -233,11 +238,19 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return a_begin < b_end and b_begin < a_end
 
 
-def alpha_of(alpha: object, labels: Tensor, classes: int) -> Tensor:
-    """(N,) focal scale of each row's label; 1 where there is none (a label out of range is refused later)."""
+def alpha_of(alpha: object, labels: Tensor, classes: int, shard: Shard | None) -> tuple[Tensor | None, Shard | None]:
+    """(N,) focal scale of each row's label; 1 where there is none (a label out of range is refused later).
+
+    And the shard, which knows from alpha how many classes there are in all.
+    """
+    if alpha is None:
+        return None, shard
     if not isinstance(alpha, Tensor):
         raise TypeError(f"alpha: expected a torch.Tensor (V,) with one value per class, got {type(alpha).__name__}")
     check_local(alpha, "alpha")
+    if shard is not None and alpha.dim():
+        classes = len(alpha)
+        shard = shard.of_all(classes)
     if alpha.shape != (classes,) or not alpha.dtype.is_floating_point:
         raise ValueError(f"alpha is {alpha.dtype} {tuple(alpha.shape)}: expected floating point ({classes},)")
     if alpha.requires_grad:
@@ -246,7 +259,7 @@ def alpha_of(alpha: object, labels: Tensor, classes: int) -> Tensor:
         raise ValueError(f"alpha is on {alpha.device} and labels on {labels.device}: move them to one device")
     inside = (labels >= 0) & (labels < classes)
     chosen = alpha.detach().to(vector_dtype(labels.device))[torch.where(inside, labels, 0)]
-    return torch.where(inside, chosen, 1)
+    return torch.where(inside, chosen, 1), shard
 
 
 def constraints_of(projection: Projection, logits: Tensor, classes: int, name: str) -> Constraints:

@@ -13,13 +13,14 @@ from .checks import (
     check_call,
     classes_of,
     constraints_of,
+    is_dtensor,
     labels_of,
     logits_of,
     num_items_of,
     temperature_of,
     weight_of,
 )
-from .distributed.dtensors import is_dtensor, localized
+from .distributed.dtensors import localized
 from .distributed.group import Shard, telling
 from .options import CUDOptions, DUSOptions, cross_entropy
 from .projection import Projection
@@ -266,13 +267,7 @@ def dus_loss(
         classes = classes_of(logits, None, options.num_classes, ("logits", ""), shard)
         flat_labels = labels_of(labels, logits, "logits")
         assert flat_labels is not None
-        per_row = None
-        if alpha is not None:
-            in_all = classes
-            if shard is not None:
-                in_all = len(alpha) if isinstance(alpha, Tensor) and alpha.dim() else 0
-                shard = shard.of_all(in_all)
-            per_row = alpha_of(alpha, flat_labels, in_all)
+        per_row, shard = alpha_of(alpha, flat_labels, classes, shard)
         rows = Rows(
             logits,
             None,

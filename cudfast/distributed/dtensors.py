@@ -10,11 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checks import is_dtensor
 from .group import Shard
-
-
-def is_dtensor(x: object) -> bool:
-    return type(x).__name__ == "DTensor"
 
 
 class Place:

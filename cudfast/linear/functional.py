@@ -13,13 +13,14 @@ from ..checks import (
     check_call,
     classes_of,
     constraints_of,
+    is_dtensor,
     labels_of,
     logits_of,
     num_items_of,
     temperature_of,
     weight_of,
 )
-from ..distributed.dtensors import is_dtensor, localized_heads
+from ..distributed.dtensors import localized_heads
 from ..distributed.group import Shard, telling
 from ..distributed.heads import spread, spread_teacher
 from ..options import CUDOptions, DUSOptions, LinearOptions, cross_entropy
@@ -342,16 +343,13 @@ def fused_linear_dus_loss(
         classes = classes_of(layer[0].t(), None, options.num_classes, ("head_weight", ""), shard)
         flat_labels = labels_of(labels, hidden, "hidden")
         assert flat_labels is not None
-        in_all = classes
-        if shard is not None and isinstance(alpha, Tensor) and alpha.dim():
-            in_all = len(alpha)
-            shard = shard.of_all(in_all)
+        per_row, shard = alpha_of(alpha, flat_labels, classes, shard)
         rows = Rows(
             hidden,
             None,
             flat_labels,
             weight_of(weight, hidden, "hidden"),
-            None if alpha is None else alpha_of(alpha, flat_labels, in_all),
+            per_row,
             options.alpha,
             num_items_of(num_items),
             classes,
