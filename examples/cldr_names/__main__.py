@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..common.cli import guarded, positive
+from ..common.cli import guarded, parser, positive, start_torch
 
 _NEEDED = ("babel", "jinja2", "matplotlib", "rich")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; QUICK=1 in the environment stands for --quick."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.cldr_names",
-        description="Compare CUD with distillation baselines on CLDR names.",
-    )
-    quick = os.environ.get("QUICK", "0") not in ("", "0")
-    parser.add_argument("--quick", action="store_true", default=quick, help="fewer strings and seeds, about 1 minute")
-    parser.add_argument("--seeds", type=positive, help="runs of each method (default 3, with --quick 2)")
-    parser.add_argument("--out", type=Path, default=Path("demo_results"), help="folder for results (%(default)s)")
-    parser.add_argument("--threads", type=positive, help="threads of PyTorch (default: its own choice)")
-    return parser.parse_args(argv)
+    """Read the command line."""
+    about = "Compare CUD with distillation baselines on CLDR names."
+    line = parser("python -m examples.cldr_names", about, quick="fewer strings and seeds, about 1 minute")
+    line.add_argument("--seeds", type=positive, help="runs of each method (default 3, with --quick 2)")
+    line.add_argument("--out", type=Path, default=Path("demo_results"), help="folder for results (%(default)s)")
+    return line.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the whole demo and write its results."""
-    # Threads that spin while they wait make training several times slower as soon as another program runs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import torch
+    start_torch(args.threads)
     from rich.console import Console
 
     from ..common.progress import Meter
@@ -41,8 +33,6 @@ def run(args: argparse.Namespace) -> None:
     from .report import save_csv, save_html, show
     from .timing import preflight
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     config = QUICK if args.quick else FULL
     if args.seeds is not None:
         config = replace(config, seeds=args.seeds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,25 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
     return int(text)
+
+
+def parser(prog: str, description: str, quick: str) -> argparse.ArgumentParser:
+    """The arguments that all commands take; QUICK=1 in the environment stands for --quick, which `quick` explains."""
+    found = argparse.ArgumentParser(prog=prog, description=description)
+    asked = os.environ.get("QUICK", "0") not in ("", "0")
+    found.add_argument("--quick", action="store_true", default=asked, help=quick)
+    found.add_argument("--threads", type=positive, help="threads of PyTorch (default: its own choice)")
+    return found
+
+
+def start_torch(threads: int | None) -> None:
+    """To be called before anything else imports torch."""
+    # Threads that spin while they wait make training several times slower as soon as another program runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def guarded(run: Callable[[], None], needed: Sequence[str], out: Path) -> int:
