@@ -25,7 +25,7 @@ from trl.experimental.gold import GOLDConfig, GOLDTrainer
 from cudfast import CUDLoss, FusedLinearCUDLoss
 from cudfast.integrations.trl import Labels, cud_trainer
 
-from .test_transformers import close, moved, qwen
+from .trainers import close, moved, qwen
 
 LABELS = pytest.mark.parametrize("labels", ["sampled", "teacher", None])
 KINDS = {GKDTrainer: GKDConfig, GOLDTrainer: GOLDConfig, DistillationTrainer: DistillationConfig}
