@@ -23,7 +23,7 @@ $(VENV)/.torch:
 # The native core is built in pip's isolated environment; nothing but torch must be there before.
 $(VENV)/.cudfast: $(VENV)/.torch $(SOURCES)
 	CUDFAST_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --progress-bar on --editable ".[bench,demo,test,dev]"
-	$(BIN)/python -m pip install --quiet --no-deps torchdistill # whose torchvision would bring another torch
+	$(BIN)/python -m pip install --quiet --no-deps torchdistill liger-kernel # torchvision would bring another torch
 	touch $@
 
 demo: $(VENV)/.cudfast

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,7 +28,7 @@ CASES = (
     Sizes(2_048, 32_000, "tokens of Llama 2's or Mistral's vocabulary", 256, 512),
     Sizes(1_024, 65_536, "tokens of a larger one", 512, 512),
 )
-ROUNDS, SLOW = (3, 2) if QUICK else (5, 2)
+ROUNDS, SLOW = 5, 2
 OURS, FLOOR, FRESH, EAGER = "fused", "products, given memory", "products, fresh memory", "eager PyTorch"
 
 
@@ -52,33 +52,31 @@ def check(x: Heads, got: heads.Found, plain: heads.Found) -> None:
         gate(OURS, (got[0], got[i]), (value, true), errors, TEMPERATURE)
 
 
-def best(name: str, settings: Mapping[str, Callable[[], Callable[[], object]]], *, teacher: bool = True) -> Contestant:
-    """A peer in its fastest setting, by one call after a first one; the two fastest have a second try."""
-    calls = {setting: build() for setting, build in list(settings.items())[: 1 if QUICK else None]}
-    seconds = {s: Contestant(s, call).seconds(warm=1) for s, call in calls.items()}
-    two = sorted(seconds, key=lambda s: seconds[s])[:2]
-    fastest = min(two, key=lambda s: min(seconds[s], Contestant(s, calls[s]).seconds(warm=0)))
-    return Multiplying(f"{name} ({fastest})", calls[fastest], every=SLOW, teacher=teacher)
+# Each peer's fastest setting at each of CASES, of those that a search with two calls each tried (2 cores, AVX2): Liger
+# in chunks of 512 and 1,024; TRL in tiles of 512 and 4,096 tokens by 8,192 and 32,768 words; PyTorch whole, in chunks
+# of its own choice, of 256, 512 and 1,024.
+LIGER = dict(zip(CASES, (64, 1024, 1024)))
+TRL = dict(zip(CASES, ((64, 8_192), (512, 8_192), (512, 8_192))))
+TORCH: dict[Sizes, int | None] = dict(zip(CASES, (None, 512, 512)))
 
 
 def others(x: Heads, sizes: Sizes) -> tuple[list[Contestant], dict[str, str]]:
     """Those that can be imported, and why the rest cannot be raced."""
-    chunks = [chunk for chunk in (512, 1024) if chunk <= sizes.rows] or [sizes.rows]
+    chunk, (tokens, words) = LIGER[sizes], TRL[sizes]
     builds = {
-        "liger-kernel KL + CE": {
-            f"compiled, chunks of {chunk}": partial(peers.liger, x, chunk=chunk, compiled=True) for chunk in chunks
-        },
-        "TRL KL": {
-            f"tiles of {tokens} x {words:,}": partial(peers.trl, x, tokens=tokens, vocabulary=words)
-            for tokens in sorted({min(sizes.rows, 4096), min(sizes.rows, 512)})
-            for words in (8_192, 32_768)
-        },
+        "liger-kernel KL + CE": (
+            f"{'not ' if QUICK else ''}compiled, chunks of {chunk}",
+            partial(peers.liger, x, chunk=chunk, compiled=not QUICK),
+        ),
+        "TRL KL": (f"tiles of {tokens} x {words:,}", partial(peers.trl, x, tokens=tokens, vocabulary=words)),
     }
     found: list[Contestant] = []
     absent: dict[str, str] = {}
-    for name, settings in builds.items():
+    for name, (setting, build) in builds.items():
         try:
-            found.append(best(name, settings))
+            call = build()
+            call()  # imports what it needs
+            found.append(Multiplying(f"{name} ({setting})", call, every=SLOW))
         except ImportError as error:
             absent[name] = f"not installed ({error})"
     return found, absent
@@ -108,6 +106,7 @@ def bench_linear(race: Runner, sizes: Sizes) -> None:
         rounds=ROUNDS,
         unit="FLOP",
         absent=absent,
+        memory=sizes == CASES[0],  # bench_linear_memory measures the largest
         at_most=[
             (OURS, FLOOR, 1.15, None),
             (OURS, FRESH, 1.15, None),
@@ -125,10 +124,10 @@ def bench_cross_entropy(race: Runner, sizes: Sizes) -> None:
     ours, eager = heads.ours(x, kd_weight=0.0, ce_weight=1.0), heads.eager_ce(x)
     for got, wanted in zip(ours(), eager()):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
-    settings: dict[str, Callable[[], Callable[[], object]]]
-    settings = {"whole": partial(peers.torch_ce, x, chunked=False), "its own chunks": partial(peers.torch_ce, x)}
-    settings |= {f"chunks of {c}": partial(peers.torch_ce, x, chunk=c) for c in (256, 512, 1024) if c < sizes.rows}
-    peer = best("F.linear_cross_entropy", settings, teacher=False)
+    chunk = TORCH[sizes]
+    setting = f"chunks of {chunk}" if chunk else "whole"
+    call = peers.torch_ce(x, chunk=chunk, chunked=bool(chunk))
+    peer = Multiplying(f"F.linear_cross_entropy ({setting})", call, every=SLOW, teacher=False)
     contestants = [
         Multiplying(OURS, ours, teacher=False),
         Multiplying(FLOOR, heads.products(x, teacher=False, given=True), teacher=False),

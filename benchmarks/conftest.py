@@ -15,6 +15,8 @@ from cudfast.bench.race import Race
 from cudfast.bench.result import Result, Table, machine
 from cudfast.bench.shapes import Shape
 
+from .rounds import BUDGET
+
 Goal = tuple[str, str, float, float | None]
 """Time of the first over time of the second: required, and aimed at."""
 
@@ -67,11 +69,12 @@ class Runner:
     ) -> Result | None:
         """Times everybody, then measures their memory.
 
-        `more_at_most`: goals that follow from the result. None under --benchmark-disable, where the gate was all that
-        was asked for.
+        `rounds`: at most; fewer where BUDGET seconds are over earlier. `more_at_most`: goals that follow from the
+        result. None under --benchmark-disable, where the gate was all that was asked for.
         """
         race = Race(list(contestants), warm=warm)
         ours = race.contestants[0]
+        rounds = race.fit(rounds, BUDGET)
         self._benchmark.pedantic(ours.call, setup=race.others, rounds=rounds)  # type: ignore[no-untyped-call]
         if self._benchmark.stats is None:
             return None

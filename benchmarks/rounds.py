@@ -7,5 +7,7 @@ import os
 QUICK = os.environ.get("QUICK", "0") not in ("", "0")
 ROUNDS, SLOW_ROUNDS = (6, 2) if QUICK else (30, 3)
 SMALL_ROUNDS, SMALL_WARM = (100 if QUICK else 300), 5
+BUDGET = 3 if QUICK else 12
+"""Seconds of one race, unless three rounds take longer."""
 EVERY = ROUNDS // SLOW_ROUNDS
 """Peers far slower than the rest take part in every so many rounds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -203,3 +204,14 @@ def test_figures_of_a_race_that_measured_no_memory() -> None:
     found = result({"ours": [1.0], "floor": [1.0]})
     assert isinstance(found.contestants["ours"], Figures)
     assert found.table().rows[0][-1] == ""
+
+
+def test_a_budget_ends_a_race_but_everybody_has_three_rounds() -> None:
+    contestants = [Contestant("ours", lambda: None), Contestant("slow", lambda: time.sleep(0.002), every=10)]
+    for asked, budget, most in ((30, 60.0, 30), (30, 0.0, 3)):
+        race = Race(contestants)
+        rounds = race.fit(asked, budget)
+        assert rounds == most
+        for _ in range(rounds):
+            race.round()
+        assert {name: len(times) for name, times in race.seconds.items()} == {"ours": most, "slow": 3}
