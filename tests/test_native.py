@@ -134,6 +134,19 @@ def test_exp_within_its_bound(isa: str) -> None:
             assert float(((y - truth) / ulp).abs().max()) <= 2.5
 
 
+def test_exp_below_its_range(isa: str) -> None:
+    """Subnormal at most, 0 at -inf, and NaN for NaN: what a class that is masked out weighs."""
+    for dtype, lowest, run in ((f32, -87.33, native._native.exp32), (f64, -708.39, native._native.exp64)):
+        below = [lowest - 0.1, lowest - 0.35, lowest - 1, 2 * lowest, -1e30, -math.inf]
+        x = torch.tensor([*below, math.nan] * 5, dtype=dtype)
+        y = torch.full_like(x, -1)
+        run(x, y, x.numel())
+        tiny = torch.finfo(dtype).tiny
+        assert (((y >= 0) & (y <= tiny)) | x.isnan()).all()
+        assert (y[x <= lowest - 1] == 0).all()
+        assert (y.isnan() == x.isnan()).all()
+
+
 def bits(run: Callable[[], tuple[Tensor, ...]], threads: int) -> tuple[Tensor, ...]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -9,9 +9,10 @@
 namespace cudfast {
 namespace {
 
-// Vectors between two changes of accumulators: two accumulators of 16 additions, then a tree step. Short chains keep
-// the error of f32 sums near one rounding; see docs/method.md, "Accuracy".
-constexpr int kChunk = 32;
+// Vectors that are summed apart before they are added to the block's sums. Short chains keep the error of f32 sums near
+// one rounding; see docs/method.md, "Accuracy". One set of sums, because two of them do not fit into AVX2's registers
+// beside the exponentials.
+constexpr int kChunk = 16;
 
 template <class T>
 constexpr DType dtype_of = sizeof(T) == 4 ? DType::f32 : DType::f64;
@@ -116,17 +117,16 @@ inline __attribute__((always_inline)) Sums accumulate(int whole, int rest, Sums 
   Sums sums = zero;
   for (int start = 0; start < whole; start += kChunk * width) {
     const int end = start + kChunk * width < whole ? start + kChunk * width : whole;
-    Sums first = zero, second = zero;
+    Sums chunk = zero;
     int i = start;
     for (; i + 2 * width <= end; i += 2 * width) {
       ahead(i);
       if constexpr (sizeof(Lanes<T>) >= 64) ahead(i + width);
-      body(first, i);
-      body(second, i + width);
+      body(chunk, i);
+      body(chunk, i + width);
     }
-    if (i < end) body(first, i);
-    add(first, second);
-    add(sums, first);
+    if (i < end) body(chunk, i);
+    add(sums, chunk);
   }
   if (rest > 0) tail(sums);
   return sums;
@@ -140,10 +140,13 @@ __attribute__((noinline)) StudentSums<Lanes<T>> student_sums(const StudentBlock&
   const F ms(m_s), mt(m_t), inv(b.inv_tau);
   T* const kept_t = reinterpret_cast<T*>(b.kept.teacher);
   T* const kept_s = reinterpret_cast<T*>(b.kept.student);
+  const T *const at_s = s.data, *const at_t = t.data;  // by value: what is stored to might be anywhere
+  const char* const g = Keep ? b.g : nullptr;
+  const int64_t g_size = size_of(b.g_dtype);
   return accumulate<T>(
       s.whole, s.rest, zero_student<F>(),
-      [&](auto& sums, int i) {
-        const auto e = fold<P, Ones, Holes>(sums, t.at(i) - mt, s.at(i) - ms, inv);
+      [=](auto& sums, int i) __attribute__((always_inline)) {
+        const auto e = fold<P, Ones, Holes>(sums, F::load(at_t + i) - mt, F::load(at_s + i) - ms, inv);
         if constexpr (Keep) {
           e.teacher.store(kept_t + i);
           e.student.store(kept_s + i);
@@ -156,10 +159,10 @@ __attribute__((noinline)) StudentSums<Lanes<T>> student_sums(const StudentBlock&
           store_some(e.student, s.rest, kept_s + s.whole);
         }
       },
-      [&](int i) __attribute__((always_inline)) {  // a call that only prefetches may be dropped as one without effect
+      [=](int i) __attribute__((always_inline)) {  // a call that only prefetches may be dropped as one without effect
         next_s.prefetch(i);
         next_t.prefetch(i);
-        if (Keep && b.g) __builtin_prefetch(b.g + i * size_of(b.g_dtype), 1);
+        if (g) __builtin_prefetch(g + i * g_size, 1);
       });
 }
 
