@@ -11,7 +11,7 @@ from cudfast.bench.shapes import SHAPES
 
 from . import peers
 from .conftest import Runner
-from .rounds import EVERY, QUICK, ROUNDS
+from .rounds import COMPILE, EVERY, NOT_COMPILED, QUICK, ROUNDS
 
 LARGE = ("Llama 2", "Llama 3")
 SIXTEEN_BITS = (("Llama 2", torch.bfloat16), ("Llama 3", torch.bfloat16), ("Llama 2", torch.float16))
@@ -27,7 +27,7 @@ def bench_float32(race: Runner, name: str) -> None:
     CUD.check(ours, data)
     huge = name == "100M"  # seconds and gigabytes for whoever keeps temporaries
     found, absent = peers.distillation(data, EVERY, skip="takes some 3 GB and seconds" if huge else "")
-    own = CUD.pytorch(data, EVERY, compile=not huge)
+    own = CUD.pytorch(data, EVERY, compile=COMPILE and not huge)
     contestants = [*ours, *own, *found, *yardsticks(data, EVERY), CUD.floor(data)]
     goals = [("eager PyTorch", form, 30, 50) for form in ("given gradient", "in place")]
     goals += [("torch.compile", form, 12, 20) for form in ("given gradient", "in place")]
@@ -39,8 +39,8 @@ def bench_float32(race: Runner, name: str) -> None:
         contestants,
         floor="torch.add",
         rounds=6 if huge else ROUNDS,
-        absent=absent if not huge else {**absent, "torch.compile": "left out: as eager"},
-        at_least=goals if name in LARGE else (),
+        absent={**absent, **NOT_COMPILED, **({"torch.compile": "left out: as eager"} if huge else {})},
+        at_least=[goal for goal in goals if name in LARGE and (COMPILE or goal[0] != "torch.compile")],
         at_most=[(form, "torch.add", 2.5, 1.5) for form in ("given gradient", "in place")] if name in LARGE else (),
     )
 
@@ -51,7 +51,7 @@ def bench_sixteen_bits(race: Runner, name: str, dtype: torch.dtype) -> None:
     data = make(SHAPES[name], dtype)
     ours = CUD.ours(data)
     CUD.check(ours, data)
-    contestants = [*ours, *CUD.pytorch(data, EVERY, compile=dtype == torch.bfloat16), CUD.floor(data)]
+    contestants = [*ours, *CUD.pytorch(data, EVERY, compile=COMPILE and dtype == torch.bfloat16), CUD.floor(data)]
     race(
         CUD.title,
         SHAPES[name],
@@ -59,7 +59,7 @@ def bench_sixteen_bits(race: Runner, name: str, dtype: torch.dtype) -> None:
         contestants,
         floor="torch.add",
         rounds=ROUNDS,
-        absent={} if dtype == torch.bfloat16 else {"torch.compile": "left out: raced in bfloat16"},
+        absent=NOT_COMPILED if dtype == torch.bfloat16 else {"torch.compile": "left out: raced in bfloat16"},
         at_least=[("eager PyTorch", form, 20, None) for form in ("given gradient", "in place")],
     )
 

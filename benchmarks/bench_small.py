@@ -11,7 +11,7 @@ from cudfast.bench.shapes import SHAPES
 
 from . import peers
 from .conftest import Runner
-from .rounds import SMALL_ROUNDS, SMALL_WARM
+from .rounds import COMPILE, NOT_COMPILED, SMALL_ROUNDS, SMALL_WARM
 
 
 @pytest.mark.benchmark(group="small batches")
@@ -27,10 +27,10 @@ def bench_small(race: Runner, entry: Entry) -> None:
         entry.title,
         shape,
         torch.float32,
-        [fresh, *others, *entry.pytorch(data, 1), *found, *yardsticks(data, 1), floor],
+        [fresh, *others, *entry.pytorch(data, 1, compile=COMPILE), *found, *yardsticks(data, 1), floor],
         floor=floor.name,
         rounds=SMALL_ROUNDS,
         warm=SMALL_WARM,
-        absent=absent,
+        absent={**absent, **NOT_COMPILED},
         at_least=[("eager PyTorch", fresh.name, 3, None)] if entry is CUD else (),
     )

@@ -11,3 +11,5 @@ BUDGET = 3 if QUICK else 12
 """Seconds of one race, unless three rounds take longer."""
 EVERY = ROUNDS // SLOW_ROUNDS
 """Peers far slower than the rest take part in every so many rounds."""
+COMPILE = not QUICK
+NOT_COMPILED = {} if COMPILE else {"torch.compile": "left out of a short run: compiling takes longer than racing"}
