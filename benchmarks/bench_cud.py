@@ -38,7 +38,7 @@ def bench_float32(race: Runner, name: str) -> None:
         torch.float32,
         contestants,
         floor="torch.add",
-        rounds=6 if huge else ROUNDS,
+        rounds=3 if huge else ROUNDS,
         absent={**absent, **NOT_COMPILED, **({"torch.compile": "left out: as eager"} if huge else {})},
         at_least=[goal for goal in goals if name in LARGE and (COMPILE or goal[0] != "torch.compile")],
         at_most=[(form, "torch.add", 2.5, 1.5) for form in ("given gradient", "in place")] if name in LARGE else (),

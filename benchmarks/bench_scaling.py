@@ -65,7 +65,7 @@ def bench_threads(race: Runner) -> None:
     CUD.check([case], data)
     contestants = [
         Contestant(f"{c.name}, {threads} threads", c.call, partial(torch.set_num_threads, threads), every=c.every)
-        for c in (case, CUD.floor(data), *([] if QUICK else CUD.pytorch(data, 6, compile=False)))
+        for c in (case, CUD.floor(data))
         for threads in (most, 1)
     ]
     try:

@@ -327,22 +327,23 @@ constexpr int kHalfLanes = 16;
 inline void widen_half_lanes(const uint16_t* from, float* to) {
   _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 }
-inline void narrow_half_lanes(const float* from, uint16_t* to) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm512_cvtps_ph(_mm512_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+inline void store_half(Lanes<float> from, uint16_t* to) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)from.v, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif CUDFAST_VECTOR_BYTES == 32
 constexpr int kHalfLanes = 8;
 inline void widen_half_lanes(const uint16_t* from, float* to) {
   _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
-inline void narrow_half_lanes(const float* from, uint16_t* to) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+inline void store_half(Lanes<float> from, uint16_t* to) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)from.v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
 constexpr int kHalfLanes = 1;
 inline void widen_half_lanes(const uint16_t* from, float* to) { *to = widen_half(*from); }
-inline void narrow_half_lanes(const float* from, uint16_t* to) { *to = narrow_half(*from); }
+inline void store_half(Lanes<float> from, uint16_t* to) {
+  for (int i = 0; i < Lanes<float>::count; ++i) to[i] = narrow_half(from.v[i]);
+}
 #endif
 
 // Round to nearest even in every lane, as narrow_bfloat.
@@ -394,7 +395,8 @@ inline void narrow(const T* from, int n, DType dtype, void* to) {
     uint16_t* f = static_cast<uint16_t*>(to);
     int i = 0;
     if constexpr (sizeof(T) == 4) {
-      for (; i + kHalfLanes <= n; i += kHalfLanes) narrow_half_lanes(from + i, f + i);
+      constexpr int width = Lanes<T>::count;
+      for (; i + width <= n; i += width) store_half(Lanes<T>::load(from + i), f + i);
     }
     for (; i < n; ++i) f[i] = narrow_half(static_cast<float>(from[i]));
   }

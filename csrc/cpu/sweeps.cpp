@@ -224,19 +224,19 @@ inline __attribute__((always_inline)) void map(int n, char* g, DType dtype, Body
   constexpr int width = Lanes<T>::count;
   const int whole = n / width * width;
   alignas(64) T buffer[width];
+  const auto each = [&](auto store) __attribute__((always_inline)) {
+    for (int i = 0; i < whole; i += width) store(body(i), g + i * size_of(dtype));
+  };
   if (dtype == dtype_of<T>) {
-    for (int i = 0; i < whole; i += width) body(i).store(reinterpret_cast<T*>(g) + i);
+    each([](Lanes<T> x, char* to) { x.store(reinterpret_cast<T*>(to)); });
+  } else if constexpr (sizeof(T) == 4) {  // a float64 gradient is computed in float64: what is left has 16 bits
+    dtype == DType::bf16 ? each([](Lanes<T> x, char* to) { store_bfloat(x, reinterpret_cast<uint16_t*>(to)); })
+                         : each([](Lanes<T> x, char* to) { store_half(x, reinterpret_cast<uint16_t*>(to)); });
   } else {
-    for (int i = 0; i < whole; i += width) {
-      if constexpr (sizeof(T) == 4) {
-        if (dtype == DType::bf16) {
-          store_bfloat(body(i), reinterpret_cast<uint16_t*>(g) + i);
-          continue;
-        }
-      }
-      body(i).store(buffer);
-      narrow(buffer, width, dtype, g + i * size_of(dtype));
-    }
+    each([&](Lanes<T> x, char* to) {
+      x.store(buffer);
+      narrow(buffer, width, dtype, to);
+    });
   }
   if (whole == n) return;
   if (dtype == dtype_of<T>) {
