@@ -42,7 +42,7 @@ template <class Loss, bool Staged>
 struct RowKernel {
   using R = typename Loss::R;
   using State = typename Loss::State;
-  using Rows = RowOf<Loss::dtype>[Loss::arrays];
+  using Rows = RowOf<Loss::dtype>[2];  // the logits, and the teacher's where a loss has them
   using Values = typename Loss::Values;
   static constexpr int width = Loss::chunk, ahead = 4;  // groups of copies in flight
 
@@ -120,16 +120,11 @@ struct RowKernel {
   CUDFAST_KERNEL View view(Executor& x, Thread th, int row) const {
     const Matrix& target = Loss::arrays == 2 ? call.rows.target : call.rows.logits;
     const Matrix& g = call.out.gradient.data ? call.out.gradient : call.rows.logits;
-    if constexpr (Loss::arrays == 2) {
-      Rows rows = {{call.rows.logits, row, call.rows.classes}, {target, row, call.rows.classes}};
-      return {{rows[0], rows[1]},
-              {g, row, call.rows.padded},
-              {rows, call.rows.classes, piece(x, th), call.split},
-              call.slots};
-    } else {
-      Rows rows = {{call.rows.logits, row, call.rows.classes}};
-      return {{rows[0]}, {g, row, call.rows.padded}, {rows, call.rows.classes, piece(x, th), call.split}, call.slots};
-    }
+    const Rows rows = {{call.rows.logits, row, call.rows.classes}, {target, row, call.rows.classes}};
+    return {{rows[0], rows[1]},
+            {g, row, call.rows.padded},
+            {rows, call.rows.classes, piece(x, th), call.split},
+            call.slots};
   }
 
   CUDFAST_KERNEL bool writes(Executor& x, Thread th) const { return th.index == 0 && piece(x, th) == 0; }
@@ -185,6 +180,7 @@ struct RowKernel {
   // The state of a row: of the cluster's blocks or its parts in memory, or an earlier call's. Merged as threads are.
   CUDFAST_KERNEL void collect(Executor& x, int row, const Marks& m, Executor::Local<State>& whole) const {
     const int count = call.from == From::parts ? call.part_count : x.cluster();
+    CUDFAST_CHECK(count <= x.threads());
     Executor::Local<typename Loss::template TopOf<double>> top(x);
     x.each([&](Thread th) {
       State own;

@@ -73,7 +73,7 @@ int kind_of(const Rows& rows) {
 int shared_rows(int64_t rows, int64_t classes, int processors) {
   const int64_t chunks = classes / 8;
   if (rows >= 2 * processors) return 1;
-  const int64_t most = (4 * processors + rows - 1) / std::max<int64_t>(rows, 1);
+  const int64_t most = std::min<int64_t>(kMaxThreads, (4 * processors + rows - 1) / std::max<int64_t>(rows, 1));
   return static_cast<int>(std::max<int64_t>(1, std::min(most, chunks / kShortest)));
 }
 

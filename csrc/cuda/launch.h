@@ -11,7 +11,7 @@ namespace cudfast {
 struct Machine {
   int processors = 0;
   int shared = 0;      // bytes of shared memory that a block may ask for
-  int capability = 0;  // 90 is sm_90
+  int capability = 0;  // 90 is sm_90: of the GPU, or less where the kernels were compiled for less
 };
 
 // A launch is done, or the answer says why not.
@@ -33,7 +33,8 @@ enum class Where { device, emulated };
 template <Where>
 const Kernels& kernels();
 
-// Blocks that share a row whose state or gradient is made from memory: more than 1 where rows are few and long.
+// Blocks that share a row whose state or gradient is made from memory: more than 1 where rows are few and long, and never
+// more than the threads of the block that merges their states.
 int shared_rows(int64_t rows, int64_t classes, int processors);
 
 // The kernel that a launch runs, and how. `staged` bytes are asked for by kernels that stage rows.

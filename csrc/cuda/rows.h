@@ -91,7 +91,7 @@ const Kernels& kernels<kHere>() {
       {F32::teacher, Others::teacher, Bf16::teacher, F16::teacher},
       count_rows,
       scale_rows,
-      find_machine,
+      find_machine<CountKernel>,
   };
   return found;
 }

@@ -5,6 +5,8 @@
 
 #if defined(__CUDACC__)
 #include <cuda_runtime_api.h>
+
+#include <algorithm>
 #endif
 
 namespace cudfast {
@@ -40,8 +42,12 @@ const char* run(const Kernel& kernel, const Grid& grid, void* stream) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-inline const char* find_machine(int device, Machine& found) {
+// What is copied or clustered depends on what the code was compiled for, which may be less than what the GPU can do:
+// `Kernel` is any of the kernels, all of which are compiled for the same.
+template <class Kernel>
+const char* find_machine(int device, Machine& found) {
   int major = 0, minor = 0;
+  cudaFuncAttributes compiled{};
   cudaError_t error = cudaSetDevice(device);
   const auto ask = [&](int& value, cudaDeviceAttr attribute) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
@@ -50,7 +56,8 @@ inline const char* find_machine(int device, Machine& found) {
   ask(found.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   ask(major, cudaDevAttrComputeCapabilityMajor);
   ask(minor, cudaDevAttrComputeCapabilityMinor);
-  found.capability = 10 * major + minor;
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(row_kernel<Kernel>));
+  found.capability = std::min(10 * major + minor, compiled.ptxVersion);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -66,7 +73,8 @@ const char* run(const Kernel& kernel, const Grid& grid, void*) {
 }
 
 // A small Hopper: few processors, so that rows are shared soon.
-inline const char* find_machine(int, Machine& found) {
+template <class Kernel>
+const char* find_machine(int, Machine& found) {
   found = {4, 227 << 10, 90};
   return nullptr;
 }

@@ -251,6 +251,16 @@ void test_scale() {
   near("scaled by -0.5", g.get(2 * v + 2), -1, 0);
 }
 
+// A block merges the states of a row's parts, one a thread: there may not be more parts than threads.
+void test_parts() {
+  for (const int processors : {4, 68, 128, 132, 148, 1000}) {
+    for (const int64_t rows : {1, 2, 7, 200}) {
+      const int parts = shared_rows(rows, 100'000'000, processors);
+      near("parts of a row, " + std::to_string(processors) + " processors", parts <= kMaxThreads && parts >= 1, 1, 0);
+    }
+  }
+}
+
 // A GPU whose shared memory just holds the row of a case in a cluster of so many blocks.
 Way clustered(const Case& c, int blocks, int arrays = 2) {
   const int64_t width = 16 / size_of(c.s), chunks = (c.classes + 2 * width - 2) / width;
@@ -295,6 +305,7 @@ int main() {
   test_teacher(two_sweeps, {2, 333, 0, 0, 0, f64, f64, 2.0});
   for (const Way& way : {two_sweeps, staged, clustered({8, 300, 0, 0, 0, f32, f32, 1.0}, 2)}) test_marks(way);
   test_scale();
+  test_parts();
   std::printf("cuda, emulated: %d failures\n", failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
