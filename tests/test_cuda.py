@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cudfast import CUDLoss, CUDOptions, DUSLoss, Projection, backends
+from cudfast import CUDLoss, CUDOptions, DUSLoss, Projection, backends, machine
 from cudfast.functional import cud_loss
 from cudfast.info import describe
 
@@ -125,6 +126,18 @@ def test_info_names_the_architectures() -> None:
     text, good = describe()
     assert good
     assert "CUDA kernels for" in text
+
+
+@built
+def test_what_the_module_holds() -> None:
+    """Code for every architecture that it names, and PTX of the last step (75, 80: copies, 90: clusters) for later GPUs."""
+    from cudfast.backends.cuda import compiled
+
+    listed = [machine.run("cuobjdump", option, str(compiled._cuda.__file__)) for option in ("-lelf", "-lptx")]
+    code, text = (set(re.findall(r"\.sm_(\d+)\.(?:cubin|ptx)", names)) for names in listed)
+    assert code == set(compiled._cuda.ARCHITECTURES.split())
+    newest = max(map(int, code))
+    assert text == {str(max(step for step in (75, 80, 90) if step <= newest))}
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,8 @@ enum class Where { device, emulated };
 template <Where>
 const Kernels& kernels();
 
-// Blocks that share a row whose state or gradient is made from memory: more than 1 where rows are few and long, and never
-// more than the threads of the block that merges their states.
+// Blocks that share a row whose state or gradient is made from memory: more than 1 where rows are few and long, and
+// never more than the threads of the block that merges their states.
 int shared_rows(int64_t rows, int64_t classes, int processors);
 
 // The kernel that a launch runs, and how. `staged` bytes are asked for by kernels that stage rows.
