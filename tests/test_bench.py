@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,19 @@ def test_compare(factor: float, machine: float, verdict: str) -> None:
     assert change.ratio == pytest.approx(factor)
     assert change.low <= factor <= change.high
     assert change.verdict == verdict
+
+
+def test_a_slowed_contestant_is_flagged() -> None:
+    def raced(milliseconds: float) -> Result:
+        names = {"ours": milliseconds, "peer": 2.0, "floor": 1.0}
+        race = Race([Contestant(name, partial(time.sleep, ms / 1e3)) for name, ms in names.items()])
+        for _ in range(12):
+            race.round()
+        return Result.of("CUDLoss", race, SMALL, torch.float32, "floor", peaks={}, absent={})
+
+    old = raced(2)
+    slowed = {c.contestant: c.verdict for c in compare([old], [raced(4)])}
+    assert slowed == {"ours": "slower", "peer": ""}
 
 
 def test_too_few_noisy_rounds_prove_nothing() -> None:

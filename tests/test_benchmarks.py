@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +17,37 @@ pytest.importorskip("rich")
 if not (Path(__file__).parents[1] / "benchmarks").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 
-from benchmarks import instructions, peers, report
+from benchmarks import bench_cud, bench_dus, bench_scaling, bench_small, instructions, peers, report
 from cudfast.bench.cases import make
 from cudfast.bench.contestants import Contestant
 from cudfast.bench.gate import Loss
 from cudfast.bench.race import Race
 from cudfast.bench.result import Result
 from cudfast.bench.shapes import SHAPES, Shape
+
+WRONG = [
+    (bench_cud, "CUD", lambda race: bench_cud.bench_float32(race, "Llama 2")),
+    (bench_cud, "CUD", lambda race: bench_cud.bench_sixteen_bits(race, "Llama 2", torch.bfloat16)),
+    (bench_cud, "CE", bench_cud.bench_cross_entropy),
+    (bench_dus, "DUS", lambda race: bench_dus.bench_dus(race, "Llama 2", torch.float32)),
+    (bench_small, "CUD", lambda race: bench_small.bench_small(race, bench_small.CUD)),
+    (bench_scaling, "CUD", bench_scaling.bench_threads),
+]
+
+
+@pytest.mark.parametrize(("module", "entry", "bench"), WRONG)
+def test_wrong_numbers_are_not_raced(
+    module: Any, entry: str, bench: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A formula that is off by a percent is as far from the kernel as a kernel that is off from the formula."""
+    right = getattr(module, entry)
+    monkeypatch.setattr(module, entry, replace(right, plain=lambda *given: right.plain(*given) * 1.01))
+    monkeypatch.setattr(module, "SHAPES", dict.fromkeys(module.SHAPES, Shape(4, 33)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    raced: list[object] = []
+    with pytest.raises(AssertionError, match=r"error .*, allowed "):
+        bench(lambda *given, **named: raced.append(given))
+    assert not raced
 
 
 def test_mft_style_makes_the_label_lead() -> None:

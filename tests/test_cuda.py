@@ -130,7 +130,7 @@ def test_info_names_the_architectures() -> None:
 
 @built
 def test_what_the_module_holds() -> None:
-    """Code for every architecture that it names, and PTX of the last step (75, 80: copies, 90: clusters) for later GPUs."""
+    """Code for every architecture that it names, and PTX of the last step: 75, 80 (copies) or 90 (clusters)."""
     from cudfast.backends.cuda import compiled
 
     listed = [machine.run("cuobjdump", option, str(compiled._cuda.__file__)) for option in ("-lelf", "-lptx")]
