@@ -41,12 +41,17 @@ def style(name: str) -> dict[str, Any]:
 
 
 def classes_axis(axes: Axes, classes: Sequence[int]) -> None:
-    """Logarithmic, with a tick at every V that was measured."""
+    """Logarithmic, with a tick at every V that was measured, named where there is room."""
+    names, last = [], 0
+    for v in classes:
+        near = v < 2 * last
+        names.append("" if near else f"{v / 1e6:.3g}M" if v >= 1e6 else f"{v / 1e3:.3g}k")
+        last = last if near else v
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("V, classes")
     axes.grid(which="major", alpha=0.3)
-    axes.set_xticks(classes, [f"{v / 1e6:.3g}M" if v >= 1e6 else f"{v / 1e3:.3g}k" for v in classes], rotation=30)
+    axes.set_xticks(classes, names, rotation=30)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 

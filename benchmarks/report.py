@@ -126,7 +126,7 @@ def scaling(found: Found, folder: Path) -> list[str]:
             lines += [*drawn, f"**{race.title}**", "", *brief(race)]
     for race in found.of("CUDLoss, threads"):
         rows = {name: f.median_ms for name, f in race.contestants.items()}
-        drawn = picture(plots.bars(rows, folder / "threads.svg", f"ms, {race.shape}", log=True), "One and two threads")
+        drawn = picture(plots.bars(rows, folder / "threads.svg", f"ms, {race.shape}"), "One and two threads")
         lines += [*drawn, f"**Threads, {race.shape} {race.dtype}**", "", *brief(race)]
     return ["## Scaling", "", *lines] if lines else []
 
