@@ -76,7 +76,7 @@ check: $(VENV)/.cudfast
 	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(SOURCES)) $(wildcard tests/cpp/* benchmarks/cpp/*)
 	$(BIN)/python -m benchmarks.instructions # says so where valgrind or the compiler of the kept counts is missing
 
-# QUICK=1: a short run, written to bench_results/ alone. COMPARE=OLD.json: what became slower since.
+# QUICK=1: a short run, written to bench_results/ alone. LARGE=1: the largest head of bench_linear.py, too. COMPARE=OLD.json: what became slower since.
 bench: $(VENV)/.cudfast
 	mkdir -p bench_results
 	$(if $(QUICK),QUICK=1) $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=bench_results/bench.json

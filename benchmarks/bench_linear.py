@@ -21,7 +21,7 @@ from cudfast.bench.shapes import Shape
 from . import heads, peers
 from .conftest import Runner
 from .heads import Heads, Sizes
-from .rounds import QUICK
+from .rounds import LARGE, QUICK
 
 CASES = (
     Sizes(64, 151_936, "a few tokens of Qwen's vocabulary", 256, 256),
@@ -83,7 +83,7 @@ def others(x: Heads, sizes: Sizes) -> tuple[list[Contestant], dict[str, str]]:
 
 
 @pytest.mark.benchmark(group="FusedLinearCUDLoss")
-@pytest.mark.parametrize("sizes", CASES[:1] if QUICK else CASES, ids=str)
+@pytest.mark.parametrize("sizes", CASES[:1] if QUICK else CASES if LARGE else CASES[:2], ids=str)
 def bench_linear(race: Runner, sizes: Sizes) -> None:
     x = heads.make(sizes)
     ours, eager = heads.ours(x), heads.eager(x)
