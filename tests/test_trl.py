@@ -25,7 +25,7 @@ from trl.experimental.gold import GOLDConfig, GOLDTrainer
 from cudfast import CUDLoss, FusedLinearCUDLoss
 from cudfast.integrations.trl import Labels, cud_trainer
 
-from .trainers import close, moved, qwen
+from .trainers import ONE_STEP, close, moved, qwen
 
 LABELS = pytest.mark.parametrize("labels", ["sampled", "teacher", None])
 KINDS = {GKDTrainer: GKDConfig, GOLDTrainer: GOLDConfig, DistillationTrainer: DistillationConfig}
@@ -63,17 +63,8 @@ def made(
 ) -> Any:
     args = {
         "output_dir": str(folder),
-        "max_steps": 1,
-        "per_device_train_batch_size": 16,
-        "learning_rate": 0.1,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
+        **ONE_STEP,
         "bf16": False,
-        "disable_tqdm": True,
         "gradient_checkpointing": False,
         **({} if trainer is DistillationTrainer else {"lmbda": 0.0, "max_length": 32}),
         **({} if trainer is GKDTrainer else {"max_completion_length": 5}),

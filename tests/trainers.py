@@ -75,24 +75,24 @@ def texts(rows: int = 16, side: str = "right") -> Dataset:
     return Dataset.from_dict(found)
 
 
+ONE_STEP: dict[str, Any] = {
+    "max_steps": 1,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 0.1,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "report_to": "none",
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+"""Of plain SGD over everything: arguments of every trainer of transformers and TRL."""
+
+
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
-    """One step of plain SGD over everything, unless changed."""
-    return TrainingArguments(
-        str(folder),
-        **{
-            "max_steps": 1,
-            "per_device_train_batch_size": 16,
-            "learning_rate": 0.1,
-            "optim": "sgd",
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
-            "report_to": "none",
-            "save_strategy": "no",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            **changes,
-        },
-    )
+    """ONE_STEP, unless changed."""
+    return TrainingArguments(str(folder), **{**ONE_STEP, **changes})
 
 
 def close(got: nn.Module, wanted: nn.Module, tolerance: float = 1e-6) -> None:
