@@ -21,7 +21,8 @@ CUDFAST_HD inline void put(void* data, bool wide, int64_t i, double value) {
   }
 }
 
-CUDFAST_HD inline double share(double weight, double divisor) { return divisor > 0 ? weight / divisor : 0.0; }
+// Where no row counts, 0; of a weight that is NaN, NaN.
+CUDFAST_HD inline double share(double weight, double divisor) { return divisor > 0 ? weight / divisor : 0 * weight; }
 
 // Columns whose gradient is not the map's: -1 is none.
 struct Fixes {

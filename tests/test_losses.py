@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from torch.nn import functional as F
 from cudfast import CUDLoss, CUDOptions, DUSLoss, DUSOptions, WClip
 from cudfast.functional import cud_loss, dus_loss
 
+from .conftest import BUILT
 from .truth import calibrated, cud_rows, dus_rows, gradient
 
 f64 = torch.float64
 N, V = 8, 21
+of_gpus = pytest.mark.parametrize("backend", [name for name in BUILT if name in ("triton", "cuda")])
 
 
 @pytest.fixture
@@ -282,6 +285,43 @@ def test_nan_stays_in_its_row(backend: str, value: float) -> None:
         g = gradient(rows.sum(), student)
         assert g[[0, 2]].isfinite().all()
         assert g[1].isnan().all()
+
+
+@of_gpus
+@pytest.mark.parametrize("label", [21, -7])
+def test_what_nobody_reads_on_the_host_makes_its_row_nan(backend: str, label: int) -> None:
+    student, teacher = torch.randn(4, V, requires_grad=True), torch.randn(4, V)
+    labels = torch.tensor([1, label, 2, 3])
+    options = CUDOptions(reduction="none", backend=backend)
+    calls: list[dict[str, Any]] = [
+        {"labels": labels},
+        {"labels": labels.abs() % 21, "weight": torch.tensor([1.0, -1.0, 1.0, 1.0])},
+        {"labels": labels.abs() % 21, "temperature": torch.tensor([1.0, 0.0, 2.0, 3.0])},
+    ]
+    for call in calls:
+        rows = cud_loss(student, teacher, call.pop("labels"), options, **call)
+        assert rows.isnan().tolist() == [False, True, False, False]
+        assert gradient(rows.sum(), student).isnan().any(-1).tolist() == [False, True, False, False]
+    rows = dus_loss(student, labels, DUSOptions(reduction="none", backend=backend))
+    assert rows.isnan().tolist() == [False, True, False, False]
+
+
+@of_gpus
+@pytest.mark.parametrize("save", ["gradient", "state"])
+def test_a_weight_out_of_range_makes_a_mean_nan(backend: str, save: str) -> None:
+    """Whatever the weights add up to: 0, less, more, or nothing that is a number."""
+    student, teacher, labels = torch.randn(3, V, requires_grad=True), torch.randn(3, V), torch.tensor([1, 2, 3])
+    for first in (-1.0, -2.0, -0.5, torch.nan, torch.inf):
+        weight = torch.tensor([first, 1.0, 0.0])
+        for loss in (
+            cud_loss(student, teacher, labels, CUDOptions(backend=backend, save=save), weight=weight),
+            cud_loss(student, teacher, None, CUDOptions(backend=backend, save=save), weight=weight),
+            dus_loss(student, labels, DUSOptions(backend=backend, save=save), weight=weight),
+        ):
+            assert loss.isnan(), first
+            g = gradient(loss, student)
+            assert g[0].isnan().all(), first
+            assert not g[2].any(), first
 
 
 def test_a_row_of_nothing_is_nan(backend: str) -> None:

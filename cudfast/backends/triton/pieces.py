@@ -112,7 +112,8 @@ def marks(row, labels, weight, V, ignore_index, unlabeled_index):
 
 @triton.jit
 def shared(weight, divisor):
-    return tl.where(divisor > 0, weight / divisor, 0.0)
+    """A row's part of a mean. Where no row counts, 0; of a weight that is NaN, NaN."""
+    return tl.where(divisor > 0, weight / divisor, 0 * weight)
 
 
 @triton.jit
