@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib.metadata
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tracemalloc
 from pathlib import Path
 
@@ -42,6 +45,42 @@ def test_a_wrong_number_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     text, good = info.describe()
     assert not good
     assert "wrong: got 1.348705" in text
+
+
+def test_the_source_distribution_is_whole(tmp_path: Path) -> None:
+    """What a build reads, what it installs, and the tests: C++ ones can be configured. With any setuptools."""
+    pytest.importorskip("setuptools")
+    root, copied = Path(cudfast.__file__).parents[1], tmp_path / "tree"
+    if shutil.which("git") is None or not (root / ".git").exists():
+        pytest.skip("needs the repository")
+    files = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        (copied / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, copied / name)
+    if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:  # knows no names of licences
+        project = (copied / "pyproject.toml").read_text()
+        (copied / "pyproject.toml").write_text(re.sub(r"^license.*\n", "", project, flags=re.MULTILINE))
+    make = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(make, cwd=copied, capture_output=True, check=True, timeout=120)
+    (archive,) = tmp_path.glob("cudfast-*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path)
+    source = tmp_path / archive.name.removesuffix(".tar.gz")
+    kept = (
+        "csrc/",
+        "cmake/",
+        "cudfast/",
+        "tests/",
+        "CMakeLists.txt",
+        "pyproject.toml",
+        "setup.py",
+        "README.md",
+        "LICENSE",
+    )
+    assert [name for name in files if name.startswith(kept) and not (source / name).exists()] == []
+    configure = [sys.executable, "-m", "cmake", "-S", str(source), "-B", str(tmp_path / "build"), "-DCUDFAST_TESTS=ON"]
+    found = subprocess.run(configure, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx1024"])
