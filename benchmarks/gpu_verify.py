@@ -1,7 +1,7 @@
 """`make gpu-verify`: Triton and CUDA kernels on this GPU, proven and timed; a report in JSON and markdown.
 
-Every result is compared with float64 first, under the gate of the benchmarks. Without a GPU it says so and exits
-with 2.
+Every result is compared with float64 first, under the gate of the benchmarks. When a check failed nothing is timed and
+it exits with 1; without a GPU it says so and exits with 2.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ import argparse
 import importlib
 import itertools
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cudfast import ClassSets, CUDLoss, CUDOptions, DUSOptions, Projection, WClip, __version__
+from cudfast import ClassSets, CUDLoss, CUDOptions, DUSLoss, DUSOptions, Projection, WClip, __version__
 from cudfast.autograd import row_state_op
 from cudfast.backends import available
 from cudfast.bench.cases import compiled, cud_cases, dus_cases, eager_cud, eager_dus, make, through, with_gradient
@@ -33,8 +36,12 @@ from cudfast.options import BackendName, text_of
 
 WIDTHS = (1, 77, 1000, 2048, 4097, 32_000, 50_257, 128_256, 1_000_000)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LAID_OUT = DTYPES[:3]  # float64 rows are never held
+SAVES: tuple[Literal["gradient", "state"], ...] = ("gradient", "state")
 RACES = tuple(itertools.product((32_000, 128_256, 151_936, 262_144), (512, 2048, 16_384)))
 BUDGET = 40e9  # bytes that the tensors of a race may take
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")  # of compute-sanitizer
+ROOT = Path(__file__).parents[1]
 
 
 class Line(NamedTuple):
@@ -43,6 +50,10 @@ class Line(NamedTuple):
     what: str
     verdict: str  # "ok", or what went wrong, or why it was left out
     seconds: float
+
+
+Check = tuple[str, Callable[[], str | None]]
+"""Its name, and what runs it."""
 
 
 class Time(NamedTuple):
@@ -85,6 +96,49 @@ def agrees(shape: Shape, dtype: torch.dtype, device: str, backend: str = "triton
             gate(name, with_gradient(forward)(), true, eager, 2.0)
 
 
+class Chip(NamedTuple):
+    """What decides how the CUDA backend lays rows over blocks (csrc/cuda/launch.cpp)."""
+
+    processors: int
+    shared: int  # bytes that a block may ask for
+    clusters: tuple[int, ...]  # how many blocks may hold a row
+
+    @classmethod
+    def here(cls) -> Chip:
+        """This GPU's, as far as the kernels were compiled for it."""
+        from cudfast.backends import cuda
+
+        found: Any = torch.cuda.get_device_properties(0)
+        capability = min(10 * found.major + found.minor, max(map(int, cuda.ARCHITECTURES.split())))
+        clusters = (1, 2, 4, 8) if capability >= 90 else (1,) if capability >= 80 else ()
+        return cls(found.multi_processor_count, found.shared_memory_per_block_optin, clusters)
+
+
+def layouts(chip: Chip, dtype: torch.dtype) -> Iterator[tuple[str, Shape]]:
+    """A shape for every way to lay rows of the student loss over blocks, far from where the next way begins."""
+    fitting = chip.shared // (2 * dtype.itemsize)  # classes that a block holds
+    many = 2 * chip.processors + 1  # blocks share rows when there are fewer
+    for blocks in chip.clusters:
+        yield f"rows held by {blocks} block{'s' * (blocks > 1)}", Shape(many, 3 * blocks * fitting // 4 // 16 * 16)
+    yield "rows in two sweeps", Shape(many, 5 * max(chip.clusters, default=1) * fitting // 4 // 16 * 16)
+    yield "rows shared by blocks", Shape(3, 300_000)
+
+
+def laid_out(shape: Shape, dtype: torch.dtype, device: str) -> str | None:
+    """The CUDA kernels on whole lines and, with a class more, on rows that begin anywhere; twice with the same bits."""
+    if device == "cuda" and 60 * shape.rows * shape.classes > torch.cuda.get_device_properties(0).total_memory:
+        return "left out: too little memory for float64 beside it"  # five matrices, and what eager makes
+    for wider in (0, 1):
+        rows = Shape(shape.rows, shape.classes + wider)
+        agrees(rows, dtype, device, "cuda")
+        data = make(rows, dtype, device)
+        for cases in (cud_cases(data, backend="cuda"), dus_cases(data, backend="cuda")):
+            call = with_gradient(cases["fresh gradient"])
+            for once, again in zip(call(), call()):
+                torch.testing.assert_close(again, once, rtol=0, atol=0, msg="two runs gave different bits")
+    return None
+
+
 def options_agree(device: str, tried: str = "triton") -> None:
     """Weights, temperatures, masks and reductions, against the reference backend in float64."""
     torch.manual_seed(0)
@@ -94,7 +148,7 @@ def options_agree(device: str, tried: str = "triton") -> None:
     labels = torch.randint(8, v, (n,), device=device)
     labels[:8], labels[8:16] = -100, -1
     weight, tau = torch.rand(n, device=device), 1 + torch.rand(n, device=device)
-    for reduction, save in itertools.product(("none", "sum", "mean"), ("gradient", "state")):
+    for reduction, save in itertools.product(("none", "sum", "mean"), SAVES):
         found = []
         for backend, dtype in (("reference", torch.float64), (tried, torch.float32)):
             x = student.to(dtype, copy=True).requires_grad_()
@@ -118,7 +172,7 @@ def projection_agrees(device: str, n: int = 64, v: int = 5000) -> None:
         {"near": near, "min_near_mass": 0.3, "max_wrong_mass": 0.1, "min_entropy": 5.0},
         {"max_entropy": 1.0},
     ]
-    for bound, save in itertools.product(bounds, ("gradient", "state")):
+    for bound, save in itertools.product(bounds, SAVES):
         found = []
         for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
             x = student.to(dtype, copy=True).requires_grad_()
@@ -191,34 +245,49 @@ def capture(options: CUDOptions) -> None:
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
-SANITIZED = """
-import torch
-from cudfast import CUDLoss, DUSLoss, Projection
-bounds = Projection(min_near_mass=0.3, max_wrong_mass=0.1, min_entropy=3.0, on_infeasible="relax")
-for n, v in ((3, 77), (5, 4097), (2, 300000), (600, 60000)):  # the last in clusters, where there are any
-    x = torch.randn(n, v, device="cuda", requires_grad=True)
-    y = torch.randint(v, (n,), device="cuda")
-    for save in ("gradient", "state"):
-        CUDLoss(save=save, backend=BACKEND)(x, torch.randn(n, v, device="cuda"), y).backward()
-        DUSLoss(save=save, backend=BACKEND)(x, y).backward()
-    if BACKEND == "triton":
-        CUDLoss(calibration=bounds)(x, torch.randn(n, v, device="cuda"), y).backward()
-torch.cuda.synchronize()
-"""
+def walk(backend: BackendName, dtype: torch.dtype, device: str, shapes: Iterable[Shape]) -> None:
+    """Every kernel of a backend on these rows, for compute-sanitizer to watch."""
+    bounds = Projection(min_near_mass=0.3, max_wrong_mass=0.1, min_entropy=3.0, on_infeasible="relax")
+    for shape in shapes:
+        x = torch.randn(shape.rows, shape.classes, device=device, dtype=dtype, requires_grad=True)
+        t, y = torch.randn_like(x), torch.randint(shape.classes, (shape.rows,), device=device)
+        y[0] = -100
+        losses: list[tuple[CUDLoss | DUSLoss, tuple[Tensor, ...]]] = []
+        for save in SAVES:
+            usual = CUDLoss(save=save, backend=backend)
+            losses += [(usual, (t, y)), (usual, (t.to(torch.float16), y))]  # one dtype, and two
+            losses += [(CUDLoss(3.0, save=save, backend=backend), (t, y)), (DUSLoss(save=save, backend=backend), (y,))]
+        if backend == "triton":
+            losses.append((CUDLoss(calibration=bounds, backend=backend), (t, y)))
+        for loss, others in losses:
+            torch.autograd.grad(2 * loss(x, *others), x)
 
 
-def sanitized(tool: str, backend: BackendName = "triton") -> str | None:
-    """compute-sanitizer over both losses, whole rows and shared ones."""
+def watched(backend: BackendName, dtype: str) -> None:
+    """What compute-sanitizer runs: rows of every kind."""
+    found, shapes = getattr(torch, dtype), [Shape(3, 77), Shape(5, 4097), Shape(2, 300_000)]
+    if backend == "cuda":
+        shapes += [shape for _, shape in layouts(Chip.here(), found)]
+    walk(backend, found, "cuda", shapes)
+    torch.cuda.synchronize()
+
+
+def sanitized(tool: str, backend: BackendName, dtype: str) -> str | None:
+    """compute-sanitizer over both losses. Every tensor has an allocation of its own, whose bounds are seen."""
     program = shutil.which("compute-sanitizer")
     if program is None:
         return "left out: compute-sanitizer is not on the PATH"
+    script = f"from benchmarks import gpu_verify; gpu_verify.watched({backend!r}, {dtype!r})"
     found = subprocess.run(
-        [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", f"BACKEND = {backend!r}{SANITIZED}"],
+        [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", script],
         capture_output=True,
         text=True,
+        cwd=ROOT,
+        timeout=1800,
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
-    if found.returncode:
-        raise AssertionError(found.stdout[-500:].replace("\n", " "))
+    if found.returncode or not re.search(r"SUMMARY: 0 (errors|hazards)", found.stdout):
+        raise AssertionError((found.stdout + found.stderr)[-500:].replace("\n", " "))
     return None
 
 
@@ -231,34 +300,38 @@ def ours(device: str) -> dict[BackendName, str]:
     return missing
 
 
-def checks(device: str, widths: tuple[int, ...] = WIDTHS) -> Iterator[Line]:
+def checks(device: str) -> Iterator[Check]:
     """The whole table, for each backend."""
     for backend, missing in ours(device).items():
         if missing:
-            yield Line(backend, f"left out: {missing}", 0.0)
-            continue
-        yield from checks_of(backend, device, widths)
+            yield backend, lambda why=missing: f"left out: {why}"  # type: ignore[misc]
+        else:
+            for what, run in checks_of(backend, device):
+                yield f"{backend}: {what}", run
 
 
-def checks_of(backend: BackendName, device: str, widths: tuple[int, ...]) -> Iterator[Line]:
+def checks_of(backend: BackendName, device: str) -> Iterator[Check]:
     """The table of one backend."""
-    for v, dtype in itertools.product(widths, DTYPES):
-        n = max(2, min(512, 2**24 // v))
-        yield checked(
-            f"{backend}: {n} x {v:,} {dtype}",
-            lambda n=n, v=v, d=dtype: agrees(Shape(n, v), d, device, backend),  # type: ignore[misc]
-        )
-    yield checked(f"{backend}: options, masks, statistics", lambda: options_agree(device, backend))
+    for v, dtype in itertools.product(WIDTHS, DTYPES):
+        shape = Shape(max(2, min(512, 2**24 // v)), v)
+        yield f"{shape} {dtype}", partial(agrees, shape, dtype, device, backend)
+    if backend == "cuda":
+        for dtype in LAID_OUT:
+            for what, shape in layouts(Chip.here(), dtype):
+                yield f"{what}, {shape} {dtype}", partial(laid_out, shape, dtype, device)
+    yield "options, masks, statistics", partial(options_agree, device, backend)
     if backend == "triton":
-        yield checked(f"{backend}: calibration=Projection(...)", lambda: projection_agrees(device))
-    yield checked(f"{backend}: opcheck", lambda: ops_check(device, backend))
-    yield checked(f"{backend}: torch.compile(fullgraph=True)", lambda: compiles(device, backend))
-    yield checked(f"{backend}: CUDA graph", lambda: captures(device, backend))
-    for tool in ("memcheck", "racecheck"):
-        yield checked(
-            f"{backend}: compute-sanitizer {tool}",
-            lambda t=tool: sanitized(t, backend) if device == "cuda" else "left out",  # type: ignore[misc]
-        )
+        yield "calibration=Projection(...)", partial(projection_agrees, device)
+    yield "opcheck", partial(ops_check, device, backend)
+    yield "torch.compile(fullgraph=True)", partial(compiles, device, backend)
+    yield "CUDA graph", partial(captures, device, backend)
+    for tool, name in itertools.product(TOOLS, ("float32", "bfloat16")):
+        yield f"compute-sanitizer {tool}, {name}", partial(sanitized, tool, backend, name)
+
+
+def verified(lines: list[Line]) -> bool:
+    """Whether something was checked and nothing failed."""
+    return any(line.verdict == "ok" for line in lines) and not any(line.verdict.startswith("FAILED") for line in lines)
 
 
 # ---- Times ----
@@ -339,6 +412,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_verify", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu_verify"), help="folder of the report")
     parser.add_argument("--no-times", action="store_true", help="checks only")
+    parser.add_argument("--only", metavar="TEXT", default="", help="the checks that have this in their names; no times")
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu-verify: torch sees no CUDA or ROCm GPU here; nothing was verified", file=sys.stderr)
@@ -351,11 +425,16 @@ def main() -> int:
         "cudfast": __version__,
     }
     lines: list[Line] = []
-    for line in checks("cuda"):
-        print(f"{line.what:<44} {line.verdict}", flush=True)
-        lines.append(line)
+    for what, run in checks("cuda"):
+        if asked.only in what:
+            lines.append(checked(what, run))
+            print(f"{what:<64} {lines[-1].verdict}", flush=True)
+    good = verified(lines)
+    if not good:
+        print("Nothing is timed: a check failed, or none could be made")
     times: list[Time] = []
-    for (v, n), dtype in itertools.product(() if asked.no_times else RACES, (torch.bfloat16, torch.float32)):
+    races = RACES if good and not (asked.no_times or asked.only) else ()
+    for (v, n), dtype in itertools.product(races, (torch.bfloat16, torch.float32)):
         if 5 * n * v * dtype.itemsize > min(BUDGET, 0.5 * properties.total_memory):
             continue
         for found in race(Shape(n, v), dtype, "cuda"):
@@ -367,7 +446,7 @@ def main() -> int:
     (asked.out / "report.json").write_text(json.dumps(report, indent=1))
     (asked.out / "report.md").write_text(markdown(machine, lines, times))
     print(f"Written: {asked.out / 'report.md'}, {asked.out / 'report.json'}")
-    return 1 if any(line.verdict.startswith("FAILED") for line in lines) else 0
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

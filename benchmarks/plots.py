@@ -126,9 +126,9 @@ def gpu(estimates: Sequence[Mapping[str, Any]], verified: Mapping[str, Any] | No
     if verified:
         device = str(verified["machine"]["device"]).split(",")[0]
         rows += [
-            (f"{device}, {t['shape']} (measured)", t["gigabytes_per_second"], "measured")
+            (f"{device}, {t['shape']}, {t['name'].split(',')[0]} (measured)", t["gigabytes_per_second"], "measured")
             for t in verified["times"]
-            if t["name"] == "given gradient" and t["dtype"] == "bfloat16"
+            if t["name"].endswith(", given gradient") and t["dtype"] == "bfloat16"
         ]
     figure, axes = pyplot.subplots(figsize=(7, 0.26 * len(rows) + 0.8))
     for name, rate, kind in reversed(rows):

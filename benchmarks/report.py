@@ -157,7 +157,7 @@ def gpu(found: Found, verified: Mapping[str, Any] | None, folder: Path) -> list[
         return []
     lines = ["## GPUs: a model, not a measurement", ""]
     lines += ["From machine code and data sheets (docs/gpu.md); bfloat16, per element of (N, V)."]
-    lines += ["" if verified else "No `make gpu-verify` report was given: nothing here has been timed on a GPU.", ""]
+    lines += ["" if verified else "No times of `make gpu-verify` were given: nothing here has been timed on a GPU.", ""]
     lines += picture(plots.gpu(estimates, verified, folder / "gpu.svg"), "GB/s of the model")
     rows = []
     for e in estimates:
@@ -235,6 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     found = Found(asked.json)
     verified = json.loads(asked.gpu.read_text()) if asked.gpu and asked.gpu.exists() else None
+    if verified and not verified["times"]:
+        verified = None
     page = asked.out / "benchmarks.md"
     page.write_text(document(found, asked.out / PICTURES, verified, quick=asked.quick, note=asked.note))
     print(f"Written: {page}, {asked.out / PICTURES}")

@@ -117,7 +117,7 @@ ESTIMATE = {
     "bound": "memory",
 }  # fmt: skip
 MEASURED = {
-    "shape": "512 x 32,000", "dtype": "bfloat16", "name": "given gradient", "milliseconds": 0.05,
+    "shape": "512 x 32,000", "dtype": "bfloat16", "name": "cuda, given gradient", "milliseconds": 0.05,
     "gigabytes_per_second": 1966.0, "of_copy": 0.7, "peak_bytes": 0,
 }  # fmt: skip
 
@@ -163,7 +163,12 @@ def test_the_report(written: Callable[..., Path], tmp_path: Path) -> None:
     assert all(f"benchmarks/{name}" in text for name in pictures)
     svg = (out / "benchmarks" / "gpu.svg").read_text()
     assert "H100, V = 32,000 (model)" in svg
-    assert "Some GPU, 512 x 32,000 (measured)" in svg
+    assert "Some GPU, 512 x 32,000, cuda (measured)" in svg
+    (tmp_path / "gpu.json").write_text(
+        json.dumps({"machine": {"device": "Some GPU, 80 GiB"}, "times": []})
+    )  # it failed
+    assert report.main([str(path), "--out", str(out), "--gpu", str(tmp_path / "gpu.json"), "--quick"]) == 0
+    assert "nothing here has been timed on a GPU" in (out / "benchmarks.md").read_text()
 
 
 def test_the_report_of_a_part_leaves_the_rest_out(written: Callable[..., Path], tmp_path: Path) -> None:
