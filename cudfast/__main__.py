@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, backends, instruction set, threads, and a self-check")
-    model = commands.add_parser("gpu-model", help="what the Triton kernels should take on GPUs: a model, no GPU needed")
+    model = commands.add_parser("gpu-model", help="what the kernels should take on GPUs: a model, no GPU needed")
     model.add_argument("--json", action="store_true", help="JSON instead of a table")
     bench = commands.add_parser("bench", help="times and memory of the losses beside PyTorch's, on this machine")
     try:
