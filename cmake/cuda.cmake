@@ -43,6 +43,8 @@ if(CUDFAST_HAS_CUDA)
     endif()
   endif()
   separate_arguments(CUDFAST_CUDA_ARCHS)
+  list(REMOVE_DUPLICATES CUDFAST_CUDA_ARCHS)
+  list(SORT CUDFAST_CUDA_ARCHS COMPARE NATURAL)
 
   # What the kernels use comes in three steps: 75, 80 (copies), 90 (clusters). The first half of nvcc runs once for each of
   # them, not once for each architecture, and the highest goes along as PTX for what comes.

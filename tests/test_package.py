@@ -83,6 +83,28 @@ def test_the_source_distribution_is_whole(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(("asked", "archs", "text"), [("90 100 75 75", "75;90;100", "90"), ("86 80 86", "80;86", "80")])
+def test_architectures_in_any_order(tmp_path: Path, asked: str, archs: str, text: str) -> None:
+    """Sorted, each once; and PTX of the highest step. The project around cmake/cuda.cmake is configured, not built."""
+    root = Path(cudfast.__file__).parents[1]
+    if not (root / "cmake").exists():
+        pytest.skip("needs the source tree")
+    (tmp_path / "csrc").symlink_to(root / "csrc")
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.18)\nproject(around LANGUAGES CXX)\n"
+        f'include({root}/cmake/cuda.cmake)\nmessage(STATUS "archs ${{CUDFAST_CUDA_ARCHS}}, flags ${{cuda_flags}}")\n'
+    )
+    configure = [sys.executable, "-m", "cmake", "-S", str(tmp_path), "-B", str(tmp_path / "build")]
+    found = subprocess.run([*configure, f"-DCUDFAST_CUDA_ARCHS={asked}"], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    line = re.search(r"archs (.*), flags (.*)", found.stdout)
+    assert line, found.stdout
+    assert line[1] == archs
+    assert re.findall(r"code=sm_(\d+)", line[2]) == archs.split(";")
+    assert re.findall(r"arch=compute_(\d+),code=compute_(\d+)", line[2]) == [(text, text)]
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx1024"])
 def test_isa_from_the_environment(isa: str) -> None:
     script = "from cudfast.backends import native; print(native.isa())"
