@@ -218,7 +218,8 @@ void student_state(const StudentBlock& b, StudentBlockState& out) {
   b.ones == 3 ? with_power<3>(b.power, sum) : with_temperature(b.power, b.ones, sum);
 }
 
-// Writes body(i) for every whole vector of a block and tail() for the last, partial one, in the gradient's own type.
+// Writes body(i), which has what it reads by value because what is stored to might be anywhere, for every whole vector
+// of a block and tail() for the last, partial one, in the gradient's own type.
 template <class T, class Body, class Tail>
 inline __attribute__((always_inline)) void map(int n, char* g, DType dtype, Body body, Tail tail) {
   constexpr int width = Lanes<T>::count;
@@ -257,13 +258,16 @@ __attribute__((noinline)) void student_map(const StudentBlock& b, const StudentB
   // This sweep waits for memory when the row is longer than the cache: some lines ahead in all three streams.
   constexpr int ahead = 512;
   const int64_t s_size = size_of(b.s_dtype), t_size = size_of(b.t_dtype), g_size = size_of(m.g_dtype);
+  const char *const next_s = b.s + ahead * s_size, *const next_t = b.t + ahead * t_size;
+  const char* const next_g = m.g + ahead * g_size;
+  const T *const at_s = s.data, *const at_t = t.data;
   map<T>(
       b.n, m.g, m.g_dtype,
-      [&](int i) {
-        __builtin_prefetch(b.s + (i + ahead) * s_size);
-        __builtin_prefetch(b.t + (i + ahead) * t_size);
-        __builtin_prefetch(m.g + (i + ahead) * g_size, 1);
-        return element<P, Ones, Holes>(c, t.at(i) - mt, s.at(i) - ms, inv);
+      [=](int i) __attribute__((always_inline)) {
+        __builtin_prefetch(next_s + i * s_size);
+        __builtin_prefetch(next_t + i * t_size);
+        __builtin_prefetch(next_g + i * g_size, 1);
+        return element<P, Ones, Holes>(c, F::load(at_t + i) - mt, F::load(at_s + i) - ms, inv);
       },
       [&] { return element<P, Ones, Holes>(c, t.last() - mt, s.last() - ms, inv); });
 }
@@ -277,7 +281,9 @@ __attribute__((noinline)) void student_map_kept(const StudentBlock& b, const Stu
   const int whole = b.n / F::count * F::count, rest = b.n - whole;
   map<T>(
       b.n, m.g, m.g_dtype,
-      [&](int i) { return element<P>(c, Exponentials<F>{F::load(kept_t + i), F::load(kept_s + i)}); },
+      [=](int i) __attribute__((always_inline)) {
+        return element<P>(c, Exponentials<F>{F::load(kept_t + i), F::load(kept_s + i)});
+      },
       [&] {
         return element<P>(
             c, Exponentials<F>{load_some(kept_t + whole, rest, T(0)), load_some(kept_s + whole, rest, T(0))});
@@ -322,8 +328,10 @@ void teacher_gradient(const TeacherBlock& b, const TeacherBlockMap& m) {
   const Columns<T> z(b.z, b.dtype, b.n, buffer);
   const TeacherGradient<F> c{F(m.one), F(m.log), F(0)};
   const F centre(m.m), inv_z(m.inv_z), log_z(m.log_z);
+  const T* const at = z.data;
   map<T>(
-      b.n, m.g, m.g_dtype, [&](int i) { return element(c, z.at(i) - centre, inv_z, log_z); },
+      b.n, m.g, m.g_dtype,
+      [=](int i) __attribute__((always_inline)) { return element(c, F::load(at + i) - centre, inv_z, log_z); },
       [&] { return element(c, z.last() - centre, inv_z, log_z); });
 }
 
