@@ -19,6 +19,7 @@ struct Matrix {
   int64_t outer_stride = 0;
   int64_t inner_stride = 0;
   DType dtype = DType::f32;
+  bool stream = false;  // written past the caches: see cpu/launch.cpp
 
   CUDFAST_HD char* at(int64_t row, int64_t column) const {
     return data + ((row / inner) * outer_stride + (row % inner) * inner_stride + column) * size_of(dtype);

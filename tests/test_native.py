@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -172,6 +172,33 @@ def test_same_bits_for_any_threads_and_every_run(isa: str, n: int, v: int) -> No
     for threads in (1, 2, 3, 2):
         for a, b in zip(first, bits(run, threads)):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("n", "width", "v", "dtype"),
+    [
+        (400, 16448, 16390, f32),  # rows over threads; a row ends in a part of a vector, and padding follows
+        (800, 16448, 16390, bf16),
+        (800, 16448, 16390, f16),
+        (200, 16448, 16390, f64),
+        (1, 7 << 20, 7 << 20, f32),  # columns over threads
+    ],
+)
+def test_large_gradients_past_the_caches(isa: str, n: int, width: int, v: int, dtype: torch.dtype) -> None:
+    """Only where rows start at cache lines are they written so: one element further the bits are the same."""
+    student, teacher = torch.randn(n, width).to(dtype).requires_grad_(), torch.randn(n, width).to(dtype)
+    labels = torch.randint(v, (n,))
+    memory = torch.empty(n * width + 64, dtype=dtype)
+    line = -memory.data_ptr() // dtype.itemsize % (64 // dtype.itemsize)
+
+    def run(at: int) -> Iterator[Tensor]:
+        g = memory[at : at + n * width].view(n, width)
+        for options in (CUDOptions(num_classes=v), CUDOptions(temperature=3.0, save="state", num_classes=v)):
+            yield gradient(cud_loss(student, teacher, labels, options, grad_out=g.fill_(torch.nan)), student)
+        yield gradient(dus_loss(student, labels, DUSOptions(num_classes=v), grad_out=g.fill_(torch.nan)), student)
+
+    for past, ordinary in zip(map(Tensor.clone, run(line)), run(line + 1)):
+        assert torch.equal(past, ordinary)
 
 
 def test_ties_take_the_lowest_index(isa: str) -> None:

@@ -43,6 +43,30 @@ Plan plan(const Rows& rows) {
   return p;
 }
 
+// A gradient that no cache would hold until somebody reads it is written past the caches: an ordinary store reads a
+// line before it writes it. Rows must be lines of their own, and long: the label's element and the top-1's are written
+// last, when their lines are far away, and everything behind them waits. `least`: bytes an element, because lines that
+// are written in parts want them in quick succession. See docs/performance.md.
+constexpr int64_t kStreamBytes = 3 << 23, kStreamColumns = 1 << 14;
+
+Outputs streamed(const Rows& rows, Outputs out, int64_t least) {
+  Matrix& g = out.gradient;
+  const int64_t size = size_of(g.dtype);
+  const int64_t lines =
+      static_cast<int64_t>(reinterpret_cast<uintptr_t>(g.data)) | g.outer_stride * size | g.inner_stride * size;
+  g.stream = sweeps().streams && g.data != rows.logits.data && size >= least && lines % 64 == 0 &&
+             rows.classes >= kStreamColumns && rows.rows * rows.classes * size >= kStreamBytes &&
+             !rows.constraints.bounds;
+  return out;
+}
+
+// Before another thread reads what was written so.
+void fence() {
+#if defined(CUDFAST_X86)
+  __builtin_ia32_sfence();
+#endif
+}
+
 void clear(const Matrix& g, int64_t row, int64_t from, int64_t to) {
   if (to > from) std::memset(g.at(row, from), 0, static_cast<size_t>((to - from) * size_of(g.dtype)));
 }
@@ -109,9 +133,14 @@ struct RowWork {
 
   void gradient(const State& state, const typename Loss::Row& r, const Matrix& g) const {
     if (!r.counts) return clear(g, row, 0, loss.rows.padded);
-    each_block(threads, loss.rows.classes, [&](int64_t i, int64_t column, int n) {
-      loss.map(row, column, n, state, kept ? &own.parts[static_cast<size_t>(i)] : nullptr, r, g, kept_at(i, g));
-    });
+    each_block(
+        threads, loss.rows.classes,
+        [&](int64_t i, int64_t column, int n) {
+          loss.map(row, column, n, state, kept ? &own.parts[static_cast<size_t>(i)] : nullptr, r, g, kept_at(i, g));
+        },
+        [&] {
+          if (g.stream) fence();
+        });
     clear(g, row, loss.rows.classes, loss.rows.padded);
     loss.fix(row, state, r, g);
   }
@@ -202,7 +231,8 @@ Divisors count(const Rows& rows) {
 }
 
 Check student_state(const Rows& rows, const StudentOptions& options, bool statistics, Divisors divisors,
-                    const Outputs& out) {
+                    const Outputs& given) {
+  const Outputs out = streamed(rows, given, 2);
   const StudentLossOfRows loss{rows, options, divisors, rows.wide(), statistics, out.gradient};
   if (!rows.constraints.bounds) {
     run(loss, out);
@@ -213,18 +243,18 @@ Check student_state(const Rows& rows, const StudentOptions& options, bool statis
   return unmet == rows.rows ? Check{} : Check{Fault::bounds, unmet};
 }
 void teacher_state(const Rows& rows, const TeacherOptions& options, Divisors divisors, const Outputs& out) {
-  run(TeacherLossOfRows{rows, options, divisors, rows.wide()}, out);
+  run(TeacherLossOfRows{rows, options, divisors, rows.wide()}, streamed(rows, out, 2));
 }
 void student_gradient(const Rows& rows, const StudentOptions& options, Divisors divisors, Upstream upstream,
                       const Outputs& from) {
   const StudentLossOfRows loss{rows, options, divisors, rows.wide(), false, Matrix{}};
-  if (!rows.constraints.bounds) return run_gradient(loss, upstream, from);
+  if (!rows.constraints.bounds) return run_gradient(loss, upstream, streamed(rows, from, 4));
   std::atomic<int64_t> unmet{rows.rows};
   run_gradient(ProjectedLossOfRows(loss, &unmet), upstream, from);
 }
 void teacher_gradient(const Rows& rows, const TeacherOptions& options, Divisors divisors, Upstream upstream,
                       const Outputs& from) {
-  run_gradient(TeacherLossOfRows{rows, options, divisors, rows.wide()}, upstream, from);
+  run_gradient(TeacherLossOfRows{rows, options, divisors, rows.wide()}, upstream, streamed(rows, from, 4));
 }
 
 }  // namespace cudfast

@@ -120,12 +120,13 @@ struct StudentLossOfRows {
 
   // Whether the gradient's own memory can hold the student's exponentials until they become the gradient.
   bool keeps_in_gradient() const {
-    return gradient.dtype == (wide ? DType::f64 : DType::f32) && gradient.data != rows.logits.data;
+    return !gradient.stream && gradient.dtype == (wide ? DType::f64 : DType::f32) && gradient.data != rows.logits.data;
   }
 
   // What to fetch for writing beside a column of the first sweep: where its exponential will be written in a moment, or
   // where its gradient will, if a row, its exponentials and its gradient stay in a second-level cache until then.
   const char* soon(int64_t row, int64_t column) const {
+    if (gradient.stream) return nullptr;
     if (keeps_in_gradient()) return gradient.at(row, column + kFetchAhead);
     return rows.classes * (wide ? 2 : 1) <= kFetchColumns ? gradient.at(row, column) : nullptr;
   }
@@ -147,7 +148,8 @@ struct StudentLossOfRows {
                       r.gradient.student_one,
                       r.loss.impossible,
                       g.at(row, column),
-                      g.dtype};
+                      g.dtype,
+                      g.stream};
     if (!part || r.loss.impossible) {
       b.kept = {};
     } else {
@@ -218,7 +220,7 @@ struct TeacherLossOfRows {
   void map(int64_t row, int64_t column, int n, const State& state, const State*, const Row& r, const Matrix& g,
            Kept) const {
     const TeacherBlockMap m{state.m,        1 / state.z,       r.loss.log_z, r.gradient.one,
-                            r.gradient.log, g.at(row, column), g.dtype};
+                            r.gradient.log, g.at(row, column), g.dtype,      g.stream};
     sweeps().teacher_gradient(block(row, column, n), m);
   }
 

@@ -59,6 +59,17 @@ struct Lanes {
   void store(T* to) const { std::memcpy(to, &v, sizeof(V)); }
 };
 
+// Whether vectors can go past the caches, a line or half of one at a time; `to` is a multiple of the vector's size.
+constexpr bool kStreams = CUDFAST_VECTOR_BYTES == 64;
+template <class V>
+inline void stream(V vector, char* to) {
+#if CUDFAST_VECTOR_BYTES == 64
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)vector);
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)vector);
+#endif
+  std::memcpy(to, &vector, sizeof(V));
+}
+
 template <class T>
 inline Lanes<T> operator+(Lanes<T> a, Lanes<T> b) {
   return a.v + b.v;
@@ -322,39 +333,37 @@ inline __attribute__((always_inline)) Lanes<float> exp(Lanes<float> x) {
 
 // ---- Conversions between stored and computed types ----
 
+typedef uint16_t Halves __attribute__((vector_size(CUDFAST_VECTOR_BYTES / 2)));
+
 #if CUDFAST_VECTOR_BYTES == 64
 constexpr int kHalfLanes = 16;
 inline void widen_half_lanes(const uint16_t* from, float* to) {
   _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 }
-inline void store_half(Lanes<float> from, uint16_t* to) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)from.v, _MM_FROUND_TO_NEAREST_INT));
-}
+inline Halves halves(Lanes<float> from) { return (Halves)_mm512_cvtps_ph((__m512)from.v, _MM_FROUND_TO_NEAREST_INT); }
 #elif CUDFAST_VECTOR_BYTES == 32
 constexpr int kHalfLanes = 8;
 inline void widen_half_lanes(const uint16_t* from, float* to) {
   _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
-inline void store_half(Lanes<float> from, uint16_t* to) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)from.v, _MM_FROUND_TO_NEAREST_INT));
-}
+inline Halves halves(Lanes<float> from) { return (Halves)_mm256_cvtps_ph((__m256)from.v, _MM_FROUND_TO_NEAREST_INT); }
 #else
 constexpr int kHalfLanes = 1;
 inline void widen_half_lanes(const uint16_t* from, float* to) { *to = widen_half(*from); }
-inline void store_half(Lanes<float> from, uint16_t* to) {
+inline Halves halves(Lanes<float> from) {
+  Halves to;
   for (int i = 0; i < Lanes<float>::count; ++i) to[i] = narrow_half(from.v[i]);
+  return to;
 }
 #endif
 
 // Round to nearest even in every lane, as narrow_bfloat.
-inline void store_bfloat(Lanes<float> lanes, uint16_t* to) {
+inline Halves bfloats(Lanes<float> lanes) {
   typedef uint32_t Bits __attribute__((vector_size(CUDFAST_VECTOR_BYTES)));
-  typedef uint16_t Half __attribute__((vector_size(CUDFAST_VECTOR_BYTES / 2)));
   const Bits bits = (Bits)lanes.v;
   const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Bits quiet = (bits >> 16) | 0x40u;
-  const Half half = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, Half);
-  std::memcpy(to, &half, sizeof half);
+  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, Halves);
 }
 
 // n stored values -> n computed ones.
@@ -396,7 +405,10 @@ inline void narrow(const T* from, int n, DType dtype, void* to) {
     int i = 0;
     if constexpr (sizeof(T) == 4) {
       constexpr int width = Lanes<T>::count;
-      for (; i + width <= n; i += width) store_half(Lanes<T>::load(from + i), f + i);
+      for (; i + width <= n; i += width) {
+        const Halves lanes = halves(Lanes<T>::load(from + i));
+        std::memcpy(f + i, &lanes, sizeof lanes);
+      }
     }
     for (; i < n; ++i) f[i] = narrow_half(static_cast<float>(from[i]));
   }

@@ -220,24 +220,32 @@ void student_state(const StudentBlock& b, StudentBlockState& out) {
 
 // Writes body(i), which has what it reads by value because what is stored to might be anywhere, for every whole vector
 // of a block and tail() for the last, partial one, in the gradient's own type.
-template <class T, class Body, class Tail>
-inline __attribute__((always_inline)) void map(int n, char* g, DType dtype, Body body, Tail tail) {
+template <class T, class Map, class Body, class Tail>
+inline __attribute__((always_inline)) void map(int n, const Map& m, Body body, Tail tail) {
   constexpr int width = Lanes<T>::count;
   const int whole = n / width * width;
+  const DType dtype = m.g_dtype;
+  char* const g = m.g;
   alignas(64) T buffer[width];
-  const auto each = [&](auto store) __attribute__((always_inline)) {
-    for (int i = 0; i < whole; i += width) store(body(i), g + i * size_of(dtype));
+  const auto each = [&](auto narrowed) __attribute__((always_inline)) {
+    if (kStreams && m.stream) {
+      for (int i = 0; i < whole; i += width) stream(narrowed(body(i)), g + i * size_of(dtype));
+    } else {
+      for (int i = 0; i < whole; i += width) {
+        const auto lanes = narrowed(body(i));
+        std::memcpy(g + i * size_of(dtype), &lanes, sizeof lanes);
+      }
+    }
   };
   if (dtype == dtype_of<T>) {
-    each([](Lanes<T> x, char* to) { x.store(reinterpret_cast<T*>(to)); });
+    each([](Lanes<T> x) { return x.v; });
   } else if constexpr (sizeof(T) == 4) {  // a float64 gradient is computed in float64: what is left has 16 bits
-    dtype == DType::bf16 ? each([](Lanes<T> x, char* to) { store_bfloat(x, reinterpret_cast<uint16_t*>(to)); })
-                         : each([](Lanes<T> x, char* to) { store_half(x, reinterpret_cast<uint16_t*>(to)); });
+    dtype == DType::bf16 ? each([](Lanes<T> x) { return bfloats(x); }) : each([](Lanes<T> x) { return halves(x); });
   } else {
-    each([&](Lanes<T> x, char* to) {
-      x.store(buffer);
-      narrow(buffer, width, dtype, to);
-    });
+    for (int i = 0; i < whole; i += width) {
+      body(i).store(buffer);
+      narrow(buffer, width, dtype, g + i * size_of(dtype));
+    }
   }
   if (whole == n) return;
   if (dtype == dtype_of<T>) {
@@ -257,12 +265,13 @@ __attribute__((noinline)) void student_map(const StudentBlock& b, const StudentB
   const F ms(m.m_s), mt(m.m_t), inv(b.inv_tau);
   // This sweep waits for memory when the row is longer than the cache: some lines ahead in all three streams.
   constexpr int ahead = 512;
-  const int64_t s_size = size_of(b.s_dtype), t_size = size_of(b.t_dtype), g_size = size_of(m.g_dtype);
+  const int64_t s_size = size_of(b.s_dtype), t_size = size_of(b.t_dtype), g_size = m.stream ? 0 : size_of(m.g_dtype);
   const char *const next_s = b.s + ahead * s_size, *const next_t = b.t + ahead * t_size;
-  const char* const next_g = m.g + ahead * g_size;
+  // A gradient past the caches is not to be fetched: some line of this stack's instead.
+  const char* const next_g = m.stream ? reinterpret_cast<const char*>(t_buffer) : m.g + ahead * g_size;
   const T *const at_s = s.data, *const at_t = t.data;
   map<T>(
-      b.n, m.g, m.g_dtype,
+      b.n, m,
       [=](int i) __attribute__((always_inline)) {
         __builtin_prefetch(next_s + i * s_size);
         __builtin_prefetch(next_t + i * t_size);
@@ -280,7 +289,7 @@ __attribute__((noinline)) void student_map_kept(const StudentBlock& b, const Stu
   const T* const kept_s = reinterpret_cast<const T*>(b.kept.student);
   const int whole = b.n / F::count * F::count, rest = b.n - whole;
   map<T>(
-      b.n, m.g, m.g_dtype,
+      b.n, m,
       [=](int i) __attribute__((always_inline)) {
         return element<P>(c, Exponentials<F>{F::load(kept_t + i), F::load(kept_s + i)});
       },
@@ -330,8 +339,7 @@ void teacher_gradient(const TeacherBlock& b, const TeacherBlockMap& m) {
   const F centre(m.m), inv_z(m.inv_z), log_z(m.log_z);
   const T* const at = z.data;
   map<T>(
-      b.n, m.g, m.g_dtype,
-      [=](int i) __attribute__((always_inline)) { return element(c, F::load(at + i) - centre, inv_z, log_z); },
+      b.n, m, [=](int i) __attribute__((always_inline)) { return element(c, F::load(at + i) - centre, inv_z, log_z); },
       [&] { return element(c, z.last() - centre, inv_z, log_z); });
 }
 
@@ -416,15 +424,9 @@ int find_any(const char* from, DType dtype, bool wide, int n, double value) {
 #define CUDFAST_STRING(a) CUDFAST_STRING_(a)
 
 const Sweeps& CUDFAST_JOIN(sweeps_, CUDFAST_ISA)() {
-  static constexpr Sweeps table = {CUDFAST_STRING(CUDFAST_ISA),
-                                   student_state_any,
-                                   student_gradient_any,
-                                   teacher_state_any,
-                                   teacher_gradient_any,
-                                   tempered_any,
-                                   find_any,
-                                   exp_all<float>,
-                                   exp_all<double>};
+  static constexpr Sweeps table = {
+      CUDFAST_STRING(CUDFAST_ISA), kStreams,     student_state_any, student_gradient_any, teacher_state_any,
+      teacher_gradient_any,        tempered_any, find_any,          exp_all<float>,       exp_all<double>};
   return table;
 }
 

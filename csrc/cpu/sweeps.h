@@ -54,6 +54,7 @@ struct StudentBlockMap {
   bool holes;
   char* g;  // (n,)
   DType g_dtype;
+  bool stream = false;  // past the caches
 };
 
 struct TeacherBlock {
@@ -75,10 +76,12 @@ struct TeacherBlockMap {
   double m, inv_z, log_z, one, log;
   char* g;
   DType g_dtype;
+  bool stream = false;
 };
 
 struct Sweeps {
   const char* isa;
+  bool streams;  // whether `stream` is heeded
   void (*student_state)(const StudentBlock&, StudentBlockState&);
   void (*student_gradient)(const StudentBlock&, const StudentBlockMap&);
   void (*teacher_state)(const TeacherBlock&, TeacherBlockState&);

@@ -14,16 +14,25 @@ bool can_thread();
 // one when it is free.
 enum class Schedule { next, same };
 
-template <class F>
-void parallel(int threads, Schedule schedule, int64_t tasks, F task) {
+struct Nothing {
+  void operator()() const {}
+};
+
+// `last` is what every thread does at the end.
+template <class F, class Last = Nothing>
+void parallel(int threads, Schedule schedule, int64_t tasks, F task, Last last = {}) {
 #if defined(_OPENMP)
   if (threads > 1 && tasks > 1 && can_thread()) {
-    if (schedule == Schedule::same) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-      for (int64_t i = 0; i < tasks; ++i) task(i);
-    } else {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-      for (int64_t i = 0; i < tasks; ++i) task(i);
+#pragma omp parallel num_threads(threads)
+    {
+      if (schedule == Schedule::same) {
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < tasks; ++i) task(i);
+      } else {
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t i = 0; i < tasks; ++i) task(i);
+      }
+      last();
     }
     return;
   }
@@ -31,6 +40,7 @@ void parallel(int threads, Schedule schedule, int64_t tasks, F task) {
   (void)threads;
   (void)schedule;
   for (int64_t i = 0; i < tasks; ++i) task(i);
+  last();
 }
 
 inline int64_t blocks_of(int64_t classes) { return (classes + kBlock - 1) / kBlock; }
@@ -41,9 +51,9 @@ void one_block(int64_t i, int64_t classes, F f) {
   const int64_t column = i * kBlock;
   f(i, column, static_cast<int>(classes - column < kBlock ? classes - column : kBlock));
 }
-template <class F>
-void each_block(int threads, int64_t classes, F f) {
-  parallel(threads, Schedule::same, blocks_of(classes), [&](int64_t i) { one_block(i, classes, f); });
+template <class F, class Last = Nothing>
+void each_block(int threads, int64_t classes, F f, Last last = {}) {
+  parallel(threads, Schedule::same, blocks_of(classes), [&](int64_t i) { one_block(i, classes, f); }, last);
 }
 
 }  // namespace cudfast
