@@ -106,5 +106,6 @@ PYBIND11_MODULE(_cuda, m) {
     return shared_rows(rows, classes, Device(device, 0).machine.processors);
   });
   m.attr("PART") = static_cast<int>(sizeof(StudentState<double>) / sizeof(double));
+  m.attr("HEADER") = kHeaderBytes;
   m.attr("ARCHITECTURES") = CUDFAST_CUDA_ARCHS;
 }

@@ -1,4 +1,5 @@
-// One row of logits in memory: single elements, and lines of 16 bytes widened to what is computed in.
+// One row of logits in memory: single elements, and lines of 16 bytes, copied on chip or widened to what is computed
+// in.
 #pragma once
 
 #include "../halves.h"
@@ -115,6 +116,31 @@ CUDFAST_KERNEL void narrow(const R (&from)[V], DType dtype, char* to) {
       store(lines + i, line);
     }
   }
+}
+
+// Copies 16 bytes from global to shared memory, some time before wait_for_copies() lets the thread read them; the
+// emulation copies at once.
+CUDFAST_KERNEL void copy(char* to, const char* from) {
+#if !defined(__CUDACC__)
+  memcpy(to, from, 16);
+#elif __CUDA_ARCH__ >= 800
+  const auto at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+#else
+  __trap();  // the plan asks for no copies here
+#endif
+}
+// Copies so far are one group; the wait is for all groups of this thread but the last `Later`.
+CUDFAST_KERNEL void commit_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int Later>
+CUDFAST_KERNEL void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(Later) : "memory");
+#endif
 }
 
 // D: the dtype, or kAny.

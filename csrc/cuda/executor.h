@@ -2,46 +2,24 @@
 //
 // On a GPU an Executor is a thread's view of its block and cluster; here is that, for nvcc, and the emulation for a C++
 // compiler, which runs every phase thread after thread, a cluster as several blocks. The emulation checks every access
-// and fills shared memory with NaN. It cannot show races, and its copies are done when they are asked for.
+// and fills shared memory with NaN. It cannot show races.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#include "grid.h"
+
 #if !defined(__CUDACC__)
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
 #include <vector>
 #endif
 
 namespace cudfast {
-
-constexpr int kWarp = 32, kMaxThreads = 512;
-
-// A block's shared memory: 17 values for reduce(), what the kernel shares, staged rows.
-constexpr int kScratchBytes = 17 * 96, kHeaderBytes = 2048;
-
-// Blocks of a launch, blocks per cluster, threads per block, bytes of shared memory beyond the header.
-struct Grid {
-  int blocks = 0;
-  int cluster = 1;
-  int threads = kWarp;
-  int staged = 0;
-};
-
 namespace {
 
-struct Thread {
-  int rank;   // of its block in the cluster
-  int index;  // in its block
-};
-
 #if defined(__CUDACC__)
-
-#define CUDFAST_KERNEL __device__ __forceinline__
-#define CUDFAST_CHECK(condition)
-#define CUDFAST_UNROLL _Pragma("unroll")
 
 extern __shared__ uint4 block_memory[];
 
@@ -61,6 +39,7 @@ class Executor {
   CUDFAST_KERNEL explicit Executor(int cluster) : cluster_(cluster) {}
   CUDFAST_KERNEL int threads() const { return static_cast<int>(blockDim.x); }
   CUDFAST_KERNEL int cluster() const { return cluster_; }
+  CUDFAST_KERNEL int rank() const { return static_cast<int>(blockIdx.x % cluster_); }
   CUDFAST_KERNEL int block(int rank) const { return static_cast<int>(blockIdx.x - blockIdx.x % cluster_) + rank; }
 
   // A phase: f for every thread, and the threads of a block wait for each other.
@@ -77,6 +56,8 @@ class Executor {
       asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
       asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
     }
+#else
+    if (cluster_ > 1) __trap();  // the plan asks for no clusters here
 #endif
   }
 
@@ -95,26 +76,6 @@ class Executor {
   }
   CUDFAST_KERNEL char* staged(Thread, int offset, int) {
     return reinterpret_cast<char*>(block_memory) + kHeaderBytes + offset;
-  }
-
-  // Copies 16 bytes from global to shared memory, some time before wait() lets the thread read them.
-  CUDFAST_KERNEL static void copy(char* to, const char* from) {
-#if __CUDA_ARCH__ >= 800
-    const auto at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-#endif
-  }
-  // Copies so far are one group; wait() is for all groups of this thread but the last `Later`.
-  CUDFAST_KERNEL static void commit() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-  }
-  template <int Later>
-  CUDFAST_KERNEL static void wait() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" ::"n"(Later) : "memory");
-#endif
   }
 
   // Every thread's value becomes its block's total, added up in a fixed order; `empty` adds nothing.
@@ -156,11 +117,6 @@ class Executor {
 
 #else
 
-#define CUDFAST_KERNEL inline
-#define CUDFAST_UNROLL
-#define CUDFAST_CHECK(condition) \
-  if (!(condition)) throw std::logic_error("a kernel's access is out of bounds or misaligned: " #condition)
-
 class Executor {
  public:
   template <class T>
@@ -178,6 +134,7 @@ class Executor {
       : grid_(grid), first_(first), memory_(static_cast<size_t>(grid.cluster), Memory(words(grid), NAN)) {}
   int threads() const { return grid_.threads; }
   int cluster() const { return grid_.cluster; }
+  int rank() const { return 0; }
   int block(int rank) const { return first_ + rank; }
 
   template <class F>
@@ -197,10 +154,6 @@ class Executor {
     CUDFAST_CHECK(offset >= 0 && offset % 16 == 0 && offset + size <= grid_.staged);
     return bytes(th.rank) + kHeaderBytes + offset;
   }
-  static void copy(char* to, const char* from) { std::memcpy(to, from, 16); }
-  static void commit() {}
-  template <int Later>
-  static void wait() {}
 
   template <class T, class Add>
   void reduce(Local<T>& values, Add add, const T& empty = T{}) {

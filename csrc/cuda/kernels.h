@@ -75,10 +75,10 @@ struct RowKernel {
         for (int a = 0; a < Loss::arrays; ++a) {
           char* const to = slot(x, th, a, chunk);
           const char* const from = rows[a].template lines<width>(chunks.column(chunk));
-          for (int i = 0; i < bytes(rows[a]); i += 16) Executor::copy(to + i, from + i);
+          for (int i = 0; i < bytes(rows[a]); i += 16) copy(to + i, from + i);
         }
       }
-      Executor::commit();
+      commit_copies();
     }
 
     CUDFAST_KERNEL void load(Executor& x, Thread th, int chunk, Values& v) const {
@@ -147,7 +147,7 @@ struct RowKernel {
         if constexpr (Staged) {
           view.stage(x, th, next);
           next += x.threads();
-          Executor::wait<ahead>();
+          wait_for_copies<ahead>();
         }
         Values v;
         view.load(x, th, chunk, v);

@@ -14,7 +14,7 @@ import cudfast._cuda as _cuda
 from ...machine import Code, Loop, Machine, listings, loop_of, resources, run
 
 DTYPES = {"fp32": 0, "bf16": 2, "fp16": 3}  # csrc/launch.h
-HEADER = 2048  # bytes of shared memory besides staged rows: csrc/cuda/executor.h
+HEADER: int = _cuda.HEADER  # bytes of shared memory besides staged rows
 THREADS = 512
 
 
