@@ -78,7 +78,7 @@ struct Divisors {
 // Columns of a packed state (N, kStudentColumns) or (N, kTeacherColumns), in the order of the fields of row/state.h.
 constexpr int kStudentColumns = 11;
 constexpr int kTeacherColumns = 4;
-constexpr int kProjectedColumns = 10;  // after the student's, when there are constraints: see cpu/projected.h
+constexpr int kProjectedColumns = 10;  // after the student's, when there are constraints: see projected.h
 
 // Where results go. Null pointers are not written.
 struct Outputs {

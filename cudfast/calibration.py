@@ -114,7 +114,7 @@ def _temperature(
 ) -> Temperature:
     """For rows whose entropy at T = 1, `free`, is `short` of the `wanted` floor or `long` beyond the ceiling (N,).
 
-    The mirror of csrc/cpu/search.h.
+    The mirror of csrc/row/search.h.
     """
     beta, open_rows = torch.ones_like(wanted), short | long
     if not bool(open_rows.any()):

@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Fields of a packed state, in the order of csrc/row/state.h; the teacher's top-1 travels beside them as an int64.
 STUDENT_COLUMNS = ("m_t", "s_k", "m_s", "z_tau", "s_tau", "a", "s_one", "z_one", "t_y", "s_y", "impossible")
-# What follows them when the target meets constraints; in the order of csrc/cpu/projected.h.
+# What follows them when the target meets constraints; in the order of csrc/projected.h.
 PROJECTED_COLUMNS = ("beta", "centre", "near", "wrong", "rest", "confidence", "prob", "target", "moved", "relaxed")
 TEACHER_COLUMNS = ("m", "z", "e", "z_y")
 

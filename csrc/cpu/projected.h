@@ -1,32 +1,24 @@
-// The student loss with a target that meets bounds on its mass and entropy. The classes of a row fall into three sets:
-// near, wrong and the rest. The rest is swept with the other two masked out, so that its mass is never a difference;
-// the two are short lists, gathered. The target then is one factor per set, and all else is the plain loss.
+// The student loss with a target that meets bounds on its mass and entropy, on the CPU: see ../projected.h.
 #pragma once
 
 #include <atomic>
 #include <vector>
 
+#include "../projected.h"
+#include "../row/search.h"
 #include "losses.h"
-#include "search.h"
 #include "set.h"
 #include "threads.h"
 
 namespace cudfast {
 namespace {
 
-struct ProjectedState : StudentState<double> {
-  double beta = 1, centre = 0;           // the teacher's logits are seen as t' = beta (t - centre)
-  double near = 0, wrong = 0, rest = 0;  // log of the target at each set's maximum, relative to the largest of them
-  double e_one = 0;                      // of a block: sum exp(t - m_t) (t - m_t)
-  double confidence = 0, prob = 0;       // the teacher's probability of its top-1 and of the label
-  double target = 0, moved = 0;          // the label's after calibration; mass that changed sets
-  double relaxed = 0;                    // a bound was out of reach
-};
-
 struct ProjectedLossOfRows {
-  using State = ProjectedState;
+  // Of a block of the rest, then of the row.
+  struct State : ProjectedState {
+    double e_one = 0;  // sum exp(t - m_t) (t - m_t)
+  };
   using Row = StudentLossOfRows::Row;
-  static constexpr int columns = kStudentColumns + kProjectedColumns;
 
   StudentLossOfRows base;
   const Rows& rows;
@@ -41,8 +33,7 @@ struct ProjectedLossOfRows {
   bool wrong_is_k = false;      // the wrong set is the top-1 alone
   int64_t k = 0;                // the teacher's top-1, when somebody asks
   View view;
-  double log_total = 0;  // log sum exp t at T = 1, where the entropy is bound
-  bool out_of_reach = false;
+  double log_total = 0;                                          // log sum exp t at T = 1, where the entropy is bound
   enum { unknown, with_top1, trying, settled } stage = unknown;  // see again()
   Search search = {};
 
@@ -228,20 +219,15 @@ struct ProjectedLossOfRows {
   }
 
   void start_search(int64_t row, int threads, const std::vector<State>& parts) {
-    End<double> start = folded(row, parts);
-    const double tolerance = entropy_tolerance(wide);
-    const bool too_low = start.found.value < bound(row, 2) - tolerance;
-    if (!too_low && !(start.found.value > bound(row, 3) + tolerance)) return;
-    const double wanted = too_low ? bound(row, 2) : bound(row, 3), last = too_low ? 1 / kHottest : kHottest;
-    const End<double> limit = look(row, threads, too_low ? 0 : last);
-    const double missed = limit.found.value - wanted;
-    if (too_low ? missed <= 0 : missed >= 0) {
-      view.beta = last;
-      out_of_reach = std::fabs(missed) > kNats;
+    search.wide = wide;
+    const End<double> here = folded(row, parts);
+    if (!search.misses(here.found.value, bound(row, 2), bound(row, 3))) return;
+    const End<double> end = look(row, threads, search.places[0]);
+    if (!search.reaches(end)) {
+      view.beta = search.beta;
       return;
     }
-    if (!too_low) start = look(row, threads, 1);  // far from where it began, the slope there is worth a sweep
-    search = {wide, too_low, wanted, too_low ? limit : start, too_low ? start : limit, too_low ? 2 : 3};
+    search.start(end, search.floor ? here : look(row, threads, 1));
     find_temperature(row, threads);
   }
 
@@ -290,9 +276,8 @@ struct ProjectedLossOfRows {
     return state;
   }
 
-  // From the rest's state to that of the target: sums over all three sets, each with its factor.
   void complete(int64_t row, State& state) const {
-    const double tau = rows.value_at(row), inv_tau = 1 / tau;
+    const double inv_tau = 1 / rows.value_at(row);
     if (rows.labelled(row)) {
       state.t_y = load(rows.target, row, rows.labels[row]);
       state.s_y = load(rows.logits, row, rows.labels[row]);
@@ -300,51 +285,15 @@ struct ProjectedLossOfRows {
     state.k = k;
     state.beta = view.beta;
     state.centre = view.centre;
-    StudentState<double> parts[3];
-    double at[3], mass[3];  // log of the largest, and of all, relative to t'
+    Apart apart{{}, {tops[0], tops[1]}, begin(0) != end(0), low(row), high(row)};
     for (int i = 0; i < 2; ++i) {
+      StudentState<double>& sums = apart.sums[i];
       sets[i].each_block(
-          [&](int64_t j, int n) { parts[i] = base.merged(row, parts[i], base.fold(block(row, sets[i], j, n), 0)); });
-      parts[i] = move(parts[i], parts[i].m_t, state.m_s, inv_tau);  // around the row's own student maximum
+          [&](int64_t j, int n) { sums = base.merged(row, sums, base.fold(block(row, sets[i], j, n), 0)); });
+      sums = move(sums, sums.m_t, state.m_s, inv_tau);
     }
-    parts[2] = state;
-    for (int i = 0; i < 3; ++i) at[i] = parts[i].m_t + (i < 2 ? tops[i] : 0);
-    for (int i = 0; i < 3; ++i) mass[i] = parts[i].z_one == 0 ? kNothing<double> : at[i] + std::log(parts[i].z_one);
-    const double total = log_add(log_add(mass[0], mass[1]), mass[2]);
-    if (!(total < std::numeric_limits<double>::infinity())) {  // NaN or +inf among the logits
-      state.z_tau = state.a = std::numeric_limits<double>::quiet_NaN();
-      return;
-    }
-    const Masses<double> target = masses(mass[0], mass[1], mass[2], low(row), high(row));
-    const double log_m[3] = {target.near, target.wrong, target.rest};
-    double offset[3], reference = kNothing<double>;
-    for (int i = 0; i < 3; ++i) {
-      offset[i] = mass[i] == kNothing<double> ? kNothing<double> : at[i] + (log_m[i] - (mass[i] - total));
-      if (offset[i] > reference) reference = offset[i];
-    }
-    if (reference == kNothing<double>) return;  // no class can happen: m_t says so
-    state.z_tau = state.a = state.impossible = 0;
-    for (int i = 0; i < 3; ++i) {
-      const double down = offset[i] - reference, factor = std::exp(down * inv_tau);
-      if (offset[i] == kNothing<double>) continue;
-      state.z_tau += factor * parts[i].z_tau;
-      state.a += factor * (parts[i].a + parts[i].z_tau * (down * inv_tau));
-      state.impossible = max(state.impossible, parts[i].impossible);
-    }
-    state.near = offset[0] - reference;
-    state.wrong = offset[1] - reference;
-    state.rest = offset[2] - reference;
-    if (state.m_t == kNothing<double>) state.m_t = 0;  // the rest is empty, the row is not
-    state.relaxed = target.no_near || target.all_wrong || out_of_reach;
+    cudfast::complete(state, apart, inv_tau, search.out_of_reach, statistics, log_total, load(rows.target, row, k));
     if (state.relaxed != 0 && !rows.constraints.relax) report(row);
-    if (!statistics) return;
-    const double log_all = view.beta == 1 ? total : log_total;
-    state.confidence = std::exp(load(rows.target, row, k) - log_all);
-    if (!rows.labelled(row)) return;
-    const int set = begin(0) != end(0) ? 0 : 2;  // where the label is
-    state.prob = std::exp(state.t_y - log_all);
-    if (state.t_y > kNothing<double>) state.target = std::exp(seen(state.t_y) - mass[set] + log_m[set]);
-    for (int i = 0; i < 3; ++i) state.moved += max(0.0, std::exp(log_m[i]) - std::exp(mass[i] - total));
   }
 
   void report(int64_t row) const {
@@ -353,26 +302,9 @@ struct ProjectedLossOfRows {
     }
   }
 
-  void pack(const State& s, int64_t row, const Outputs& out) const {
-    if (!out.state) return;
-    cudfast::pack(s, out, wide, row, columns);
-    const double values[kProjectedColumns] = {s.beta,       s.centre, s.near,   s.wrong, s.rest,
-                                              s.confidence, s.prob,   s.target, s.moved, s.relaxed};
-    for (int i = 0; i < kProjectedColumns; ++i) put(out.state, wide, row * columns + kStudentColumns + i, values[i]);
-  }
+  void pack(const State& s, int64_t row, const Outputs& out) const { cudfast::pack(s, out, wide, row); }
 
-  State unpack(int64_t row, const Outputs& from) const {
-    double v[kProjectedColumns];
-    for (int i = 0; i < kProjectedColumns; ++i) v[i] = get(from.state, wide, row * columns + kStudentColumns + i);
-    State state;
-    static_cast<StudentState<double>&>(state) = unpack_student(from, wide, row, columns);
-    state.beta = v[0];
-    state.centre = v[1];
-    state.near = v[2];
-    state.wrong = v[3];
-    state.rest = v[4];
-    return state;
-  }
+  State unpack(int64_t row, const Outputs& from) const { return {unpack_projected(from, wide, row), 0}; }
 
   Row finish_row(int64_t row, const State& state, double upstream) const {
     return base.finish_row(row, state, upstream);
@@ -410,12 +342,7 @@ struct ProjectedLossOfRows {
         for (int l = 0; l < n; ++l) gradient.store(begin(i)[j + l], get(values, wide, l));
       });
     }
-    // The label in double: what is left of p_y - 1 on a confident row.
-    const bool apart = begin(0) != end(0);
-    const double reference = apart ? tops[0] - state.near : state.m_t - state.rest;
-    const double dt = state.t_y == kNothing<double> ? state.t_y : seen(state.t_y) - reference;
-    const double g_y = element<0, 1, true>(r.gradient, dt, state.s_y - state.m_s, inv_tau);
-    gradient.store(rows.labels[row], state.s_y == kNothing<double> ? g_y : g_y - r.gradient.label);
+    gradient.store(rows.labels[row], label_gradient(state, r, begin(0) != end(0), tops[0], inv_tau));
   }
 };
 

@@ -1,4 +1,4 @@
-"""The student loss with a target that meets bounds on its mass and entropy: what csrc/cpu/projected.h does.
+"""The student loss with a target that meets bounds on its mass and entropy: what csrc/projected.h does.
 
 The classes of a row fall into three sets: near, wrong and the rest. The rest is swept with the other two masked out, so
 that its mass is never a difference; the two are short lists, gathered. The target then is one factor per set. Where the

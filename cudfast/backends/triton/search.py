@@ -1,4 +1,4 @@
-"""The inverse temperature at which a row's entropy meets a bound: the mirror of csrc/cpu/search.h."""
+"""The inverse temperature at which a row's entropy meets a bound: the mirror of csrc/row/search.h."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 // over.
 #pragma once
 
-#include "../row/target.h"
+#include "target.h"
 
 namespace cudfast {
 namespace {
@@ -13,31 +13,58 @@ constexpr int kPlaces = 4;
 constexpr double kNats = 1e-5;    // how far the entropy may stay from its bound
 constexpr double kHottest = 1e6;  // T is looked for up to here, down to its inverse
 
-inline double entropy_tolerance(bool wide) { return wide ? 1e-12 : 5e-6; }
-
 struct Search {
-  bool wide;
-  bool floor;
-  double wanted;
-  End<double> low, high;
-  int sweeps;
+  bool wide = false;
+  bool floor = false;
+  double wanted = 0;
+  End<double> low = {}, high = {};
+  int sweeps = 0;
   double beta = 1;              // where it stands
   double places[kPlaces] = {};  // where the next sweep looks, and how many they are
   int count = 1;
-  double slope = 0;   // of the last sweep that had one
-  bool near = false;  // so near that the next step mostly arrives
+  double slope = 0;           // of the last sweep that had one
+  bool near = false;          // so near that the next step mostly arrives
+  bool out_of_reach = false;  // no temperature meets the bound
+
+  CUDFAST_HD double tolerance() const { return wide ? 1e-12 : 5e-6; }
+
+  // Whether the entropy at beta = 1 misses a bound. Then the next sweep looks at the end, where T is infinite for a
+  // floor and nearly 0 for a ceiling.
+  CUDFAST_HD bool misses(double entropy, double least, double most) {
+    floor = entropy < least - tolerance();
+    if (!floor && !(entropy > most + tolerance())) return false;
+    wanted = floor ? least : most;
+    places[0] = floor ? 0 : kHottest;
+    return true;
+  }
+
+  // Whether a bound can be met before that end; if not, the search is over.
+  CUDFAST_HD bool reaches(const End<double>& end) {
+    const double missed = end.found.value - wanted;
+    if (!(floor ? missed <= 0 : missed >= 0)) return true;
+    beta = floor ? 1 / kHottest : kHottest;
+    out_of_reach = std::fabs(missed) > kNats;
+    return false;
+  }
+
+  // Between the end and where it began; a ceiling's search, far from there, was worth a sweep for the slope at 1.
+  CUDFAST_HD void start(const End<double>& end, const End<double>& one) {
+    low = floor ? end : one;
+    high = floor ? one : end;
+    sweeps = floor ? 2 : 3;
+  }
 
   // Goes on to the next beta. Whether that is near enough for the fold that follows to find out.
-  bool step() {
-    const double last = beta;
+  CUDFAST_HD bool step() {
+    const double before = beta;
     beta = places[0] = max(temper(low, high, wanted), 1 / kHottest);
     count = sweeps < kSteps ? 1 : kPlaces;
     for (int i = 1; i < count; ++i) places[i] = max(spread(low, high, beta, double(i) / count), 1 / kHottest);
-    return near && count == 1 && std::fabs(beta - last) < last / 16;
+    return near && count == 1 && std::fabs(beta - before) < before / 16;
   }
 
   // What a sweep found at its places; a fold has one, and no slope. Whether the search is over with this.
-  bool took(const End<double>* found) {
+  CUDFAST_HD bool took(const End<double>* found) {
     const bool folded = std::isnan(found[0].found.slope);
     double least = std::numeric_limits<double>::infinity();
     for (int i = 0; i < count; ++i) {
@@ -51,7 +78,7 @@ struct Search {
       }
       if (missed > 0 ? here.beta > low.beta : here.beta < high.beta) (missed > 0 ? low : high) = here;
     }
-    if (!(least > entropy_tolerance(wide))) return true;
+    if (!(least > tolerance())) return true;
     near = least < (wide ? 1e-6 : 3e-3) && !folded;
     if (++sweeps < kSweeps) return false;
     // Out of sweeps: the side that meets the bound.
