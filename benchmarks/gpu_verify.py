@@ -160,7 +160,7 @@ def options_agree(device: str, tried: str = "triton") -> None:
             torch.testing.assert_close(got.double(), wanted.double(), rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-def projection_agrees(device: str, n: int = 64, v: int = 5000) -> None:
+def projection_agrees(device: str, tried: str = "triton", n: int = 64, v: int = 5000) -> None:
     """Bounds on masses and on the entropy, binding and not, against the reference backend in float64."""
     torch.manual_seed(0)
     student, teacher = torch.randn(n, v, device=device), 3 * torch.randn(n, v, device=device)
@@ -174,7 +174,7 @@ def projection_agrees(device: str, n: int = 64, v: int = 5000) -> None:
     ]
     for bound, save in itertools.product(bounds, SAVES):
         found = []
-        for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+        for backend, dtype in (("reference", torch.float64), (tried, torch.float32)):
             x = student.to(dtype, copy=True).requires_grad_()
             loss = CUDLoss(calibration=Projection(**bound), save=save, backend=backend)  # type: ignore[arg-type]
             value, stats = loss(x, teacher.to(dtype), labels, return_stats=True)
@@ -213,7 +213,7 @@ def captures(device: str, backend: BackendName = "triton") -> str | None:
     if device != "cuda":
         return "left out: needs CUDA"
     bounds = Projection(min_near_mass=0.2, max_wrong_mass=0.1, min_entropy=4.0, on_infeasible="relax")
-    for calibration in (WClip(), bounds) if backend == "triton" else (WClip(),):
+    for calibration in (WClip(), bounds):
         capture(CUDOptions(calibration=calibration, backend=backend))
     return None
 
@@ -257,8 +257,7 @@ def walk(backend: BackendName, dtype: torch.dtype, device: str, shapes: Iterable
             usual = CUDLoss(save=save, backend=backend)
             losses += [(usual, (t, y)), (usual, (t.to(torch.float16), y))]  # one dtype, and two
             losses += [(CUDLoss(3.0, save=save, backend=backend), (t, y)), (DUSLoss(save=save, backend=backend), (y,))]
-        if backend == "triton":
-            losses.append((CUDLoss(calibration=bounds, backend=backend), (t, y)))
+        losses += [(CUDLoss(calibration=bounds, save=save, backend=backend), (t, y)) for save in SAVES]
         for loss, others in losses:
             torch.autograd.grad(2 * loss(x, *others), x)
 
@@ -320,8 +319,11 @@ def checks_of(backend: BackendName, device: str) -> Iterator[Check]:
             for what, shape in layouts(Chip.here(), dtype):
                 yield f"{what}, {shape} {dtype}", partial(laid_out, shape, dtype, device)
     yield "options, masks, statistics", partial(options_agree, device, backend)
-    if backend == "triton":
-        yield "calibration=Projection(...)", partial(projection_agrees, device)
+    yield "calibration=Projection(...)", partial(projection_agrees, device, backend)
+    if backend == "cuda":
+        for what, shape in layouts(Chip.here(), torch.float32):
+            run = partial(projection_agrees, device, backend, shape.rows, shape.classes)
+            yield f"calibration=Projection(...), {what}", run
     yield "opcheck", partial(ops_check, device, backend)
     yield "torch.compile(fullgraph=True)", partial(compiles, device, backend)
     yield "CUDA graph", partial(captures, device, backend)

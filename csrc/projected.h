@@ -4,6 +4,7 @@
 #pragma once
 
 #include "finish.h"
+#include "row/search.h"
 
 namespace cudfast {
 namespace {
@@ -49,12 +50,25 @@ struct Apart {
   double least, most;            // mass of the near, of the wrong classes
 };
 
+// The entropy of the target at inverse temperature beta, from the sums of its sets: near, wrong, rest.
+CUDFAST_HD inline End<double> end_at(double beta, const TemperedState<double> (&sets)[3], double least, double most) {
+  const Masses<double> target =
+      masses(log_mass(sets[0], beta), log_mass(sets[1], beta), log_mass(sets[2], beta), least, most);
+  return {beta, entropy(sets, target, beta)};
+}
+
+// log sum exp(beta t) over all sets.
+CUDFAST_HD inline double log_total(const TemperedState<double> (&sets)[3], double beta) {
+  return log_add(log_add(log_mass(sets[0], beta), log_mass(sets[1], beta)), log_mass(sets[2], beta));
+}
+
 // From the rest's state, with t_y, s_y, beta and centre, to that of the target: sums over all three sets, each with its
-// factor. Statistics want log_total, log sum exp t, where beta is not 1, and t_k, the teacher's logit at its top-1.
+// factor. Statistics want log_one, log sum exp t, where beta is not 1, and t_k, the teacher's logit at its top-1.
 CUDFAST_HD inline void complete(ProjectedState& state, const Apart& apart, double inv_tau, bool out_of_reach,
-                                bool statistics, double log_total, double t_k) {
+                                bool statistics, double log_one, double t_k) {
   const StudentState<double>* parts[3] = {apart.sums, apart.sums + 1, &state};
   double at[3], mass[3];  // log of the largest, and of all, relative to t'
+  CUDFAST_UNROLL
   for (int i = 0; i < 3; ++i) {
     at[i] = parts[i]->m_t + (i < 2 ? apart.tops[i] : 0);
     mass[i] = parts[i]->z_one == 0 ? kNothing<double> : at[i] + log(parts[i]->z_one);
@@ -67,12 +81,14 @@ CUDFAST_HD inline void complete(ProjectedState& state, const Apart& apart, doubl
   const Masses<double> target = masses(mass[0], mass[1], mass[2], apart.least, apart.most);
   const double log_m[3] = {target.near, target.wrong, target.rest};
   double offset[3], reference = kNothing<double>;
+  CUDFAST_UNROLL
   for (int i = 0; i < 3; ++i) {
     offset[i] = mass[i] == kNothing<double> ? kNothing<double> : at[i] + (log_m[i] - (mass[i] - total));
     if (offset[i] > reference) reference = offset[i];
   }
   if (reference == kNothing<double>) return;  // no class can happen: m_t says so
   double z_tau = 0, a = 0, impossible = 0;
+  CUDFAST_UNROLL
   for (int i = 0; i < 3; ++i) {
     if (offset[i] == kNothing<double>) continue;
     const double down = offset[i] - reference, factor = exp(down * inv_tau);
@@ -89,11 +105,12 @@ CUDFAST_HD inline void complete(ProjectedState& state, const Apart& apart, doubl
   if (state.m_t == kNothing<double>) state.m_t = 0;  // the rest is empty, the row is not
   state.relaxed = target.no_near || target.all_wrong || out_of_reach;
   if (!statistics) return;
-  const double log_all = state.beta == 1 ? total : log_total;
+  const double log_all = state.beta == 1 ? total : log_one;
   state.confidence = exp(t_k - log_all);
   state.prob = exp(state.t_y - log_all);
-  const int set = apart.near ? 0 : 2;  // where the label is
-  if (state.t_y > kNothing<double>) state.target = exp(state.seen(state.t_y) - mass[set] + log_m[set]);
+  const double change = apart.near ? log_m[0] - mass[0] : log_m[2] - mass[2];  // where the label is
+  if (state.t_y > kNothing<double>) state.target = exp(state.seen(state.t_y) + change);
+  CUDFAST_UNROLL
   for (int i = 0; i < 3; ++i) state.moved += max(0.0, exp(log_m[i]) - exp(mass[i] - total));
 }
 

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 PART: int
+HEADER: int
 ARCHITECTURES: str
 
 def student_state(*args: object) -> bool: ...

@@ -26,7 +26,7 @@ from .reference import (
     tempered_fold,
     wclip,
 )
-from .rows import Constraints, Rows, compute_dtype, masks, refuse_label, row_name
+from .rows import Constraints, Rows, State, compute_dtype, masks, refuse_label, row_name
 
 SWEEPS = 12
 STEPS = 8  # sweeps, after which every further one looks at several places
@@ -263,6 +263,13 @@ def refuse_row(rows: Rows, row: int) -> ValueError:
     label = rows.labels[row : row + 1]
     found = project(t, torch.ones_like(label, dtype=torch.bool), label, constraints)
     return refuse_bound(rows, row, found.relaxed[0], found.reachable[0])
+
+
+def refuse_unmet(rows: Rows, state: State) -> None:
+    """Raises for the first row with a bound out of reach; the host waits."""
+    unmet = state.sums[:, -1] > 0
+    if bool(unmet.any()):
+        raise refuse_row(rows, int(unmet.nonzero()[0]))
 
 
 def calibrate(

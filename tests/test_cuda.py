@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cudfast import CUDLoss, CUDOptions, DUSLoss, Projection, backends, machine
+from cudfast import CUDLoss, CUDOptions, DUSLoss, backends, machine
 from cudfast.functional import cud_loss
 from cudfast.info import describe
 
@@ -68,13 +68,6 @@ def test_strides_and_padding() -> None:
     with pytest.warns(UserWarning, match="it is copied once per call"):
         loss = CUDLoss(backend="cuda")(torch.randn(40, 8).t(), torch.randn(8, 40), torch.randint(40, (8,)))
     assert loss.isfinite()
-
-
-@built
-def test_the_projection_is_refused() -> None:
-    loss = CUDLoss(calibration=Projection(max_wrong_mass=0.1), backend="cuda")
-    with pytest.raises(ValueError, match=r"^backend 'cuda' has no kernels for calibration=Projection.*'triton'"):
-        loss(torch.randn(2, 9), torch.randn(2, 9), torch.tensor([1, 2]))
 
 
 @built
@@ -154,6 +147,21 @@ def test_no_local_memory_and_at_most_128_registers(machines: list[tuple[Any, str
     for v, dtype, target, m in machines:
         assert m.stack == 0, (v.name, dtype, target)
         assert m.registers <= 128, (v.name, dtype, target)
+
+
+@built
+def test_the_search_for_a_target() -> None:
+    """The kernels of a projection in float32, whatever the dtypes of the logits."""
+    from cudfast.backends.cuda import compiled
+
+    for target in compiled.targets():
+        found = compiled.kernels_of("15ProjectedKernelIf", target)
+        assert len(found) == 2, target
+        for usage, loops in found:
+            assert usage["STACK"] + usage["LOCAL"] == 0, target
+            assert usage["REG"] <= 128, target
+            assert {loop.narrowest for loop in loops} == {0, 16}, target  # 0: reads shared memory alone
+            assert any(loop.exponentials == 4 * 8 for loop in loops), target  # the fold, over 8 columns
 
 
 @built

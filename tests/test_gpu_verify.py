@@ -34,8 +34,9 @@ def test_agrees(dtype: torch.dtype) -> None:
     gpu_verify.agrees(Shape(4, 300), dtype, "cpu")
 
 
-def test_projection_agrees() -> None:
-    gpu_verify.projection_agrees("cpu", 6, 700)
+@pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=with_cuda)])
+def test_projection_agrees(backend: str) -> None:
+    gpu_verify.projection_agrees("cpu", backend, 6, 700)
 
 
 def test_the_other_checks() -> None:

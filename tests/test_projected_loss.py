@@ -15,15 +15,10 @@ from torch import Tensor
 from cudfast import ClassSets, CUDLoss, CUDOptions, FusedLinearCUDLoss, Projection, WClip, calibrate
 from cudfast.functional import cud_loss
 
+from .conftest import BUILT
 from .test_temperature import awkward
 
-
-@pytest.fixture(params=["native", "triton", "reference"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Those that have the projection."""
-    return str(request.param)
-
-
+cuda = pytest.mark.skipif("cuda" not in BUILT, reason="needs nvcc when cudfast is installed")
 f32, f64 = torch.float32, torch.float64
 INF = torch.inf
 
@@ -98,6 +93,12 @@ def test_triton_equals_reference(seed: int) -> None:
     check_equal(seed, (("triton", "state" if seed % 2 else "gradient"),))
 
 
+@cuda
+@pytest.mark.parametrize("seed", range(120))
+def test_cuda_equals_reference(seed: int) -> None:
+    check_equal(seed, (("cuda", "gradient"), ("cuda", "state")))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_loss_is_that_of_the_materialised_target(seed: int, backend: str) -> None:
     student, teacher, labels, tau, fields = draw(seed, f64)
@@ -137,7 +138,12 @@ def test_bounds_on_the_entropy_are_met(V: int, name: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize(
-    ("backend", "tau"), [*itertools.product(["native", "reference"], [1.0, 2.0, 3.0]), ("triton", 2.0)]
+    ("backend", "tau"),
+    [
+        *itertools.product(["native", "reference"], [1.0, 2.0, 3.0]),
+        ("triton", 2.0),
+        pytest.param("cuda", 2.0, marks=cuda),
+    ],
 )
 def test_gradcheck(backend: str, tau: float) -> None:
     torch.manual_seed(0)
@@ -146,7 +152,7 @@ def test_gradcheck(backend: str, tau: float) -> None:
     teacher, labels = torch.randn(4, 12, dtype=f64) * 3, torch.tensor([1, 7, -1, 11])
     loss = CUDLoss(tau, calibration=projection, backend=backend, reduction="none")
     student = torch.randn(4, 12, dtype=f64, requires_grad=True)
-    fast = backend == "triton"  # whose interpreter takes long: against one random direction
+    fast = backend in ("triton", "cuda")  # whose interpreters take long: against one random direction
     assert torch.autograd.gradcheck(lambda s: loss(s, teacher, labels), (student,), fast_mode=fast)
 
 
@@ -156,6 +162,11 @@ def test_every_way_to_call(isa: str) -> None:
 
 def test_every_way_to_call_triton() -> None:
     check_every_way("triton")
+
+
+@cuda
+def test_every_way_to_call_cuda() -> None:
+    check_every_way("cuda")
 
 
 def check_every_way(backend: str) -> None:

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "../projected.h"
-#include "../row/search.h"
 #include "losses.h"
 #include "set.h"
 #include "threads.h"
@@ -33,7 +32,7 @@ struct ProjectedLossOfRows {
   bool wrong_is_k = false;      // the wrong set is the top-1 alone
   int64_t k = 0;                // the teacher's top-1, when somebody asks
   View view;
-  double log_total = 0;                                          // log sum exp t at T = 1, where the entropy is bound
+  double log_one = 0;  // log sum exp t, where the entropy is bound
   enum { unknown, with_top1, trying, settled } stage = unknown;  // see again()
   Search search = {};
 
@@ -180,9 +179,8 @@ struct ProjectedLossOfRows {
     const Tempered states[3] = {sets[0].tempered(beta),
                                 sets[1].tempered(beta),
                                 {beta == 1 ? top : view.centre + top / beta, rest.z, rest.e / beta}};
-    if (beta == 1)
-      log_total = log_add(log_add(log_mass(states[0], beta), log_mass(states[1], beta)), log_mass(states[2], beta));
-    End<double> end{beta, entropy_of(row, states, beta)};
+    if (beta == 1) log_one = log_total(states, beta);
+    End<double> end = end_at(beta, states, low(row), high(row));
     end.found.slope = std::numeric_limits<double>::quiet_NaN();
     return end;
   }
@@ -202,7 +200,7 @@ struct ProjectedLossOfRows {
       Tempered states[3] = {sets[0].tempered(betas[j]), sets[1].tempered(betas[j]), {}};
       states[2].m = view.centre;
       for (size_t i = 0; i < blocks; ++i) Set::add(states[2], parts[static_cast<size_t>(j) * blocks + i]);
-      ends[j] = {betas[j], entropy_of(row, states, betas[j])};
+      ends[j] = end_at(betas[j], states, low(row), high(row));
     }
   }
 
@@ -210,12 +208,6 @@ struct ProjectedLossOfRows {
     End<double> end;
     look(row, threads, &beta, 1, &end);
     return end;
-  }
-
-  Entropy<double> entropy_of(int64_t row, const TemperedState<double> (&states)[3], double beta) const {
-    const Masses<double> target =
-        masses(log_mass(states[0], beta), log_mass(states[1], beta), log_mass(states[2], beta), low(row), high(row));
-    return entropy(states, target, beta);
   }
 
   void start_search(int64_t row, int threads, const std::vector<State>& parts) {
@@ -292,7 +284,7 @@ struct ProjectedLossOfRows {
           [&](int64_t j, int n) { sums = base.merged(row, sums, base.fold(block(row, sets[i], j, n), 0)); });
       sums = move(sums, sums.m_t, state.m_s, inv_tau);
     }
-    cudfast::complete(state, apart, inv_tau, search.out_of_reach, statistics, log_total, load(rows.target, row, k));
+    cudfast::complete(state, apart, inv_tau, search.out_of_reach, statistics, log_one, load(rows.target, row, k));
     if (state.relaxed != 0 && !rows.constraints.relax) report(row);
   }
 

@@ -4,7 +4,7 @@
 #if defined(__CUDACC__)
 
 #define CUDFAST_KERNEL __device__ __forceinline__
-#define CUDFAST_UNROLL _Pragma("unroll")
+#define CUDFAST_CALLED __device__ __noinline__
 #define CUDFAST_CHECK(condition)
 
 #else
@@ -12,7 +12,7 @@
 #include <stdexcept>
 
 #define CUDFAST_KERNEL inline
-#define CUDFAST_UNROLL
+#define CUDFAST_CALLED
 #define CUDFAST_CHECK(condition) \
   if (!(condition)) throw std::logic_error("a kernel's access is out of bounds or misaligned: " #condition)
 

@@ -38,6 +38,34 @@ struct Chunks {
   CUDFAST_KERNEL int64_t last() const { return column(end) < classes ? column(end) : classes; }
 };
 
+// For totals over a cluster: a block's, and that of all.
+struct Slots {
+  double block[12], all[12];
+};
+
+// Every thread's value becomes its cluster's total, added up in a fixed order. What blocks share begins with Slots.
+template <class T, class Add>
+CUDFAST_KERNEL void total(Executor& x, Executor::Local<T>& values, Add add) {
+  static_assert(sizeof(T) <= sizeof(Slots::block), "does not fit");
+  x.reduce(values, add);
+  if (x.cluster() == 1) return;
+  x.each([&](Thread th) {
+    if (th.index == 0) memcpy(x.shared<Slots>(th.rank).block, &values[th], sizeof(T));
+  });
+  x.join();
+  x.each([&](Thread th) {
+    if (th.index != 0) return;
+    T sum = values[th], other;
+    for (int rank = 0; rank < x.cluster(); ++rank) {
+      memcpy(&other, x.shared<Slots>(rank).block, sizeof(T));
+      sum = rank == 0 ? other : add(sum, other);
+    }
+    memcpy(x.shared<Slots>(th.rank).all, &sum, sizeof(T));
+  });
+  x.each([&](Thread th) { memcpy(&values[th], x.shared<Slots>(th.rank).all, sizeof(T)); });
+  x.join();
+}
+
 template <class Loss, bool Staged>
 struct RowKernel {
   using R = typename Loss::R;
@@ -48,10 +76,10 @@ struct RowKernel {
 
   // What a block shares.
   struct Board {
+    Slots slots;
     State part, whole;
     typename Loss::Map map;
   };
-  static_assert(sizeof(Board) <= kHeaderBytes - kScratchBytes, "does not fit");
 
   Call call;
   Loss loss;
@@ -81,11 +109,13 @@ struct RowKernel {
       commit_copies();
     }
 
+    // Of the arrays from `First` on.
+    template <int First = 0>
     CUDFAST_KERNEL void load(Executor& x, Thread th, int chunk, Values& v) const {
       const int64_t column = chunks.column(chunk);
       if (staged(chunk)) {
         CUDFAST_UNROLL
-        for (int a = 0; a < Loss::arrays; ++a) {
+        for (int a = First; a < Loss::arrays; ++a) {
           const char* const from = Staged ? slot(x, th, a, chunk) : rows[a].template lines<width>(column);
           widen(from, rows[a].dtype(), v[a]);
         }
@@ -95,9 +125,28 @@ struct RowKernel {
       CUDFAST_UNROLL
       for (int j = 0; j < width; ++j) {
         const bool inside = j >= low && j < high;
-        for (int a = 0; a < Loss::arrays; ++a) {
+        for (int a = First; a < Loss::arrays; ++a) {
           v[a][j] = inside ? rows[a].template load<R>(column + j) : kNothing<R>;
         }
+      }
+    }
+
+    // f(chunk, values) for the thread's chunks; `copies`: they are staged ahead of it.
+    template <int First = 0, class F>
+    CUDFAST_KERNEL void each(Executor& x, Thread th, bool copies, F f) const {
+      int next = chunks.begin + th.index;
+      if (Staged && copies) {
+        for (int i = 0; i < ahead; ++i, next += x.threads()) stage(x, th, next);
+      }
+      for (int chunk = chunks.begin + th.index; chunk < chunks.end; chunk += x.threads()) {
+        if (Staged && copies) {
+          stage(x, th, next);
+          next += x.threads();
+          wait_for_copies<ahead>();
+        }
+        Values v;
+        load<First>(x, th, chunk, v);
+        f(chunk, v);
       }
     }
 
@@ -130,33 +179,29 @@ struct RowKernel {
   CUDFAST_KERNEL bool writes(Executor& x, Thread th) const { return th.index == 0 && piece(x, th) == 0; }
   CUDFAST_KERNEL State* parts() const { return static_cast<State*>(call.parts); }
 
-  // Each thread's share, and their merge: board.part is the state of the block's columns.
+  using Parts = Executor::Local<typename Loss::Part>;
+
+  // Each thread's share.
   CUDFAST_KERNEL void fold(Executor& x, int row, const Marks& m) const {
     const R inv_tau = static_cast<R>(1 / m.value);
-    Executor::Local<typename Loss::Part> part(x);
+    Parts part(x);
+    x.each([&](Thread th) {
+      typename Loss::Part own;
+      view(x, th, row).each(x, th, true, [&](int chunk, Values& v) {
+        Loss::fold(own, v, chunk, inv_tau, call.statistics);
+      });
+      part[th] = own;
+    });
+    merge(x, row, m, part);
+  }
+
+  // Their merge: board.part is the state of the cluster's columns.
+  CUDFAST_KERNEL void merge(Executor& x, int row, const Marks& m, Parts& part) const {
+    const R inv_tau = static_cast<R>(1 / m.value);
     Executor::Local<typename Loss::Top> top(x);
     Executor::Local<typename Loss::Sums> sums(x);
-    x.each([&](Thread th) {
-      const View view = this->view(x, th, row);
-      typename Loss::Part own;
-      int next = view.chunks.begin + th.index;
-      if constexpr (Staged) {
-        for (int i = 0; i < ahead; ++i, next += x.threads()) view.stage(x, th, next);
-      }
-      for (int chunk = view.chunks.begin + th.index; chunk < view.chunks.end; chunk += x.threads()) {
-        if constexpr (Staged) {
-          view.stage(x, th, next);
-          next += x.threads();
-          wait_for_copies<ahead>();
-        }
-        Values v;
-        view.load(x, th, chunk, v);
-        Loss::fold(own, v, chunk, inv_tau, call.statistics);
-      }
-      part[th] = own;
-      top[th] = Loss::top(own);
-    });
-    x.reduce(top, [](const auto& a, const auto& b) { return Loss::higher(a, b); });
+    x.each([&](Thread th) { top[th] = Loss::top(part[th]); });
+    total(x, top, [](const auto& a, const auto& b) { return Loss::higher(a, b); });
     x.each([&](Thread th) {
       const View view = this->view(x, th, row);
       sums[th] = Loss::around(part[th], top[th], inv_tau, [&](int array, int chunk, R value) {
@@ -167,28 +212,27 @@ struct RowKernel {
         return kBeaten;
       });
     });
-    x.reduce(sums, [](const auto& a, const auto& b) { return Loss::sum(a, b); });
+    total(x, sums, [](const auto& a, const auto& b) { return Loss::sum(a, b); });
     x.each([&](Thread th) {
       if (th.index != 0) return;
       const View view = this->view(x, th, row);
-      x.shared<Board>(th.rank).part =
-          Loss::state(top[th], sums[th], view.rows, view.chunks.first(), view.chunks.last(), m.label);
+      const bool all = x.cluster() > 1;  // a cluster has whole rows
+      x.shared<Board>(th.rank).part = Loss::state(top[th], sums[th], view.rows, all ? 0 : view.chunks.first(),
+                                                  all ? call.rows.classes : view.chunks.last(), m.label);
     });
-    x.join();
   }
 
-  // The state of a row: of the cluster's blocks or its parts in memory, or an earlier call's. Merged as threads are.
+  // The state of a row: of this launch, of its parts in memory, or an earlier call's. Merged as threads are.
   CUDFAST_KERNEL void collect(Executor& x, int row, const Marks& m, Executor::Local<State>& whole) const {
-    const int count = call.from == From::parts ? call.part_count : x.cluster();
+    const int count = call.from == From::parts ? call.part_count : 1;
     CUDFAST_CHECK(count <= x.threads());
     Executor::Local<typename Loss::template TopOf<double>> top(x);
     x.each([&](Thread th) {
       State own;
-      if (call.from == From::state) {
-        if (th.index == 0) own = Loss::unpack(call.out, sizeof(R) == 8, row);
-      } else if (th.index < count) {
-        own = call.from == From::parts ? parts()[static_cast<int64_t>(row) * count + th.index]
-                                       : x.shared<Board>(th.index).part;
+      if (call.from == From::parts) {
+        if (th.index < count) own = parts()[static_cast<int64_t>(row) * count + th.index];
+      } else if (th.index == 0) {
+        own = call.from == From::state ? Loss::unpack(call.out, sizeof(R) == 8, row) : x.shared<Board>(th.rank).part;
       }
       whole[th] = own;
       top[th] = Loss::top(own);
@@ -197,6 +241,12 @@ struct RowKernel {
     x.reduce(top, [](const auto& a, const auto& b) { return Loss::higher(a, b); });
     x.each([&](Thread th) { whole[th] = Loss::seen(whole[th], top[th], m.value); });
     x.reduce(whole, [](const State& a, const State& b) { return join(a, b); }, Loss::nothing());
+  }
+
+  template <class S>
+  CUDFAST_KERNEL void report(int row, const S& state, double loss) const {
+    pack(state, call.out, sizeof(R) == 8, row);
+    if (call.out.loss) static_cast<double*>(call.out.loss)[row] = loss;
   }
 
   // The first thread of every block finishes the row; that of the first block reports it.
@@ -209,22 +259,24 @@ struct RowKernel {
       board.whole = whole[th];
       const double value = cudfast::finish(call, loss.options, row, board.whole, board.map);
       if (!writes(x, th) || call.from == From::state) return;
-      pack(board.whole, call.out, sizeof(R) == 8, row);
-      if (call.out.loss) static_cast<double*>(call.out.loss)[row] = value;
+      report(row, board.whole, value);
     });
-    x.join();
   }
 
-  // Each thread's share once more: the gradient, zeros where the row does not count and behind the classes.
-  CUDFAST_KERNEL void map(Executor& x, int row, bool counts) const {
+  // Each thread's share once more: the gradient, zeros where the row does not count and behind the classes. see(thread,
+  // view) makes what changes the values of a thread's chunks before they are mapped.
+  template <class See>
+  CUDFAST_KERNEL void map(Executor& x, int row, bool counts, See see) const {
     x.each([&](Thread th) {
       const View view = this->view(x, th, row);
       const typename Loss::Map map = x.shared<Board>(th.rank).map;
+      auto seen = see(th, view);
       for (int chunk = view.chunks.begin + th.index; chunk < view.chunks.end; chunk += x.threads()) {
         R g[width] = {};
         if (counts && map.counts) {
           Values v;
           view.load(x, th, chunk, v);
+          seen(chunk, v);
           Loss::map(map, v, g);
           for (int i = 0; i < 2; ++i) {
             const int64_t at = map.column[i] - view.chunks.column(chunk);
@@ -257,12 +309,11 @@ struct RowKernel {
       return;
     } else if (call.from != From::state) {
       x.each([&](Thread th) {
-        if (!writes(x, th)) return;
-        pack(State{}, call.out, sizeof(R) == 8, row);
-        if (call.out.loss) static_cast<double*>(call.out.loss)[row] = 0;
+        if (writes(x, th)) report(row, State{}, 0);
       });
     }
-    if (call.out.gradient.data) map(x, row, !m.ignored);
+    if (!call.out.gradient.data) return;
+    map(x, row, !m.ignored, [](Thread, const View&) { return [](int, Values&) {}; });
   }
 };
 

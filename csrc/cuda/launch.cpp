@@ -12,9 +12,16 @@ constexpr int64_t kShortest = 4 * kMaxThreads;  // chunks of a row that a block 
 bool one_dtype(const Rows& rows) { return !rows.target.data || rows.target.dtype == rows.logits.dtype; }
 int arrays(const Rows& rows) { return rows.target.data ? 2 : 1; }
 
+bool projected(const Rows& rows) { return rows.constraints.bounds != nullptr; }
+
+// Sweeps one after the other, by the one block or cluster that has the row.
+bool searched(const Call& call) { return projected(call.rows) && call.from == From::logits; }
+
 // As in losses.h.
 int width_of(const Rows& rows) {
-  return one_dtype(rows) && rows.logits.dtype != DType::f64 ? static_cast<int>(16 / size_of(rows.logits.dtype)) : 8;
+  return one_dtype(rows) && !projected(rows) && rows.logits.dtype != DType::f64
+             ? static_cast<int>(16 / size_of(rows.logits.dtype))
+             : 8;
 }
 
 int64_t chunks_of(const Rows& rows) { return (rows.classes + 2 * width_of(rows) - 2) / width_of(rows); }
@@ -37,10 +44,8 @@ void launch(RowLaunch<Options> run, const char* loss, const Call& call, const Op
             void* stream) {
   Call own = call;
   const Grid grid = plan(call, machine);
-  if (grid.staged > 0) {
-    own.split = grid.cluster;
-    own.slots = static_cast<int>((chunks_of(call.rows) + grid.cluster - 1) / grid.cluster);
-  }
+  if (grid.cluster > 1) own.split = grid.cluster;
+  if (grid.staged > 0) own.slots = static_cast<int>((chunks_of(call.rows) + grid.cluster - 1) / grid.cluster);
   if (call.rows.rows * own.split > std::numeric_limits<int>::max()) {
     throw std::runtime_error(text(call, loss, "more blocks than a launch can have; pass fewer rows"));
   }
@@ -52,6 +57,7 @@ void sweeps(RowLaunch<Options> run, const char* loss, Call call, const Options& 
             void* stream) {
   if (call.rows.rows == 0) return;
   const int shared = shared_rows(call.rows.rows, call.rows.classes, machine.processors);
+  if (searched(call)) return launch(run, loss, call, options, machine, stream);
   if (shared > 1 && call.from == From::logits) {
     call.part_count = call.split = shared;
     call.only_parts = true;
@@ -83,25 +89,35 @@ Grid plan(const Call& call, const Machine& machine) {
   Grid grid;
   grid.blocks = rows.rows * call.split;
   grid.threads = threads_for((chunks + call.split - 1) / call.split);
-  const bool fused = call.from == From::logits && call.out.gradient.data && !call.only_parts;
-  if (!fused || rows.wide() || machine.capability < 80) return grid;
-  int64_t bytes = width_of(rows) * size_of(rows.logits.dtype);
-  if (arrays(rows) == 2) bytes += width_of(rows) * size_of(rows.target.dtype);
-  for (const int cluster : {1, 2, 4, 8}) {
-    if (cluster > 1 && machine.capability < 90) break;
-    const int64_t slots = (chunks + cluster - 1) / cluster;
-    if (slots * bytes + kHeaderBytes > machine.shared) continue;
-    grid.staged = static_cast<int>(slots * bytes);
+  const auto cluster_of = [&](int cluster) {
     grid.cluster = cluster;
     grid.blocks = rows.rows * cluster;
-    grid.threads = threads_for(slots);
-    break;
+    grid.threads = threads_for((chunks + cluster - 1) / cluster);
+  };
+  const bool fused = call.from == From::logits && call.out.gradient.data && !call.only_parts;
+  const int most = machine.capability < 90 ? 1 : 8;
+  if ((fused || searched(call)) && !rows.wide() && machine.capability >= 80) {
+    int64_t bytes = width_of(rows) * size_of(rows.logits.dtype);
+    if (arrays(rows) == 2) bytes += width_of(rows) * size_of(rows.target.dtype);
+    for (int cluster = 1; cluster <= most; cluster *= 2) {
+      const int64_t slots = (chunks + cluster - 1) / cluster;
+      if (slots * bytes + kHeaderBytes > machine.shared) continue;
+      grid.staged = static_cast<int>(slots * bytes);
+      cluster_of(cluster);
+      return grid;
+    }
+  }
+  if (searched(call)) {
+    int cluster = 1;
+    while (2 * cluster <= std::min(most, shared_rows(rows.rows, rows.classes, machine.processors))) cluster *= 2;
+    cluster_of(cluster);
   }
   return grid;
 }
 
 void sweep(const Kernels& kernels, Call call, const StudentOptions& options, const Machine& machine, void* stream) {
-  sweeps(kernels.student[kind_of(call.rows)], "student loss", call, options, machine, stream);
+  const auto run = projected(call.rows) ? kernels.projected : kernels.student[kind_of(call.rows)];
+  sweeps(run, "student loss", call, options, machine, stream);
 }
 void sweep(const Kernels& kernels, Call call, const TeacherOptions& options, const Machine& machine, void* stream) {
   sweeps(kernels.teacher[kind_of(call.rows)], "teacher loss", call, options, machine, stream);

@@ -22,6 +22,7 @@ using RowLaunch = const char* (*)(const Call&, const Options&, const Grid&, void
 struct Kernels {
   RowLaunch<StudentOptions> student[4];
   RowLaunch<TeacherOptions> teacher[4];
+  RowLaunch<StudentOptions> projected;  // with constraints, whatever the dtypes
   const char* (*count)(const Rows& rows, double* divisors, void* stream);
   const char* (*scale)(const Matrix& gradient, int64_t rows, int64_t columns, Upstream upstream, int split,
                        void* stream);

@@ -62,19 +62,30 @@ struct StudentMap : Fixed<R> {
   R c_s, c_t, inv_tau;
 };
 
-// The row's value, and what its map needs.
+CUDFAST_KERNEL StudentRow end_of(const Call& call, const StudentOptions& options, int row, const Marks& m, bool wide,
+                                 const StudentState<double>& state) {
+  return finish_row(state, m.labelled, m.value, row_weights(m.ignored, m.labelled, m.weight), options,
+                    {call.divisors[0], call.divisors[1]}, upstream_of(call, wide, row));
+}
+
 template <class R>
-CUDFAST_KERNEL double finish(const Call& call, const StudentOptions& options, int row,
-                             const StudentState<double>& state, StudentMap<R>& map) {
-  const Marks m = marks_of(call.rows, options, row);
-  const StudentRow end = finish_row(state, m.labelled, m.value, row_weights(m.ignored, m.labelled, m.weight), options,
-                                    {call.divisors[0], call.divisors[1]}, upstream_of(call, sizeof(R) == 8, row));
-  set(map, fixes(state, end, m.label, m.value), end.counts);
+CUDFAST_KERNEL void set(StudentMap<R>& map, const StudentState<double>& state, const StudentRow& end, const Fixes& f,
+                        const Marks& m) {
+  set(map, f, end.counts);
   map.c = {static_cast<R>(end.gradient.student_tau), static_cast<R>(end.gradient.teacher_tau),
            static_cast<R>(end.gradient.student_one), R(0)};
   map.c_s = static_cast<R>(centred(state.m_s));
   map.c_t = static_cast<R>(centred(state.m_t));
   map.inv_tau = static_cast<R>(1 / m.value);
+}
+
+// The row's value, and what its map needs.
+template <class R>
+CUDFAST_KERNEL double finish(const Call& call, const StudentOptions& options, int row,
+                             const StudentState<double>& state, StudentMap<R>& map) {
+  const Marks m = marks_of(call.rows, options, row);
+  const StudentRow end = end_of(call, options, row, m, sizeof(R) == 8, state);
+  set(map, state, end, fixes(state, end, m.label, m.value), m);
   return end.value;
 }
 

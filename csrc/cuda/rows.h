@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "launch.h"
+#include "projected.h"
 #include "run.h"
 
 namespace cudfast {
@@ -70,6 +71,12 @@ const char* count_rows(const Rows& rows, double* divisors, void* stream) {
   return run(CountKernel{rows, divisors}, grid, stream);
 }
 
+const char* projected_rows(const Call& call, const StudentOptions& options, const Grid& grid, void* stream) {
+  if (call.rows.wide()) return run(ProjectedKernel<double, false>{{call, {options}}}, grid, stream);
+  if (grid.staged == 0) return run(ProjectedKernel<float, false>{{call, {options}}}, grid, stream);
+  return run(ProjectedKernel<float, true>{{call, {options}}}, grid, stream);
+}
+
 const char* scale_rows(const Matrix& gradient, int64_t rows, int64_t columns, Upstream upstream, int split,
                        void* stream) {
   Grid grid;
@@ -89,6 +96,7 @@ const Kernels& kernels<kHere>() {
   static const Kernels found{
       {F32::student, Others::student, Bf16::student, F16::student},
       {F32::teacher, Others::teacher, Bf16::teacher, F16::teacher},
+      projected_rows,
       count_rows,
       scale_rows,
       find_machine<CountKernel>,

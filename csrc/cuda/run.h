@@ -33,10 +33,14 @@ const char* run(const Kernel& kernel, const Grid& grid, void* stream) {
   config.attrs = &attribute;
   config.numAttrs = grid.cluster > 1 ? 1 : 0;
   cudaError_t error = cudaSuccess;
-  if (grid.staged > 0) {
-    error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(row_kernel<Kernel>),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.dynamicSmemBytes));
+  if (grid.staged > 0) {  // the most that a block may ask for: a limit of the kernel, which other threads launch, too
+    int device = 0, most = 0;
+    error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(row_kernel<Kernel>),
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
   }
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, row_kernel<Kernel>, kernel, grid.cluster);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -159,6 +159,7 @@ CUDFAST_HD inline Entropy<R> entropy(const TemperedState<R> (&sets)[3], const Ma
   const R log_m[3] = {target.near, target.wrong, target.rest};
   const bool binds[3] = {target.near_binds, target.wrong_binds, false};
   R value = 0, variance = 0, shared = 0, mean = 0, free[3], at[3];
+  CUDFAST_UNROLL
   for (int i = 0; i < 3; ++i) {
     free[i] = at[i] = 0;
     const TemperedState<R>& set = sets[i];
@@ -172,6 +173,7 @@ CUDFAST_HD inline Entropy<R> entropy(const TemperedState<R> (&sets)[3], const Ma
     mean += free[i] * at[i];
   }
   if (shared > 0) mean /= shared;
+  CUDFAST_UNROLL
   for (int i = 0; i < 3; ++i) variance += free[i] * (at[i] - mean) * (at[i] - mean);
   return {value, -variance / 2};
 }

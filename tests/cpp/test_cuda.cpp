@@ -184,6 +184,114 @@ void test_teacher(const Way& way, const Case& c) {
   }
 }
 
+// Bounds on the target: against the CPU's kernels in double precision, which Python tests hold against dense targets.
+void test_projected(const Way& way, const Case& c, bool top1, bool near_sets) {
+  const std::string what = std::string(way.name) + " projected, V=" + std::to_string(c.classes) + ", dtypes " +
+                           std::to_string(static_cast<int>(c.s)) + std::to_string(static_cast<int>(c.t)) +
+                           (top1 ? ", top-1" : ", sets");
+  const double nan = std::numeric_limits<double>::quiet_NaN(), inf = std::numeric_limits<double>::infinity();
+  const int64_t v = c.classes, width = v + c.padding;
+  Random random(static_cast<uint64_t>(v));
+  Logits s(c.s, c.rows, width, c.shift_s), t(c.t, c.rows, width, c.shift_t), g(c.s, c.rows, width, c.shift_s);
+  fill(random, s, c.rows, 2);
+  fill(random, t, c.rows, 3);
+  for (int64_t i = 0; i < c.rows * width; ++i) g.set(i, nan);
+  t.set(2 * width + v / 3, -inf);
+  s.set(2 * width + v / 3, -inf);
+  std::vector<int64_t> labels, near_offsets, near_members, wrong_offsets, wrong_members;
+  std::vector<double> bounds;
+  for (int64_t row = 0; row < c.rows; ++row) {
+    labels.push_back(row == 3 ? -1 : row == 4 ? -100 : (row * 7919 + 5) % v);
+    const double of[4] = {row % 2 ? 0.4 : nan, row < 6 ? 0.03 : nan, row % 3 == 1 ? 2.5 : nan,
+                          row % 3 == 2 ? 1.0 : nan};
+    bounds.insert(bounds.end(), of, of + 4);
+  }
+  for (int64_t y = 0; y < v; ++y) {  // neighbours are near, a long stretch far away is wrong
+    near_offsets.push_back(static_cast<int64_t>(near_members.size()));
+    wrong_offsets.push_back(static_cast<int64_t>(wrong_members.size()));
+    for (int64_t j = y / 4 * 4; j < std::min(v, y / 4 * 4 + 4); ++j) near_members.push_back(j);
+    if (y != 5 && y * 3 % 7 != 0) continue;
+    for (int64_t j = 0; j < v / 3; ++j) {
+      if (j / 4 != y / 4) wrong_members.push_back(j);
+    }
+  }
+  near_offsets.push_back(static_cast<int64_t>(near_members.size()));
+  wrong_offsets.push_back(static_cast<int64_t>(wrong_members.size()));
+  const StudentOptions options{0.8, 0.2, false, 0, 1};
+  const double divisors[2] = {1, 1};
+  const auto n = static_cast<size_t>(c.rows), columns = static_cast<size_t>(kStudentColumns + kProjectedColumns);
+  std::vector<double> loss(n), state(n * columns), wanted_loss(n), wanted_state(n * columns);
+  std::vector<int64_t> top1_found(n), wanted_top1(n);
+  Call call;
+  call.rows.rows = c.rows;
+  call.rows.classes = v;
+  call.rows.padded = width;
+  call.rows.logits = s.matrix(c.rows);
+  call.rows.target = t.matrix(c.rows);
+  call.rows.labels = labels.data();
+  call.rows.scalar = c.tau;
+  call.rows.constraints.bounds = bounds.data();
+  if (near_sets) call.rows.constraints.near = {near_offsets.data(), near_members.data()};
+  if (!top1) call.rows.constraints.wrong = {wrong_offsets.data(), wrong_members.data()};
+  call.rows.constraints.top1 = top1;
+  call.rows.constraints.relax = true;
+
+  Logits exact_s(DType::f64, c.rows, width, 0), exact_t(DType::f64, c.rows, width, 0),
+      exact_g(DType::f64, c.rows, width, 0);
+  for (int64_t i = 0; i < c.rows * width; ++i) {
+    exact_s.set(i, s.get(i));
+    exact_t.set(i, t.get(i));
+  }
+  Rows exact = call.rows;
+  exact.logits = exact_s.matrix(c.rows);
+  exact.target = exact_t.matrix(c.rows);
+  Outputs wanted;
+  wanted.loss = wanted_loss.data();
+  wanted.per_row_loss = true;
+  wanted.state = wanted_state.data();
+  wanted.top1 = wanted_top1.data();
+  wanted.gradient = exact_g.matrix(c.rows);
+  student_state(exact, options, true, {1, 1}, wanted);
+
+  call.divisors = divisors;
+  call.statistics = true;
+  call.out.loss = loss.data();
+  call.out.state = state.data();
+  call.out.top1 = top1_found.data();
+  call.out.gradient = g.matrix(c.rows);
+  const Grid grid = plan(call, way.machine);
+  if (way.cluster > 0) near(what + " blocks", grid.cluster, way.cluster, 0);
+  sweep(kernels<Where::emulated>(), call, options, way.machine, nullptr);
+  const bool wide = call.rows.wide();
+  const double tolerance = wide ? 1e-9 : 2e-5 * c.tau * c.tau;
+  std::vector<double> found;
+  for (size_t row = 0; row < n; ++row) {
+    near(what + " loss of row " + std::to_string(row), loss[row], wanted_loss[row], tolerance);
+    near(what + " top-1", static_cast<double>(top1_found[row]), static_cast<double>(wanted_top1[row]), 0);
+    for (int64_t j = 0; j < width; ++j) {
+      found.push_back(g.get(static_cast<int64_t>(row) * width + j));
+      near(what + " gradient of row " + std::to_string(row), found.back(),
+           exact_g.get(static_cast<int64_t>(row) * width + j), tolerance + 1.01 * rounding(c.s));
+    }
+    for (size_t i = kStudentColumns + 5; i < columns; ++i) {  // statistics: probabilities, moved mass, relaxed
+      const double got = wide ? state[row * columns + i]
+                              : static_cast<double>(reinterpret_cast<float*>(state.data())[row * columns + i]);
+      near(what + " statistics", got, wanted_state[row * columns + i], wide ? 1e-9 : 1e-4);
+    }
+  }
+  // From the saved state, written over the logits, with an upstream gradient.
+  const float half = 0.5f;
+  const double half_wide = 0.5;
+  call.from = From::state;
+  call.upstream = {wide ? static_cast<const void*>(&half_wide) : &half, false};
+  call.out.gradient = call.rows.logits;
+  sweep(kernels<Where::emulated>(), call, options, way.machine, nullptr);
+  for (int64_t i = 0; i < c.rows * width; ++i) {
+    near(what + " gradient from state", s.get(i), 0.5 * found[static_cast<size_t>(i)],
+         0.1 * tolerance + 2 * rounding(c.s));
+  }
+}
+
 // Rows that are masked, wrong, or have holes; per-row temperatures and weights.
 void test_marks(const Way& way) {
   const int64_t v = 300, n = 8;
@@ -304,6 +412,22 @@ int main() {
   }
   test_teacher(two_sweeps, {2, 333, 0, 0, 0, f64, f64, 2.0});
   for (const Way& way : {two_sweeps, staged, clustered({8, 300, 0, 0, 0, f32, f32, 1.0}, 2)}) test_marks(way);
+  for (const bool top1 : {false, true}) {
+    for (const int64_t v : {9, 77, 333, 4097}) {
+      for (const DType d : {f32, bf16, f64}) {
+        const Case c{9, v, v % 3, 1, 1, d, d, top1 ? 2.0 : 3.0};
+        test_projected({"many sweeps", {1, 0, 75}, 1}, c, top1, true);
+        if (d != f64) test_projected(staged, c, top1, false);
+        if (d == f64 || v < 300) continue;
+        const int most = static_cast<int>(3 * size_of(d) * v / 2);  // of a block: between a half and all of a row
+        test_projected({"staged by two", {1, kHeaderBytes + most, 90}, 2}, c, top1, true);
+      }
+    }
+    for (const DType d : {f32, f64}) {
+      test_projected({"a cluster, many sweeps", {8, 0, 90}, 2}, {9, 40'000, 0, 0, 0, d, d, 2.0}, top1, true);
+    }
+    test_projected(staged, {9, 333, 5, 3, 2, f16, bf16, 2.0}, top1, true);
+  }
   test_scale();
   test_parts();
   std::printf("cuda, emulated: %d failures\n", failures);

@@ -12,6 +12,7 @@ import os
 import torch
 from torch import Tensor
 
+from ...calibration import refuse_unmet
 from ...options import CUDOptions, DUSOptions
 from ...rows import Rows, State, columns_of, compute_dtype, divisors_of
 from ..packed import Kernels, copied, kernels
@@ -68,10 +69,8 @@ def row_state(
     gradient: Tensor | None,
 ) -> tuple[Tensor, State | None]:
     """See `cudfast.rows.Backend`."""
-    if rows.constraints is not None:
-        raise ValueError(
-            "backend 'cuda' has no kernels for calibration=Projection(...); use backend='triton', or 'auto'"
-        )
+    strict = rows.constraints is not None and not rows.constraints.relax
+    needs_state = keep or strict
     calls, device, dtype = kernels(_cuda, options), rows.logits.device, compute_dtype(rows)
     loss = torch.zeros(rows.n, dtype=torch.float64, device=device)
     with _on(device):
@@ -79,15 +78,17 @@ def row_state(
         # The gradient of a row that is shared is made from its state.
         parts = _cuda.parts(rows.n, rows.classes, place[0])
         state = State(
-            torch.empty(rows.n if keep else 0, len(columns_of(rows, options)), dtype=dtype, device=device),
-            torch.empty(rows.n if keep and calls.indices else 0, dtype=torch.int64, device=device),
+            torch.empty(rows.n if needs_state else 0, len(columns_of(rows, options)), dtype=dtype, device=device),
+            torch.empty(rows.n if needs_state and calls.indices else 0, dtype=torch.int64, device=device),
             _divisors(rows, options, calls),
         )
         room = torch.empty(rows.n * parts * _cuda.PART if parts > 1 else 0, dtype=torch.float64, device=device)
         done = calls.state(
             rows, calls.options, calls.ignore_index, calls.unlabeled_index, *place, statistics, state.divisors, loss,
-            state if keep else None, gradient, room,
+            state if needs_state else None, gradient, room,
         )  # fmt: skip
+        if strict and done:
+            refuse_unmet(rows, state)
         value = loss if options.reduction == "none" else loss.sum()
     if not done:
         again = copied(rows, calls.logits)

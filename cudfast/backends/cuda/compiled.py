@@ -115,10 +115,13 @@ def _paths(code: Code) -> list[list[str]]:
     return [body for _, body in sorted(found, key=lambda each: each[0])]
 
 
+def kernels_of(symbol: str, target: str) -> list[tuple[dict[str, int], tuple[Loop, ...]]]:
+    """Registers, stack, memory and main loops of the kernels whose C++ types have this symbol."""
+    found = (kernel for name, kernel in _kernels(target).items() if symbol in name)
+    return [(kernel.usage, tuple(loop_of(body) for body in _paths(kernel.code))) for kernel in found]
+
+
 def machine(variant: Variant, dtype: str, target: str) -> Machine:
     """Of a kernel in the module. Its main loops are the fold and the map."""
-    symbol = variant.symbol.format(DTYPES[dtype])
-    ((_, kernel),) = ((name, kernel) for name, kernel in _kernels(target).items() if symbol in name)
-    loops: tuple[Loop, ...] = tuple(loop_of(body) for body in _paths(kernel.code))
-    usage = kernel.usage
+    ((usage, loops),) = kernels_of(variant.symbol.format(DTYPES[dtype]), target)
     return Machine(usage["REG"], usage["STACK"] + usage["LOCAL"], HEADER, THREADS, loops)

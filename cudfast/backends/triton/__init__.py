@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...calibration import refuse_row
+from ...calibration import refuse_unmet
 from ...options import CUDOptions, DUSOptions
 from ...rows import Rows, State
 
@@ -60,13 +60,6 @@ def row_state(
             refuse_unmet(rows, state)
         value = loss if options.reduction == "none" else loss.sum()
     return value.to(call.dtype), state if keep else None
-
-
-def refuse_unmet(rows: Rows, state: State) -> None:
-    """Raises for the first row with a bound out of reach; the host waits."""
-    unmet = state.sums[:, -1] > 0
-    if bool(unmet.any()):
-        raise refuse_row(rows, int(unmet.nonzero()[0]))
 
 
 def row_gradient(
