@@ -333,37 +333,55 @@ inline __attribute__((always_inline)) Lanes<float> exp(Lanes<float> x) {
 
 // ---- Conversions between stored and computed types ----
 
+// A vector of 16-bit values, widened; and back.
 typedef uint16_t Halves __attribute__((vector_size(CUDFAST_VECTOR_BYTES / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(CUDFAST_VECTOR_BYTES)));
 
+inline Halves load_halves(const uint16_t* from) {
+  Halves lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+// widened(): g++ 12 takes a conversion of vectors apart.
 #if CUDFAST_VECTOR_BYTES == 64
-constexpr int kHalfLanes = 16;
-inline void widen_half_lanes(const uint16_t* from, float* to) {
-  _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+inline Bits32 widened(Halves from) { return (Bits32)_mm512_cvtepu16_epi32((__m256i)from); }
+inline Halves narrowed(Bits32 from) { return (Halves)_mm512_cvtepi32_epi16((__m512i)from); }
+inline Lanes<float> from_halves(Halves from) { return (Vector<float>::type)_mm512_cvtph_ps((__m256i)from); }
+inline Halves to_halves(Lanes<float> from) {
+  return (Halves)_mm512_cvtps_ph((__m512)from.v, _MM_FROUND_TO_NEAREST_INT);
 }
-inline Halves halves(Lanes<float> from) { return (Halves)_mm512_cvtps_ph((__m512)from.v, _MM_FROUND_TO_NEAREST_INT); }
 #elif CUDFAST_VECTOR_BYTES == 32
-constexpr int kHalfLanes = 8;
-inline void widen_half_lanes(const uint16_t* from, float* to) {
-  _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+inline Bits32 widened(Halves from) { return (Bits32)_mm256_cvtepu16_epi32((__m128i)from); }
+inline Halves narrowed(Bits32 from) {
+  const __m256i v = (__m256i)from;
+  return (Halves)_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
 }
-inline Halves halves(Lanes<float> from) { return (Halves)_mm256_cvtps_ph((__m256)from.v, _MM_FROUND_TO_NEAREST_INT); }
+inline Lanes<float> from_halves(Halves from) { return (Vector<float>::type)_mm256_cvtph_ps((__m128i)from); }
+inline Halves to_halves(Lanes<float> from) {
+  return (Halves)_mm256_cvtps_ph((__m256)from.v, _MM_FROUND_TO_NEAREST_INT);
+}
 #else
-constexpr int kHalfLanes = 1;
-inline void widen_half_lanes(const uint16_t* from, float* to) { *to = widen_half(*from); }
-inline Halves halves(Lanes<float> from) {
+inline Bits32 widened(Halves from) { return __builtin_convertvector(from, Bits32); }
+inline Halves narrowed(Bits32 from) { return __builtin_convertvector(from, Halves); }
+inline Lanes<float> from_halves(Halves from) {
+  Lanes<float> to;
+  for (int i = 0; i < Lanes<float>::count; ++i) to.v[i] = widen_half(from[i]);
+  return to;
+}
+inline Halves to_halves(Lanes<float> from) {
   Halves to;
   for (int i = 0; i < Lanes<float>::count; ++i) to[i] = narrow_half(from.v[i]);
   return to;
 }
 #endif
 
-// Round to nearest even in every lane, as narrow_bfloat.
-inline Halves bfloats(Lanes<float> lanes) {
-  typedef uint32_t Bits __attribute__((vector_size(CUDFAST_VECTOR_BYTES)));
-  const Bits bits = (Bits)lanes.v;
-  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Bits quiet = (bits >> 16) | 0x40u;
-  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, Halves);
+inline Lanes<float> from_bfloats(Halves from) { return (Vector<float>::type)(widened(from) << 16); }
+// Round to nearest even in every lane, as narrow_bfloat; a NaN, which arithmetic made, is quiet already.
+inline Halves to_bfloats(Lanes<float> lanes) {
+  const Bits32 bits = (Bits32)lanes.v;
+  const Bits32 up = (lanes.v == lanes.v) ? 0x7fffu + ((bits >> 16) & 1u) : Bits32{};
+  return narrowed((bits + up) >> 16);
 }
 
 // n stored values -> n computed ones.
@@ -375,16 +393,17 @@ inline void widen(const void* from, DType dtype, int n, T* to) {
   } else if (dtype == DType::f64) {
     const double* f = static_cast<const double*>(from);
     for (int i = 0; i < n; ++i) to[i] = static_cast<T>(f[i]);
-  } else if (dtype == DType::bf16) {
-    const uint16_t* f = static_cast<const uint16_t*>(from);
-    for (int i = 0; i < n; ++i) to[i] = static_cast<T>(widen_bfloat(f[i]));
   } else {
     const uint16_t* f = static_cast<const uint16_t*>(from);
     int i = 0;
     if constexpr (sizeof(T) == 4) {
-      for (; i + kHalfLanes <= n; i += kHalfLanes) widen_half_lanes(f + i, to + i);
+      const auto each = [&](auto lanes) __attribute__((always_inline)) {
+        for (; i + Lanes<T>::count <= n; i += Lanes<T>::count) lanes(load_halves(f + i)).store(to + i);
+      };
+      dtype == DType::bf16 ? each([](Halves x) { return from_bfloats(x); })
+                           : each([](Halves x) { return from_halves(x); });
     }
-    for (; i < n; ++i) to[i] = static_cast<T>(widen_half(f[i]));
+    for (; i < n; ++i) to[i] = static_cast<T>(dtype == DType::bf16 ? widen_bfloat(f[i]) : widen_half(f[i]));
   }
 }
 
@@ -406,7 +425,7 @@ inline void narrow(const T* from, int n, DType dtype, void* to) {
     if constexpr (sizeof(T) == 4) {
       constexpr int width = Lanes<T>::count;
       for (; i + width <= n; i += width) {
-        const Halves lanes = halves(Lanes<T>::load(from + i));
+        const Halves lanes = to_halves(Lanes<T>::load(from + i));
         std::memcpy(f + i, &lanes, sizeof lanes);
       }
     }

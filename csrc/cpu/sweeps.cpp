@@ -21,6 +21,14 @@ constexpr DType dtype_of = sizeof(T) == 4 ? DType::f32 : DType::f64;
 template <class T>
 constexpr T kApart = T(-1e30);
 
+template <class T>
+struct Range {
+  T low, high;
+  // Whether a centred value may be -inf, by the logits or by overflow. NaN is not looked for: it survives the sums.
+  bool holes() const { return !(low - high > -std::numeric_limits<T>::max()); }
+  T centre() const { return high == kNothing<T> ? T(0) : high; }
+};
+
 // A block of columns as T: in place when it is stored so, else made in `buffer` (kBlock values). The last, partial
 // vector is apart: its lanes past the end repeat its first value, neutral to maximum and minimum, masked out of sums.
 template <class T>
@@ -34,13 +42,32 @@ struct Columns {
       : data(reinterpret_cast<const T*>(from)), whole(n / width * width), rest(n - whole) {
     if (dtype == dtype_of<T> && view.plain()) return;
     widen(from, dtype, n, buffer);
-    data = buffer;
-    if (view.beta != 1) {
-      const T centre = static_cast<T>(view.centre), beta = static_cast<T>(view.beta);
-      for (int i = 0; i < n; ++i) buffer[i] = (buffer[i] - centre) * beta;
-    }
-    mask(buffer, view, kApart<T>);
+    see(buffer, view);
   }
+  // With the range of what is there; 16 bits are widened on the way.
+  Columns(const char* from, DType dtype, int n, T* buffer, const View& view, Range<T>& range)
+      : data(reinterpret_cast<const T*>(from)), whole(n / width * width), rest(n - whole) {
+    if constexpr (sizeof(T) == 4) {
+      if (size_of(dtype) == 2 && view.plain()) {
+        const uint16_t* const f = reinterpret_cast<const uint16_t*>(from);
+        widen(f + whole, dtype, rest, buffer + whole);
+        data = buffer;
+        const auto widened = [&](auto lanes) __attribute__((always_inline)) {
+          range = range_of([=](int i) __attribute__((always_inline)) {
+            const Lanes<T> found = lanes(load_halves(f + i));
+            found.store(buffer + i);
+            return found;
+          });
+        };
+        dtype == DType::bf16 ? widened([](Halves x) { return from_bfloats(x); })
+                             : widened([](Halves x) { return from_halves(x); });
+        return;
+      }
+    }
+    *this = Columns(from, dtype, n, buffer, view);
+    range = range_of([at = data](int i) { return Lanes<T>::load(at + i); });
+  }
+
   static void mask(T* buffer, const View& view, T value) {
     for (const auto& list : view.apart) {
       for (const int64_t* at = list[0]; at != list[1]; ++at) buffer[*at - view.column] = value;
@@ -48,38 +75,42 @@ struct Columns {
   }
   Lanes<T> at(int i) const { return Lanes<T>::load(data + i); }
   Lanes<T> last() const { return load_some(data + whole, rest, data[whole]); }
-};
 
-template <class T>
-struct Range {
-  T low, high;
-  // Whether a centred value may be -inf, by the logits or by overflow. NaN is not looked for: it survives the sums.
-  bool holes() const { return !(low - high > -std::numeric_limits<T>::max()); }
-  T centre() const { return high == kNothing<T> ? T(0) : high; }
-};
+ private:
+  void see(T* buffer, const View& view) {
+    data = buffer;
+    if (view.beta != 1) {
+      const T centre = static_cast<T>(view.centre), beta = static_cast<T>(view.beta);
+      for (int i = 0; i < whole + rest; ++i) buffer[i] = (buffer[i] - centre) * beta;
+    }
+    mask(buffer, view, kApart<T>);
+  }
 
-template <class T>
-Range<T> range(const Columns<T>& columns) {
-  using F = Lanes<T>;
-  F high(kNothing<T>), low(-kNothing<T>), high2 = high, low2 = low;
-  int i = 0;
-  for (; i + 2 * F::count <= columns.whole; i += 2 * F::count) {
-    const F a = columns.at(i), b = columns.at(i + F::count);
-    high = max(a, high);
-    low = min(a, low);
-    high2 = max(b, high2);
-    low2 = min(b, low2);
+  // lanes(i): the vector at column i, asked for once each.
+  template <class F>
+  __attribute__((always_inline)) Range<T> range_of(F lanes) const {
+    using L = Lanes<T>;
+    L high(kNothing<T>), low(-kNothing<T>), high2 = high, low2 = low;
+    int i = 0;
+    for (; i + 2 * width <= whole; i += 2 * width) {
+      const L a = lanes(i), b = lanes(i + width);
+      high = max(a, high);
+      low = min(a, low);
+      high2 = max(b, high2);
+      low2 = min(b, low2);
+    }
+    if (i < whole) {
+      const L a = lanes(i);
+      high = max(a, high);
+      low = min(a, low);
+    }
+    if (rest > 0) {
+      high2 = max(last(), high2);
+      low2 = min(last(), low2);
+    }
+    return {lowest(min(low, low2)), highest(max(high, high2))};
   }
-  if (i < columns.whole) {
-    high = max(columns.at(i), high);
-    low = min(columns.at(i), low);
-  }
-  if (columns.rest > 0) {
-    high2 = max(columns.last(), high2);
-    low2 = min(columns.last(), low2);
-  }
-  return {lowest(min(low, low2)), highest(max(high, high2))};
-}
+};
 
 // Lanes of the last vector that hold columns keep their value, the others become -inf.
 template <class T>
@@ -187,9 +218,8 @@ void with_temperature(int power, int ones, F f) {
 template <class T>
 void student_state(const StudentBlock& b, StudentBlockState& out) {
   alignas(64) T s_buffer[kBlock], t_buffer[kBlock];
-  const Columns<T> s(b.s, b.s_dtype, b.n, s_buffer), t(b.t, b.t_dtype, b.n, t_buffer, b.view);
-  const Range<T> rs = range(s);
-  Range<T> rt = range(t);
+  Range<T> rs, rt;
+  const Columns<T> s(b.s, b.s_dtype, b.n, s_buffer, {}, rs), t(b.t, b.t_dtype, b.n, t_buffer, b.view, rt);
   const bool holes = rs.holes() || rt.holes();
   if (rt.high == kApart<T>) rt.high = kNothing<T>;
   if (holes && !b.view.plain()) Columns<T>::mask(t_buffer, b.view, kNothing<T>);  // a class apart is not impossible
@@ -240,7 +270,8 @@ inline __attribute__((always_inline)) void map(int n, const Map& m, Body body, T
   if (dtype == dtype_of<T>) {
     each([](Lanes<T> x) { return x.v; });
   } else if constexpr (sizeof(T) == 4) {  // a float64 gradient is computed in float64: what is left has 16 bits
-    dtype == DType::bf16 ? each([](Lanes<T> x) { return bfloats(x); }) : each([](Lanes<T> x) { return halves(x); });
+    dtype == DType::bf16 ? each([](Lanes<T> x) { return to_bfloats(x); })
+                         : each([](Lanes<T> x) { return to_halves(x); });
   } else {
     for (int i = 0; i < whole; i += width) {
       body(i).store(buffer);
@@ -324,8 +355,8 @@ __attribute__((noinline)) TeacherSums<Lanes<T>> teacher_sums(const TeacherBlock&
 template <class T>
 void teacher_state(const TeacherBlock& b, TeacherBlockState& out) {
   alignas(64) T buffer[kBlock];
-  const Columns<T> z(b.z, b.dtype, b.n, buffer);
-  const Range<T> r = range(z);
+  Range<T> r;
+  const Columns<T> z(b.z, b.dtype, b.n, buffer, {}, r);
   const auto sums = r.holes() ? teacher_sums<T, true>(b, z, r.centre()) : teacher_sums<T, false>(b, z, r.centre());
   out = {r.high, total(sums.z), total(sums.e)};
 }
