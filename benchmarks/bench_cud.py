@@ -11,7 +11,7 @@ from cudfast.bench.shapes import SHAPES
 
 from . import peers
 from .conftest import Runner
-from .rounds import COMPILE, EVERY, NOT_COMPILED, QUICK, ROUNDS
+from .rounds import COMPILE, NOT_COMPILED, QUICK, ROUNDS
 
 LARGE = ("Llama 2", "Llama 3")
 SIXTEEN_BITS = (("Llama 2", torch.bfloat16), ("Llama 3", torch.bfloat16), ("Llama 2", torch.float16))
@@ -26,9 +26,9 @@ def bench_float32(race: Runner, name: str) -> None:
     ours = CUD.ours(data)
     CUD.check(ours, data)
     huge = name == "100M"  # seconds and gigabytes for whoever keeps temporaries
-    found, absent = peers.distillation(data, EVERY, skip="takes some 3 GB and seconds" if huge else "")
-    own = CUD.pytorch(data, EVERY, compile=COMPILE and not huge)
-    contestants = [*ours, *own, *found, *yardsticks(data, EVERY), CUD.floor(data)]
+    found, absent = peers.distillation(data, skip="takes some 3 GB and seconds" if huge else "")
+    own = CUD.pytorch(data, compile=COMPILE and not huge)
+    contestants = [*ours, *own, *found, *yardsticks(data), CUD.floor(data)]
     goals = [("eager PyTorch", form, 30, 50) for form in ("given gradient", "in place")]
     goals += [("torch.compile", form, 12, 20) for form in ("given gradient", "in place")]
     goals += [("eager PyTorch", "fresh gradient", 12, 20), ("torch.compile", "fresh gradient", 5, 8)]
@@ -51,7 +51,7 @@ def bench_sixteen_bits(race: Runner, name: str, dtype: torch.dtype) -> None:
     data = make(SHAPES[name], dtype)
     ours = CUD.ours(data)
     CUD.check(ours, data)
-    contestants = [*ours, *CUD.pytorch(data, EVERY, compile=COMPILE and dtype == torch.bfloat16), CUD.floor(data)]
+    contestants = [*ours, *CUD.pytorch(data, compile=COMPILE and dtype == torch.bfloat16), CUD.floor(data)]
     race(
         CUD.title,
         SHAPES[name],

@@ -10,7 +10,7 @@ from cudfast.bench.contestants import DUS
 from cudfast.bench.shapes import SHAPES
 
 from .conftest import Runner
-from .rounds import COMPILE, EVERY, NOT_COMPILED, QUICK, ROUNDS
+from .rounds import COMPILE, NOT_COMPILED, QUICK, ROUNDS
 
 
 @pytest.mark.benchmark(group="DUSLoss")
@@ -20,5 +20,5 @@ def bench_dus(race: Runner, name: str, dtype: torch.dtype) -> None:
     data = make(SHAPES[name], dtype)
     ours = DUS.ours(data)
     DUS.check(ours, data)
-    contestants = [*ours, *DUS.pytorch(data, EVERY, compile=COMPILE), DUS.floor(data)]
+    contestants = [*ours, *DUS.pytorch(data, compile=COMPILE), DUS.floor(data)]
     race(DUS.title, SHAPES[name], dtype, contestants, floor="torch.neg", rounds=ROUNDS, absent=NOT_COMPILED)

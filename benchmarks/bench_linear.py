@@ -28,7 +28,7 @@ CASES = (
     Sizes(2_048, 32_000, "tokens of Llama 2's or Mistral's vocabulary", 256, 512),
     Sizes(1_024, 65_536, "tokens of a larger one", 512, 512),
 )
-ROUNDS, SLOW = 5, 2
+ROUNDS = 5
 OURS, FLOOR, FRESH, EAGER = "fused", "products, given memory", "products, fresh memory", "eager PyTorch"
 
 
@@ -43,6 +43,12 @@ class Multiplying(Contestant):
         return shape.operations(teacher=self.teacher)
 
 
+@pytest.fixture
+def multiply(race: Runner) -> Callable[..., object]:
+    """A race of products."""
+    return partial(race, dtype=torch.float32, floor=FLOOR, rounds=ROUNDS, unit="FLOP")
+
+
 def check(x: Heads, got: heads.Found, plain: heads.Found) -> None:
     """The gate: against float64, for the loss and both gradients."""
     h, w, th, tw = (t.detach().double() for t in (x.h, x.w, x.th, x.tw))
@@ -52,9 +58,9 @@ def check(x: Heads, got: heads.Found, plain: heads.Found) -> None:
         gate(OURS, (got[0], got[i]), (value, true), errors, TEMPERATURE)
 
 
-# Each peer's fastest setting at each of CASES, of those that a search with two calls each tried (2 cores, AVX2): Liger
-# in chunks of 512 and 1,024; TRL in tiles of 512 and 4,096 tokens by 8,192 and 32,768 words; PyTorch whole, in chunks
-# of its own choice, of 256, 512 and 1,024.
+# Each peer's fastest setting at each of CASES on 2 cores with AVX2. Tried, as far as there are so many rows: Liger in
+# chunks of 512 and 1,024 rows; TRL in tiles of 512 and 4,096 rows by 8,192 and 32,768 classes; PyTorch whole, in chunks
+# of its own choice, of 256, 512 and 1,024 rows.
 LIGER = dict(zip(CASES, (64, 1024, 1024)))
 TRL = dict(zip(CASES, ((64, 8_192), (512, 8_192), (512, 8_192))))
 TORCH: dict[Sizes, int | None] = dict(zip(CASES, (None, 512, 512)))
@@ -76,7 +82,7 @@ def others(x: Heads, sizes: Sizes) -> tuple[list[Contestant], dict[str, str]]:
         try:
             call = build()
             call()  # imports what it needs
-            found.append(Multiplying(f"{name} ({setting})", call, every=SLOW))
+            found.append(Multiplying(f"{name} ({setting})", call))
         except ImportError as error:
             absent[name] = f"not installed ({error})"
     return found, absent
@@ -84,29 +90,23 @@ def others(x: Heads, sizes: Sizes) -> tuple[list[Contestant], dict[str, str]]:
 
 @pytest.mark.benchmark(group="FusedLinearCUDLoss")
 @pytest.mark.parametrize("sizes", CASES[:1] if QUICK else CASES if LARGE else CASES[:2], ids=str)
-def bench_linear(race: Runner, sizes: Sizes) -> None:
+def bench_linear(multiply: Callable[..., object], sizes: Sizes) -> None:
     x = heads.make(sizes)
     ours, eager = heads.ours(x), heads.eager(x)
     check(x, ours(), eager())
     found, absent = others(x, sizes)
-    smallest = sizes == CASES[0]
-    state = Multiplying('save="state"', heads.ours(x, save="state"), every=SLOW)
+    forms = {OURS: ours, **({'save="state"': heads.ours(x, save="state")} if sizes == CASES[0] else {})}
     contestants = [
-        Multiplying(OURS, ours),
-        *([state] if smallest else []),
+        *(Multiplying(name, call) for name, call in forms.items()),
         Multiplying(FLOOR, heads.products(x, given=True)),
         Multiplying(FRESH, heads.products(x)),
-        Multiplying(EAGER, eager, every=SLOW),
+        Multiplying(EAGER, eager),
         *found,
     ]
-    race(
+    multiply(
         "FusedLinearCUDLoss",
         sizes,
-        torch.float32,
-        contestants,
-        floor=FLOOR,
-        rounds=ROUNDS,
-        unit="FLOP",
+        contestants=contestants,
         absent=absent,
         memory=sizes != CASES[-1],  # bench_linear_memory measures the largest
         at_most=[
@@ -121,7 +121,7 @@ def bench_linear(race: Runner, sizes: Sizes) -> None:
 @pytest.mark.skipif(QUICK, reason="a minute")
 @pytest.mark.benchmark(group="FusedLinearCUDLoss, cross-entropy only")
 @pytest.mark.parametrize("sizes", CASES[:2], ids=str)
-def bench_cross_entropy(race: Runner, sizes: Sizes) -> None:
+def bench_cross_entropy(multiply: Callable[..., object], sizes: Sizes) -> None:
     x = heads.make(sizes)
     ours, eager = heads.ours(x, kd_weight=0.0, ce_weight=1.0), heads.eager_ce(x)
     for got, wanted in zip(ours(), eager()):
@@ -129,21 +129,17 @@ def bench_cross_entropy(race: Runner, sizes: Sizes) -> None:
     chunk = TORCH[sizes]
     setting = f"chunks of {chunk}" if chunk else "whole"
     call = peers.torch_ce(x, chunk=chunk, chunked=bool(chunk))
-    peer = Multiplying(f"F.linear_cross_entropy ({setting})", call, every=SLOW, teacher=False)
+    peer = Multiplying(f"F.linear_cross_entropy ({setting})", call, teacher=False)
     contestants = [
         Multiplying(OURS, ours, teacher=False),
         Multiplying(FLOOR, heads.products(x, teacher=False, given=True), teacher=False),
         Multiplying(FRESH, heads.products(x, teacher=False), teacher=False),
         peer,
     ]
-    race(
+    multiply(
         "FusedLinearCUDLoss(kd_weight=0)",
         sizes,
-        torch.float32,
-        contestants,
-        floor=FLOOR,
-        rounds=ROUNDS,
-        unit="FLOP",
+        contestants=contestants,
         at_most=[(OURS, FRESH, 1.15, None), (OURS, peer.name, 1.0, None)],
     )
 

@@ -38,7 +38,7 @@ def bench_memory(benchmark: BenchmarkFixture, tables: list[Table]) -> None:
             most = peak(call)
             assert most is not None
             found[name] = {"peak": most / unit, "between": between(forward) / unit}
-        for peer in peers.distillation(data, 1)[0]:
+        for peer in peers.distillation(data)[0]:
             peer.call()
             most = peak(peer.call)
             assert most is not None

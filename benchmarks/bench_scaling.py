@@ -64,7 +64,7 @@ def bench_threads(race: Runner) -> None:
     case = CUD.ours(data)[0]
     CUD.check([case], data)
     contestants = [
-        Contestant(f"{c.name}, {threads} threads", c.call, partial(torch.set_num_threads, threads), every=c.every)
+        Contestant(f"{c.name}, {threads} threads", c.call, partial(torch.set_num_threads, threads))
         for c in (case, CUD.floor(data))
         for threads in (most, 1)
     ]

@@ -21,13 +21,13 @@ def bench_small(race: Runner, entry: Entry) -> None:
     data = make(shape)
     fresh, *others = sorted(entry.ours(data), key=lambda c: c.name != "fresh gradient")
     entry.check([fresh, *others], data)
-    found, absent = peers.distillation(data, 1) if entry is CUD else ([], {})
+    found, absent = peers.distillation(data) if entry is CUD else ([], {})
     floor = entry.floor(data)
     race(
         entry.title,
         shape,
         torch.float32,
-        [fresh, *others, *entry.pytorch(data, 1, compile=COMPILE), *found, *yardsticks(data, 1), floor],
+        [fresh, *others, *entry.pytorch(data, compile=COMPILE), *found, *yardsticks(data), floor],
         floor=floor.name,
         rounds=SMALL_ROUNDS,
         warm=SMALL_WARM,

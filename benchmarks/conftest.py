@@ -11,11 +11,11 @@ from rich.console import Console
 
 from cudfast.bench.command import peak_of, show
 from cudfast.bench.contestants import Contestant
-from cudfast.bench.race import Race
+from cudfast.bench.race import BUDGET, Race
 from cudfast.bench.result import Result, Table, machine
 from cudfast.bench.shapes import Shape
 
-from .rounds import BUDGET
+from .rounds import QUICK
 
 Goal = tuple[str, str, float, float | None]
 """Time of the first over time of the second: required, and aimed at."""
@@ -74,7 +74,7 @@ class Runner:
         """
         race = Race(list(contestants), warm=warm)
         ours = race.contestants[0]
-        rounds = race.fit(rounds, BUDGET)
+        rounds = race.fit(rounds, BUDGET / 4 if QUICK else BUDGET)
         self._benchmark.pedantic(ours.call, setup=race.others, rounds=rounds)  # type: ignore[no-untyped-call]
         if self._benchmark.stats is None:
             return None

@@ -77,7 +77,7 @@ WHAT = {
 }
 
 
-def distillation(data: Inputs, every: int, *, skip: str = "") -> tuple[list[Contestant], dict[str, str]]:
+def distillation(data: Inputs, *, skip: str = "") -> tuple[list[Contestant], dict[str, str]]:
     """Those that can be raced from logits, and why the others cannot. `skip`: why none of them takes part."""
     found, absent = [], {"liger-kernel": "from logits, needs a GPU"}
     for name, build in DISTILLATION.items():
@@ -90,7 +90,7 @@ def distillation(data: Inputs, every: int, *, skip: str = "") -> tuple[list[Cont
             absent[name] = f"not installed ({error})"
             continue
         call = with_gradient(through(loss, data.student, data.teacher, data.labels))
-        found.append(Contestant(name, call, every=every))
+        found.append(Contestant(name, call))
     return found, absent
 
 

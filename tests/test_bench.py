@@ -45,17 +45,17 @@ def test_shapes_say_who_uses_them() -> None:
     assert {77, 1000, 32_000, 128_256, 151_936, 262_144, 2_812_281, 10**7, 10**8} == set(classes)
 
 
-def test_a_round_times_everybody_who_is_due_and_prepares_first() -> None:
+def test_a_round_times_everybody_and_prepares_first() -> None:
     log: list[str] = []
 
-    def one(name: str, every: int = 1) -> Contestant:
-        return Contestant(name, lambda: log.append(name), lambda: log.append(f"prepare {name}"), every=every)
+    def one(name: str) -> Contestant:
+        return Contestant(name, lambda: log.append(name), lambda: log.append(f"prepare {name}"))
 
-    race = Race([one("ours"), one("peer"), one("slow", 3)], warm=2)
+    race = Race([one("ours"), one("peer")], warm=2)
     log.clear()
     for _ in range(6):
         race.round()
-    assert {name: len(times) for name, times in race.seconds.items()} == {"ours": 6, "peer": 6, "slow": 2}
+    assert {name: len(times) for name, times in race.seconds.items()} == {"ours": 6, "peer": 6}
     assert log.count("ours") == 6 * 3  # two warm calls, one timed
     assert log.count("prepare ours") == 6
     assert log[-4:] == ["prepare ours", "ours", "ours", "ours"]
@@ -220,12 +220,30 @@ def test_figures_of_a_race_that_measured_no_memory() -> None:
     assert found.table().rows[0][-1] == ""
 
 
-def test_a_budget_ends_a_race_but_everybody_has_three_rounds() -> None:
-    contestants = [Contestant("ours", lambda: None), Contestant("slow", lambda: time.sleep(0.002), every=10)]
-    for asked, budget, most in ((30, 60.0, 30), (30, 0.0, 3)):
-        race = Race(contestants)
-        rounds = race.fit(asked, budget)
-        assert rounds == most
-        for _ in range(rounds):
-            race.round()
-        assert {name: len(times) for name, times in race.seconds.items()} == {"ours": most, "slow": 3}
+@pytest.mark.parametrize(
+    ("budget", "ours", "peer", "slow"),
+    [
+        (60.0, 30, 30, 30),
+        (0.3, 30, 30, 10),  # 100 ms each: ten calls of 10 ms
+        (0.03, 10, 10, 3),  # 10 ms each: ten rounds of ours
+        (0.0, 3, 3, 3),
+    ],
+)
+def test_a_budget_thins_out_who_is_slow_but_everybody_has_three_rounds(
+    monkeypatch: pytest.MonkeyPatch, budget: float, ours: int, peer: int, slow: int
+) -> None:
+    now = 0.0
+
+    def one(name: str, seconds: float) -> Contestant:
+        def call() -> None:
+            nonlocal now
+            now += seconds
+
+        return Contestant(name, call)
+
+    monkeypatch.setattr(contestants.time, "perf_counter", lambda: now)
+    race = Race([one("ours", 0.00099), one("peer", 0.0005), one("slow", 0.00999)])
+    rounds = race.fit(30, budget)
+    for _ in range(rounds):
+        race.round()
+    assert {name: len(times) for name, times in race.seconds.items()} == {"ours": ours, "peer": peer, "slow": slow}

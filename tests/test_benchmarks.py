@@ -78,11 +78,11 @@ def test_peers_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> No
         raise ImportError("no such library")
 
     monkeypatch.setattr(peers, "DISTILLATION", {"MFT-style": peers.mft_style, "other": missing})
-    found, absent = peers.distillation(make(Shape(4, 9)), 3)
-    assert [(c.name, c.every) for c in found] == [("MFT-style", 3)]
+    found, absent = peers.distillation(make(Shape(4, 9)))
+    assert [c.name for c in found] == ["MFT-style"]
     assert absent["other"] == "not installed (no such library)"
     assert "GPU" in absent["liger-kernel"]
-    found, absent = peers.distillation(make(Shape(4, 9)), 3, skip="too large")
+    found, absent = peers.distillation(make(Shape(4, 9)), skip="too large")
     assert found == []
     assert absent["MFT-style"] == "left out: too large"
 

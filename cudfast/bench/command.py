@@ -19,14 +19,14 @@ from .cases import make
 from .compare import CONFIDENCE, Change, compare, read
 from .contestants import CUD, DUS, Contestant, Entry, waiting, yardsticks
 from .memory import peak
-from .race import Race
+from .race import BUDGET, Race
 from .result import Result, Table, machine
 from .shapes import SHAPES, Shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOSSES = {"cud": CUD, "dus": DUS}
 DEFAULT = ("Banking77", "ImageNet", "Llama 2", "Llama 3")
-ROUNDS, SLOW_ROUNDS, SMALL_ROUNDS, SMALL_WARM = 20, 4, 300, 5
+ROUNDS, SMALL_ROUNDS, SMALL_WARM = 20, 300, 5
 
 
 def shape_of(text: str) -> Shape:
@@ -68,22 +68,21 @@ def contestants(entry: Entry, shape: Shape, dtype: torch.dtype, asked: argparse.
     data = make(shape, dtype, asked.device)
     ours = entry.ours(data, backend=asked.backend)
     entry.check(ours, data)
-    every = 1 if shape.small else ROUNDS // SLOW_ROUNDS
-    peers = entry.pytorch(data, every, compile=not (asked.no_compile or asked.quick))
-    return waiting([*ours, *peers, *yardsticks(data, every), entry.floor(data)], asked.device)
+    peers = entry.pytorch(data, compile=not (asked.no_compile or asked.quick))
+    return waiting([*ours, *peers, *yardsticks(data), entry.floor(data)], asked.device)
 
 
 def race(entry: Entry, shape: Shape, dtype: torch.dtype, asked: argparse.Namespace, progress: Progress) -> Result | str:
     """One race, or why there are no times."""
-    rounds = (SMALL_ROUNDS if shape.small else ROUNDS) // (4 if asked.quick else 1)
+    part = 4 if asked.quick else 1
     what = f"{entry.title} {shape} {str(dtype)[6:]}"
-    task = progress.add_task(f"{what}: correctness", total=rounds)
+    task = progress.add_task(f"{what}: correctness", total=None)
     try:
         running = Race(contestants(entry, shape, dtype, asked), warm=SMALL_WARM if shape.small else 0)
     except AssertionError as error:
         return f"{what}: no times, its numbers are wrong: {error}"
-    finally:
-        progress.update(task, description=what)
+    rounds = running.fit((SMALL_ROUNDS if shape.small else ROUNDS) // part, BUDGET / part)
+    progress.update(task, description=what, total=rounds)
     for _ in range(rounds):
         running.round()
         progress.advance(task)

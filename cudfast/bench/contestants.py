@@ -28,7 +28,6 @@ class Contestant:
         call: what is timed.
         prepare: runs before each call, untimed.
         reads, writes: how many (N, V) matrices the work must read and write at least.
-        every: it takes part in every so many rounds only; for peers far slower than the rest.
         wait: until the device has done what it was asked.
     """
 
@@ -37,7 +36,6 @@ class Contestant:
     prepare: Callable[[], object] = lambda: None
     reads: int = 2
     writes: int = 1
-    every: int = 1
     wait: Callable[[], object] = lambda: None
 
     def work(self, shape: Shape, dtype: torch.dtype) -> int:
@@ -84,11 +82,11 @@ class Entry:
             for name, forward in self.forms(data, **fields).items()
         ]
 
-    def pytorch(self, data: Inputs, every: int, *, compile: bool = True) -> list[Contestant]:
+    def pytorch(self, data: Inputs, *, compile: bool = True) -> list[Contestant]:
         """The plain form, as it is and through torch.compile."""
         losses = {"eager PyTorch": self.plain, **({"torch.compile": compiled(self.plain)} if compile else {})}
         calls = {name: with_gradient(through(loss, data.student, *self.rest(data))) for name, loss in losses.items()}
-        return [Contestant(name, call, reads=self.reads, every=every) for name, call in calls.items()]
+        return [Contestant(name, call, reads=self.reads) for name, call in calls.items()]
 
     def floor(self, data: Inputs) -> Contestant:
         """Reads every matrix of logits and writes one matrix, and no more."""
@@ -113,13 +111,13 @@ class Entry:
             gate(contestant.name, got, true, eager, self.temperature)
 
 
-def yardsticks(data: Inputs, every: int) -> list[Contestant]:
+def yardsticks(data: Inputs) -> list[Contestant]:
     """Less work than any distillation does: cross-entropy with its gradient, and one softmax."""
     student = data.plain
     ce = with_gradient(through(functional.cross_entropy, data.student, data.labels))
     return [
-        Contestant("F.cross_entropy", ce, reads=1, every=every),
-        Contestant("torch.softmax", lambda: student.softmax(-1), reads=1, every=max(1, every // 2)),
+        Contestant("F.cross_entropy", ce, reads=1),
+        Contestant("torch.softmax", lambda: student.softmax(-1), reads=1),
     ]
 
 

@@ -9,6 +9,8 @@ from .contestants import Contestant
 
 LEAST = 3
 """Rounds of everybody who is shown."""
+BUDGET = 12
+"""Seconds of one race, unless LEAST rounds take longer."""
 
 
 class Race:
@@ -27,15 +29,17 @@ class Race:
         self._round = 0
         # Compiles, starts the threads, and tells what a round will take.
         self._first = {c.name: c.seconds(1) for c in contestants}
-        self._every = {c.name: c.every for c in contestants}
+        self._every = dict.fromkeys(self._first, 1)
 
     def fit(self, rounds: int, budget: float) -> int:
-        """At most so many rounds, as many as end within a budget in seconds; everybody takes part in LEAST or more."""
-        calls = self.warm + 1
-        slow = sum(self._first[c.name] for c in self.contestants if c.every > 1) * calls
-        quick = sum(self._first[c.name] for c in self.contestants if c.every == 1) * calls
-        rounds = max(LEAST, min(rounds, int((budget - LEAST * slow) / quick)))
-        self._every = {c.name: min(c.every, max(1, (rounds - 1) // (LEAST - 1))) for c in self.contestants}
+        """At most so many rounds: everybody has an equal share of a budget in seconds. Ours decides how many there are;
+        who is too slow for all of them takes part in every so many; everybody takes part in LEAST or more."""
+        share = budget / len(self.contestants) / (self.warm + 1)
+        turns = {
+            name: max(LEAST, int(min(rounds, share / max(seconds, 1e-9)))) for name, seconds in self._first.items()
+        }
+        rounds = turns[self.contestants[0].name]
+        self._every = {name: max(1, (rounds - 1) // (most - 1)) for name, most in turns.items()}
         return rounds
 
     def others(self) -> None:
