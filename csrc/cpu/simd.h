@@ -395,15 +395,15 @@ inline void widen(const void* from, DType dtype, int n, T* to) {
     for (int i = 0; i < n; ++i) to[i] = static_cast<T>(f[i]);
   } else {
     const uint16_t* f = static_cast<const uint16_t*>(from);
-    int i = 0;
-    if constexpr (sizeof(T) == 4) {
-      const auto each = [&](auto lanes) __attribute__((always_inline)) {
+    const auto each = [&](auto lanes, auto one) __attribute__((always_inline)) {
+      int i = 0;
+      if constexpr (sizeof(T) == 4) {
         for (; i + Lanes<T>::count <= n; i += Lanes<T>::count) lanes(load_halves(f + i)).store(to + i);
-      };
-      dtype == DType::bf16 ? each([](Halves x) { return from_bfloats(x); })
-                           : each([](Halves x) { return from_halves(x); });
-    }
-    for (; i < n; ++i) to[i] = static_cast<T>(dtype == DType::bf16 ? widen_bfloat(f[i]) : widen_half(f[i]));
+      }
+      for (; i < n; ++i) to[i] = static_cast<T>(one(f[i]));
+    };
+    dtype == DType::bf16 ? each([](Halves x) { return from_bfloats(x); }, [](uint16_t x) { return widen_bfloat(x); })
+                         : each([](Halves x) { return from_halves(x); }, [](uint16_t x) { return widen_half(x); });
   }
 }
 

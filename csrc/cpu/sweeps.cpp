@@ -38,36 +38,18 @@ struct Columns {
   int whole;  // columns in whole vectors
   int rest;   // columns in the last one
 
+  Columns(T* at, int n) : data(at), whole(n / width * width), rest(n - whole) {}
   Columns(const char* from, DType dtype, int n, T* buffer, const View& view = {})
       : data(reinterpret_cast<const T*>(from)), whole(n / width * width), rest(n - whole) {
     if (dtype == dtype_of<T> && view.plain()) return;
     widen(from, dtype, n, buffer);
-    see(buffer, view);
-  }
-  // With the range of what is there; 16 bits are widened on the way.
-  Columns(const char* from, DType dtype, int n, T* buffer, const View& view, Range<T>& range)
-      : data(reinterpret_cast<const T*>(from)), whole(n / width * width), rest(n - whole) {
-    if constexpr (sizeof(T) == 4) {
-      if (size_of(dtype) == 2 && view.plain()) {
-        const uint16_t* const f = reinterpret_cast<const uint16_t*>(from);
-        widen(f + whole, dtype, rest, buffer + whole);
-        data = buffer;
-        const auto widened = [&](auto lanes) __attribute__((always_inline)) {
-          range = range_of([=](int i) __attribute__((always_inline)) {
-            const Lanes<T> found = lanes(load_halves(f + i));
-            found.store(buffer + i);
-            return found;
-          });
-        };
-        dtype == DType::bf16 ? widened([](Halves x) { return from_bfloats(x); })
-                             : widened([](Halves x) { return from_halves(x); });
-        return;
-      }
+    data = buffer;
+    if (view.beta != 1) {
+      const T centre = static_cast<T>(view.centre), beta = static_cast<T>(view.beta);
+      for (int i = 0; i < n; ++i) buffer[i] = (buffer[i] - centre) * beta;
     }
-    *this = Columns(from, dtype, n, buffer, view);
-    range = range_of([at = data](int i) { return Lanes<T>::load(at + i); });
+    mask(buffer, view, kApart<T>);
   }
-
   static void mask(T* buffer, const View& view, T value) {
     for (const auto& list : view.apart) {
       for (const int64_t* at = list[0]; at != list[1]; ++at) buffer[*at - view.column] = value;
@@ -75,42 +57,71 @@ struct Columns {
   }
   Lanes<T> at(int i) const { return Lanes<T>::load(data + i); }
   Lanes<T> last() const { return load_some(data + whole, rest, data[whole]); }
-
- private:
-  void see(T* buffer, const View& view) {
-    data = buffer;
-    if (view.beta != 1) {
-      const T centre = static_cast<T>(view.centre), beta = static_cast<T>(view.beta);
-      for (int i = 0; i < whole + rest; ++i) buffer[i] = (buffer[i] - centre) * beta;
-    }
-    mask(buffer, view, kApart<T>);
-  }
-
-  // lanes(i): the vector at column i, asked for once each.
-  template <class F>
-  __attribute__((always_inline)) Range<T> range_of(F lanes) const {
-    using L = Lanes<T>;
-    L high(kNothing<T>), low(-kNothing<T>), high2 = high, low2 = low;
-    int i = 0;
-    for (; i + 2 * width <= whole; i += 2 * width) {
-      const L a = lanes(i), b = lanes(i + width);
-      high = max(a, high);
-      low = min(a, low);
-      high2 = max(b, high2);
-      low2 = min(b, low2);
-    }
-    if (i < whole) {
-      const L a = lanes(i);
-      high = max(a, high);
-      low = min(a, low);
-    }
-    if (rest > 0) {
-      high2 = max(last(), high2);
-      low2 = min(last(), low2);
-    }
-    return {lowest(min(low, low2)), highest(max(high, high2))};
-  }
 };
+
+// at(i): the vector at column i, asked for once.
+template <class T, class F>
+inline __attribute__((always_inline)) Range<T> range(const Columns<T>& columns, F at) {
+  using L = Lanes<T>;
+  L high(kNothing<T>), low(-kNothing<T>), high2 = high, low2 = low;
+  int i = 0;
+  for (; i + 2 * L::count <= columns.whole; i += 2 * L::count) {
+    const L a = at(i), b = at(i + L::count);
+    high = max(a, high);
+    low = min(a, low);
+    high2 = max(b, high2);
+    low2 = min(b, low2);
+  }
+  if (i < columns.whole) {
+    const L a = at(i);
+    high = max(a, high);
+    low = min(a, low);
+  }
+  if (columns.rest > 0) {
+    high2 = max(columns.last(), high2);
+    low2 = min(columns.last(), low2);
+  }
+  return {lowest(min(low, low2)), highest(max(high, high2))};
+}
+
+template <class T>
+__attribute__((noinline)) Range<T> range(const Columns<T>& columns) {
+  return range(columns, [&](int i) __attribute__((always_inline)) { return columns.at(i); });
+}
+
+// Of columns stored in 16 bits, widened into `buffer` on the way.
+__attribute__((noinline)) Range<float> widened_range(const Columns<float>& columns, const char* from, DType dtype,
+                                                     float* buffer) {
+  const uint16_t* const halves = reinterpret_cast<const uint16_t*>(from);
+  widen(halves + columns.whole, dtype, columns.rest, buffer + columns.whole);
+  const auto widened = [&](auto lanes) __attribute__((always_inline)) {
+    return range(columns, [=](int i) __attribute__((always_inline)) {
+      const Lanes<float> found = lanes(load_halves(halves + i));
+      found.store(buffer + i);
+      return found;
+    });
+  };
+  return dtype == DType::bf16 ? widened([](Halves x) { return from_bfloats(x); })
+                              : widened([](Halves x) { return from_halves(x); });
+}
+
+// A block and its range.
+template <class T>
+struct Looked {
+  Columns<T> columns;
+  Range<T> range;
+};
+template <class T>
+Looked<T> looked(const char* from, DType dtype, int n, T* buffer, const View& view = {}) {
+  if constexpr (sizeof(T) == 4) {
+    if (size_of(dtype) == 2 && view.plain()) {
+      const Columns<T> columns(buffer, n);
+      return {columns, widened_range(columns, from, dtype, buffer)};
+    }
+  }
+  const Columns<T> columns(from, dtype, n, buffer, view);
+  return {columns, range(columns)};
+}
 
 // Lanes of the last vector that hold columns keep their value, the others become -inf.
 template <class T>
@@ -218,8 +229,11 @@ void with_temperature(int power, int ones, F f) {
 template <class T>
 void student_state(const StudentBlock& b, StudentBlockState& out) {
   alignas(64) T s_buffer[kBlock], t_buffer[kBlock];
-  Range<T> rs, rt;
-  const Columns<T> s(b.s, b.s_dtype, b.n, s_buffer, {}, rs), t(b.t, b.t_dtype, b.n, t_buffer, b.view, rt);
+  const Looked<T> looked_s = looked<T>(b.s, b.s_dtype, b.n, s_buffer);
+  const Looked<T> looked_t = looked<T>(b.t, b.t_dtype, b.n, t_buffer, b.view);
+  const Columns<T>&s = looked_s.columns, &t = looked_t.columns;
+  const Range<T> rs = looked_s.range;
+  Range<T> rt = looked_t.range;
   const bool holes = rs.holes() || rt.holes();
   if (rt.high == kApart<T>) rt.high = kNothing<T>;
   if (holes && !b.view.plain()) Columns<T>::mask(t_buffer, b.view, kNothing<T>);  // a class apart is not impossible
@@ -355,8 +369,9 @@ __attribute__((noinline)) TeacherSums<Lanes<T>> teacher_sums(const TeacherBlock&
 template <class T>
 void teacher_state(const TeacherBlock& b, TeacherBlockState& out) {
   alignas(64) T buffer[kBlock];
-  Range<T> r;
-  const Columns<T> z(b.z, b.dtype, b.n, buffer, {}, r);
+  const Looked<T> seen = looked<T>(b.z, b.dtype, b.n, buffer);
+  const Columns<T>& z = seen.columns;
+  const Range<T> r = seen.range;
   const auto sums = r.holes() ? teacher_sums<T, true>(b, z, r.centre()) : teacher_sums<T, false>(b, z, r.centre());
   out = {r.high, total(sums.z), total(sums.e)};
 }
