@@ -95,11 +95,10 @@ Grid plan(const Call& call, const Machine& machine) {
     grid.threads = threads_for((chunks + cluster - 1) / cluster);
   };
   const bool fused = call.from == From::logits && call.out.gradient.data && !call.only_parts;
-  const int most = machine.capability < 90 ? 1 : 8;
   if ((fused || searched(call)) && !rows.wide() && machine.capability >= 80) {
     int64_t bytes = width_of(rows) * size_of(rows.logits.dtype);
     if (arrays(rows) == 2) bytes += width_of(rows) * size_of(rows.target.dtype);
-    for (int cluster = 1; cluster <= most; cluster *= 2) {
+    for (int cluster = 1; cluster <= machine.cluster; cluster *= 2) {
       const int64_t slots = (chunks + cluster - 1) / cluster;
       if (slots * bytes + kHeaderBytes > machine.shared) continue;
       grid.staged = static_cast<int>(slots * bytes);
@@ -109,7 +108,8 @@ Grid plan(const Call& call, const Machine& machine) {
   }
   if (searched(call)) {
     int cluster = 1;
-    while (2 * cluster <= std::min(most, shared_rows(rows.rows, rows.classes, machine.processors))) cluster *= 2;
+    while (2 * cluster <= std::min(machine.cluster, shared_rows(rows.rows, rows.classes, machine.processors)))
+      cluster *= 2;
     cluster_of(cluster);
   }
   return grid;

@@ -12,6 +12,7 @@ struct Machine {
   int processors = 0;
   int shared = 0;      // bytes of shared memory that a block may ask for
   int capability = 0;  // 90 is sm_90: of the GPU, or less where the kernels were compiled for less
+  int cluster = 1;     // blocks that can hold a row together
 };
 
 // A launch is done, or the answer says why not.

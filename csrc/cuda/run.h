@@ -7,6 +7,8 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <map>
+#include <mutex>
 #endif
 
 namespace cudfast {
@@ -20,49 +22,93 @@ __global__ void __launch_bounds__(kMaxThreads) row_kernel(const __grid_constant_
   kernel(x);
 }
 
+// What cudaLaunchKernelEx is told.
+struct Launch {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute cluster{};
+
+  Launch(const Grid& grid, void* stream) {
+    config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+    config.dynamicSmemBytes = static_cast<size_t>(kHeaderBytes + grid.staged);
+    config.stream = static_cast<cudaStream_t>(stream);
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+    config.attrs = &cluster;
+    config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  }
+  Launch(const Launch&) = delete;  // the configuration points into it
+};
+
+inline cudaError_t ask(int& value, cudaDeviceAttr attribute) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(&value, attribute, device) : error;
+}
+
+// Lets a kernel have all shared memory of a block. The limit is the kernel's, which other threads launch, too.
+template <class Kernel>
+cudaError_t allow_staging() {
+  int most = 0;
+  const cudaError_t error = ask(most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(row_kernel<Kernel>),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
 template <class Kernel>
 const char* run(const Kernel& kernel, const Grid& grid, void* stream) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(kHeaderBytes + grid.staged);
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = grid.cluster > 1 ? 1 : 0;
-  cudaError_t error = cudaSuccess;
-  if (grid.staged > 0) {  // the most that a block may ask for: a limit of the kernel, which other threads launch, too
-    int device = 0, most = 0;
-    error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (error == cudaSuccess) {
-      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(row_kernel<Kernel>),
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-    }
-  }
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, row_kernel<Kernel>, kernel, grid.cluster);
+  const Launch launch(grid, stream);
+  cudaError_t error = grid.staged > 0 ? allow_staging<Kernel>() : cudaSuccess;
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&launch.config, row_kernel<Kernel>, kernel, grid.cluster);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// The most blocks with all of their shared memory that this GPU, or this slice of one, can run as a cluster.
+template <class Kernel>
+int largest_cluster(int shared) {
+  if (allow_staging<Kernel>() != cudaSuccess) return 1;
+  for (int cluster = 8; cluster > 1; cluster /= 2) {
+    const Launch launch({cluster, cluster, kMaxThreads, shared - kHeaderBytes}, nullptr);
+    int running = 0;
+    const void* const kernel = reinterpret_cast<const void*>(row_kernel<Kernel>);
+    if (cudaOccupancyMaxActiveClusters(&running, kernel, &launch.config) == cudaSuccess && running > 0) return cluster;
+  }
+  static_cast<void>(cudaGetLastError());  // that of a size which cannot run
+  return 1;
+}
+
 // What is copied or clustered depends on what the code was compiled for, which may be less than what the GPU can do:
-// `Kernel` is any of the kernels, all of which are compiled for the same.
+// `Kernel` is any of the kernels, all of which are compiled for the same. Devices are asked once.
 template <class Kernel>
 const char* find_machine(int device, Machine& found) {
-  int major = 0, minor = 0;
-  cudaFuncAttributes compiled{};
+  static std::mutex one;
+  static std::map<int, Machine> known;
+  const std::lock_guard<std::mutex> alone(one);
   cudaError_t error = cudaSetDevice(device);
-  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
-  };
-  ask(found.processors, cudaDevAttrMultiProcessorCount);
-  ask(found.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  ask(major, cudaDevAttrComputeCapabilityMajor);
-  ask(minor, cudaDevAttrComputeCapabilityMinor);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(row_kernel<Kernel>));
-  found.capability = std::min(10 * major + minor, compiled.ptxVersion);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess && known.count(device) == 0) {
+    int major = 0, minor = 0;
+    Machine machine;
+    cudaFuncAttributes compiled{};
+    const auto add = [&](int& value, cudaDeviceAttr attribute) {
+      if (error == cudaSuccess) error = ask(value, attribute);
+    };
+    add(machine.processors, cudaDevAttrMultiProcessorCount);
+    add(machine.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    add(major, cudaDevAttrComputeCapabilityMajor);
+    add(minor, cudaDevAttrComputeCapabilityMinor);
+    if (error == cudaSuccess) {
+      error = cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(row_kernel<Kernel>));
+    }
+    if (error == cudaSuccess) {
+      machine.capability = std::min(10 * major + minor, compiled.ptxVersion);
+      machine.cluster = machine.capability < 90 ? 1 : largest_cluster<Kernel>(machine.shared);
+      known[device] = machine;
+    }
+  }
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  found = known[device];
+  return nullptr;
 }
 
 #else
@@ -79,7 +125,7 @@ const char* run(const Kernel& kernel, const Grid& grid, void*) {
 // A small Hopper: few processors, so that rows are shared soon.
 template <class Kernel>
 const char* find_machine(int, Machine& found) {
-  found = {4, 227 << 10, 90};
+  found = {4, 227 << 10, 90, 8};
   return nullptr;
 }
 

@@ -374,7 +374,7 @@ Way clustered(const Case& c, int blocks, int arrays = 2) {
   const int64_t width = 16 / size_of(c.s), chunks = (c.classes + 2 * width - 2) / width;
   const int64_t slots = (chunks + blocks - 1) / blocks;
   while (blocks > 1 && (chunks + blocks / 2 - 1) / (blocks / 2) <= slots) blocks /= 2;  // half of them hold it, too
-  return {"cluster", {1, kHeaderBytes + static_cast<int>(slots * 16 * arrays), 90}, blocks};
+  return {"cluster", {1, kHeaderBytes + static_cast<int>(slots * 16 * arrays), 90, 8}, blocks};
 }
 
 }  // namespace
@@ -411,6 +411,11 @@ int main() {
     test_teacher({"shared rows", {8, 0, 75}}, c);
   }
   test_teacher(two_sweeps, {2, 333, 0, 0, 0, f64, f64, 2.0});
+  const Case long_rows{3, 4097, 0, 0, 0, f32, f32, 2.0};
+  Way slice = clustered(long_rows, 4);  // of a GPU, where no cluster of four can run
+  slice.machine.cluster = 2;
+  slice.cluster = 0;
+  test_student(slice, long_rows);
   for (const Way& way : {two_sweeps, staged, clustered({8, 300, 0, 0, 0, f32, f32, 1.0}, 2)}) test_marks(way);
   for (const bool top1 : {false, true}) {
     for (const int64_t v : {9, 77, 333, 4097}) {
@@ -420,11 +425,11 @@ int main() {
         if (d != f64) test_projected(staged, c, top1, false);
         if (d == f64 || v < 300) continue;
         const int most = static_cast<int>(3 * size_of(d) * v / 2);  // of a block: between a half and all of a row
-        test_projected({"staged by two", {1, kHeaderBytes + most, 90}, 2}, c, top1, true);
+        test_projected({"staged by two", {1, kHeaderBytes + most, 90, 8}, 2}, c, top1, true);
       }
     }
     for (const DType d : {f32, f64}) {
-      test_projected({"a cluster, many sweeps", {8, 0, 90}, 2}, {9, 40'000, 0, 0, 0, d, d, 2.0}, top1, true);
+      test_projected({"a cluster, many sweeps", {8, 0, 90, 8}, 2}, {9, 40'000, 0, 0, 0, d, d, 2.0}, top1, true);
     }
     test_projected(staged, {9, 333, 5, 3, 2, f16, bf16, 2.0}, top1, true);
   }
