@@ -193,7 +193,10 @@ def test_main_loops(machines: list[tuple[Any, str, str, Any]]) -> None:
 def test_the_model_reads_a_long_row_once() -> None:
     """On an H100 a bf16 row of 128,256 classes is held by a cluster of 4 blocks; two sweeps read it twice."""
     from cudfast import gpu_model
+    from cudfast.backends.cuda import compiled
 
+    if not {"sm_80", "sm_90"} <= set(compiled.targets()):
+        pytest.skip("CUDFAST_CUDA_ARCHS left one of them out")
     found = {e.kernel: e for e in gpu_model._cuda("bf16", 128_256, "H100")}
     assert found["CUDA student, staged by 4 blocks"].bytes_per_element == 6
     assert found["CUDA student, two sweeps"].bytes_per_element == 10
