@@ -32,7 +32,7 @@ struct ProjectedLossOfRows {
   bool wrong_is_k = false;      // the wrong set is the top-1 alone
   int64_t k = 0;                // the teacher's top-1, when somebody asks
   View view;
-  double log_one = 0;  // log sum exp t, where the entropy is bound
+  double log_one = 0;                                            // log sum exp t, where the entropy is bound
   enum { unknown, with_top1, trying, settled } stage = unknown;  // see again()
   Search search = {};
 
