@@ -64,10 +64,13 @@ core: $(VENV)/.cudfast
 	build/core/test_cuda
 
 sanitize: $(VENV)/.cudfast
-	$(BIN)/cmake -G Ninja -S . -B build/sanitize -DCUDFAST_TESTS=ON -DCUDFAST_SANITIZE=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja >/dev/null
+	$(BIN)/cmake -G Ninja -S . -B build/sanitize -DCUDFAST_TESTS=ON -DCUDFAST_SANITIZE=address,undefined -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja >/dev/null
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/test_core
 	build/sanitize/test_cuda
+	$(BIN)/cmake -G Ninja -S . -B build/races -DCUDFAST_TESTS=ON -DCUDFAST_SANITIZE=thread -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja >/dev/null
+	$(BIN)/cmake --build build/races --target test_cuda
+	build/races/test_cuda
 
 check: $(VENV)/.cudfast
 	$(BIN)/ruff check .

@@ -1,7 +1,9 @@
 # The CUDA kernels: one object per dtype, so that compilers run side by side. `cuda_emulated` runs them on the host.
 set(cuda_dtypes 0 2 3 -1) # DType of csrc/launch.h; -1: all others
 
+find_package(Threads REQUIRED)
 add_library(cuda_emulated STATIC EXCLUDE_FROM_ALL csrc/cuda/launch.cpp)
+target_link_libraries(cuda_emulated PUBLIC Threads::Threads)
 foreach(dtype ${cuda_dtypes})
   add_library(cuda_emulated_${dtype} OBJECT EXCLUDE_FROM_ALL csrc/cuda/emulated.cpp)
   target_compile_definitions(cuda_emulated_${dtype} PRIVATE CUDFAST_DTYPE=${dtype})

@@ -1,8 +1,7 @@
 // Runs a kernel, which is written in phases: each thread's share, a merge, each thread's share again.
 //
-// On a GPU an Executor is a thread's view of its block and cluster; here is that, for nvcc, and the emulation for a C++
-// compiler, which runs every phase thread after thread, a cluster as several blocks. The emulation checks every access
-// and fills shared memory with NaN. It cannot show races.
+// On a GPU an Executor is a thread's view of its block and cluster; here is that, for nvcc. For a C++ compiler it is
+// the emulation's.
 #pragma once
 
 #include <cstdint>
@@ -11,15 +10,11 @@
 #include "grid.h"
 
 #if !defined(__CUDACC__)
-#include <algorithm>
-#include <cmath>
-#include <vector>
-#endif
+#include "emulation.h"
+#else
 
 namespace cudfast {
 namespace {
-
-#if defined(__CUDACC__)
 
 extern __shared__ uint4 block_memory[];
 
@@ -115,79 +110,7 @@ class Executor {
   int cluster_;
 };
 
-#else
-
-class Executor {
- public:
-  template <class T>
-  class Local {
-   public:
-    explicit Local(const Executor& x) : threads_(x.threads()), values_(static_cast<size_t>(x.cluster() * threads_)) {}
-    T& operator[](Thread th) { return values_.at(static_cast<size_t>(th.rank * threads_ + th.index)); }
-
-   private:
-    int threads_;
-    std::vector<T> values_;
-  };
-
-  Executor(const Grid& grid, int first)
-      : grid_(grid), first_(first), memory_(static_cast<size_t>(grid.cluster), Memory(words(grid), NAN)) {}
-  int threads() const { return grid_.threads; }
-  int cluster() const { return grid_.cluster; }
-  int rank() const { return 0; }
-  int block(int rank) const { return first_ + rank; }
-
-  template <class F>
-  void each(F f) {
-    for (int rank = 0; rank < cluster(); ++rank) {
-      for (int index = 0; index < threads(); ++index) f(Thread{rank, index});
-    }
-  }
-  void join() {}
-
-  template <class T>
-  T& shared(int rank) {
-    static_assert(sizeof(T) <= kHeaderBytes - kScratchBytes, "does not fit");
-    return *reinterpret_cast<T*>(bytes(rank) + kScratchBytes);
-  }
-  char* staged(Thread th, int offset, int size) {
-    CUDFAST_CHECK(offset >= 0 && offset % 16 == 0 && offset + size <= grid_.staged);
-    return bytes(th.rank) + kHeaderBytes + offset;
-  }
-
-  template <class T, class Add>
-  void reduce(Local<T>& values, Add add, const T& empty = T{}) {
-    for (int rank = 0; rank < cluster(); ++rank) {
-      T warps[kWarp];
-      std::fill(warps, warps + kWarp, empty);
-      for (int warp = 0; warp < threads() / kWarp; ++warp) {
-        T lanes[kWarp];
-        for (int lane = 0; lane < kWarp; ++lane) lanes[lane] = values[Thread{rank, warp * kWarp + lane}];
-        warps[warp] = of_warp(lanes, add);
-      }
-      const T total = of_warp(warps, add);
-      for (int index = 0; index < threads(); ++index) values[Thread{rank, index}] = total;
-    }
-  }
-
- private:
-  using Memory = std::vector<double>;
-  static size_t words(const Grid& grid) { return static_cast<size_t>(kHeaderBytes + grid.staged) / sizeof(double); }
-  char* bytes(int rank) { return reinterpret_cast<char*>(memory_.at(static_cast<size_t>(rank)).data()); }
-  template <class T, class Add>
-  static T of_warp(T (&lanes)[kWarp], Add add) {
-    for (int down = kWarp / 2; down > 0; down /= 2) {
-      for (int lane = 0; lane < down; ++lane) lanes[lane] = add(lanes[lane], lanes[lane + down]);
-    }
-    return lanes[0];
-  }
-
-  Grid grid_;
-  int first_;
-  std::vector<Memory> memory_;
-};
-
-#endif
-
 }  // namespace
 }  // namespace cudfast
+
+#endif

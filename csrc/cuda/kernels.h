@@ -267,6 +267,7 @@ struct RowKernel {
   // view) makes what changes the values of a thread's chunks before they are mapped.
   template <class See>
   CUDFAST_KERNEL void map(Executor& x, int row, bool counts, See see) const {
+    x.join();  // the gradient may lie over the logits, of which other blocks read single elements until here
     x.each([&](Thread th) {
       const View view = this->view(x, th, row);
       const typename Loss::Map map = x.shared<Board>(th.rank).map;

@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#else
+#include <thread>
 #endif
 
 namespace cudfast {
@@ -116,8 +118,15 @@ const char* find_machine(int device, Machine& found) {
 template <class Kernel>
 const char* run(const Kernel& kernel, const Grid& grid, void*) {
   for (int first = 0; first < grid.blocks; first += grid.cluster) {
-    Executor x(grid, first);
-    kernel(x);
+    Cluster all(grid, first);
+    const auto block = [&](int rank) {
+      Executor x(all, rank);
+      kernel(x);
+    };
+    std::vector<std::thread> others;
+    for (int rank = 1; rank < grid.cluster; ++rank) others.emplace_back(block, rank);
+    block(0);
+    for (std::thread& other : others) other.join();
   }
   return nullptr;
 }

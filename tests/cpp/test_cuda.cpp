@@ -76,6 +76,23 @@ void fill(Random& random, Logits& x, int64_t rows, double scale) {
   for (int64_t i = 0; i < rows * x.width; ++i) x.set(i, normal(random));
 }
 
+// The same call once more, its gradient written over the logits: blocks of a cluster must have read what they want.
+template <class Options>
+void test_over_logits(const std::string& what, Call call, const Options& options, const Machine& machine, Logits logits,
+                      const std::vector<double>& gradient, double tolerance) {
+  const auto n = static_cast<size_t>(call.rows.rows);
+  const auto wanted = static_cast<const double*>(call.out.loss);
+  std::vector<double> loss(n);
+  call.rows.logits = call.out.gradient = logits.matrix(call.rows.rows);
+  call.out.loss = loss.data();
+  sweep(kernels<Where::emulated>(), call, options, machine, nullptr);
+  for (size_t row = 0; row < n; ++row) near(what + " loss, over the logits", loss[row], wanted[row], tolerance);
+  for (size_t i = 0; i < gradient.size(); ++i) {
+    near(what + " gradient, over the logits", logits.get(static_cast<int64_t>(i)), gradient[i],
+         tolerance + 2 * rounding(logits.dtype));
+  }
+}
+
 void test_student(const Way& way, const Case& c) {
   const std::string what = std::string(way.name) + " student, V=" + std::to_string(c.classes) + ", dtypes " +
                            std::to_string(static_cast<int>(c.s)) + std::to_string(static_cast<int>(c.t)) + ", tau " +
@@ -129,6 +146,7 @@ void test_student(const Way& way, const Case& c) {
       found.push_back(got);
     }
   }
+  test_over_logits(what, call, options, way.machine, s, found, tolerance);
   // From the saved state, written over the logits, with an upstream gradient.
   const float half = 0.5f;
   const double half_wide = 0.5;
@@ -182,6 +200,7 @@ void test_teacher(const Way& way, const Case& c) {
            (wide ? 1e-8 : 1e-6) + 1.01 * rounding(c.s));
     }
   }
+  test_over_logits(what, call, options, way.machine, z, g.row(0, c.rows * width), wide ? 1e-12 : 1e-6);
 }
 
 // Bounds on the target: against the CPU's kernels in double precision, which Python tests hold against dense targets.
@@ -279,6 +298,7 @@ void test_projected(const Way& way, const Case& c, bool top1, bool near_sets) {
       near(what + " statistics", got, wanted_state[row * columns + i], wide ? 1e-9 : 1e-4);
     }
   }
+  test_over_logits(what, call, options, way.machine, s, found, 0.1 * tolerance);
   // From the saved state, written over the logits, with an upstream gradient.
   const float half = 0.5f;
   const double half_wide = 0.5;
