@@ -151,15 +151,16 @@ def test_no_local_memory_and_at_most_128_registers(machines: list[tuple[Any, str
 
 @built
 def test_the_search_for_a_target() -> None:
-    """The kernels of a projection in float32, whatever the dtypes of the logits."""
+    """The kernels of a projection in float32, whatever the dtypes of the logits; and two dtypes in one call."""
     from cudfast.backends.cuda import compiled
 
     for target in compiled.targets():
         found = compiled.kernels_of("15ProjectedKernelIf", target)
         assert len(found) == 2, target
-        for usage, loops in found:
+        for usage, _ in [*found, *compiled.kernels_of("7StudentILi0ELin1EfE", target)]:
             assert usage["STACK"] + usage["LOCAL"] == 0, target
             assert usage["REG"] <= 128, target
+        for _, loops in found:
             assert {loop.narrowest for loop in loops} == {0, 16}, target  # 0: reads shared memory alone
             assert any(loop.exponentials == 4 * 8 for loop in loops), target  # the fold, over 8 columns
 
