@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import os
 import socket
@@ -107,12 +108,17 @@ def two_ranks(rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     data = Dataset.load_from_disk(str(folder / "data"))
     changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
-    for form in ("hook", "subclass"):
+
+    def train(form: str) -> None:
         student, teacher = qwen(0), qwen(1).eval()
         trainer = trainer_of(form, student, teacher, CUDLoss(), args=arguments(folder, **changes), train_dataset=data)
         assert trainer.args.world_size == ranks
         trainer.train()
         torch.save(student.state_dict(), folder / f"{form}.{rank}")
+
+    for form in ("hook", "subclass"):
+        train(form)
+    gc.collect()  # a model in DDP that outlives its group may wait for the other process, which is gone
     torch.distributed.destroy_process_group()
 
 
