@@ -93,6 +93,19 @@ void test_over_logits(const std::string& what, Call call, const Options& options
   }
 }
 
+// Of the student loss, without what comes back.
+Call student_call(const Case& c, Logits& s, Logits& t, const std::vector<int64_t>& labels) {
+  Call call;
+  call.rows.rows = c.rows;
+  call.rows.classes = c.classes;
+  call.rows.padded = s.width;
+  call.rows.logits = s.matrix(c.rows);
+  call.rows.target = t.matrix(c.rows);
+  call.rows.labels = labels.data();
+  call.rows.scalar = c.tau;
+  return call;
+}
+
 void test_student(const Way& way, const Case& c) {
   const std::string what = std::string(way.name) + " student, V=" + std::to_string(c.classes) + ", dtypes " +
                            std::to_string(static_cast<int>(c.s)) + std::to_string(static_cast<int>(c.t)) + ", tau " +
@@ -110,14 +123,7 @@ void test_student(const Way& way, const Case& c) {
   std::vector<double> loss(static_cast<size_t>(c.rows));
   std::vector<double> state(static_cast<size_t>(c.rows * kStudentColumns));  // f32 takes half of it
   std::vector<int64_t> top1(static_cast<size_t>(c.rows));
-  Call call;
-  call.rows.rows = c.rows;
-  call.rows.classes = v;
-  call.rows.padded = width;
-  call.rows.logits = s.matrix(c.rows);
-  call.rows.target = t.matrix(c.rows);
-  call.rows.labels = labels.data();
-  call.rows.scalar = c.tau;
+  Call call = student_call(c, s, t, labels);
   call.divisors = divisors;
   call.out.loss = loss.data();
   call.out.state = state.data();
@@ -241,14 +247,7 @@ void test_projected(const Way& way, const Case& c, bool top1, bool near_sets) {
   const auto n = static_cast<size_t>(c.rows), columns = static_cast<size_t>(kStudentColumns + kProjectedColumns);
   std::vector<double> loss(n), state(n * columns), wanted_loss(n), wanted_state(n * columns);
   std::vector<int64_t> top1_found(n), wanted_top1(n);
-  Call call;
-  call.rows.rows = c.rows;
-  call.rows.classes = v;
-  call.rows.padded = width;
-  call.rows.logits = s.matrix(c.rows);
-  call.rows.target = t.matrix(c.rows);
-  call.rows.labels = labels.data();
-  call.rows.scalar = c.tau;
+  Call call = student_call(c, s, t, labels);
   call.rows.constraints.bounds = bounds.data();
   if (near_sets) call.rows.constraints.near = {near_offsets.data(), near_members.data()};
   if (!top1) call.rows.constraints.wrong = {wrong_offsets.data(), wrong_members.data()};
