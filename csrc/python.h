@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
 #include <tuple>
 
 #include "launch.h"
@@ -98,6 +99,14 @@ inline Constraints make_constraints(py::handle fields) {
   return c;
 }
 
+// A tensor that has elements but no memory: torch gives 0 as its address.
+inline void require_memory(const void* data, py::handle tensor, const char* name) {
+  if (data || tensor.is_none()) return;
+  throw py::value_error(std::string(name) +
+                        " has no memory: its storage has been freed (as FSDP frees a parameter "
+                        "that it has not gathered); gather it, or pass a copy");
+}
+
 // cudfast.rows.Rows, field by field.
 inline Rows make_rows(const py::tuple& fields, int64_t ignore_index, int64_t unlabeled_index, int threads) {
   const auto field = [&](int i) { return py::handle(PyTuple_GET_ITEM(fields.ptr(), i)); };
@@ -117,6 +126,13 @@ inline Rows make_rows(const py::tuple& fields, int64_t ignore_index, int64_t unl
   rows.ignore_index = ignore_index;
   rows.unlabeled_index = unlabeled_index;
   rows.threads = threads;
+  if (rows.rows > 0 && rows.classes > 0) {
+    require_memory(rows.logits.data, field(0), "student_logits (or logits)");
+    require_memory(rows.target.data, field(1), "teacher_logits");
+    require_memory(rows.labels, field(2), "labels");
+    require_memory(rows.weight, field(3), "weight");
+    require_memory(rows.per_row, field(4), "temperature (or alpha)");
+  }
   return rows;
 }
 

@@ -39,8 +39,10 @@ def largest_in(scores: Tensor, k: int) -> Tensor:
 
 def as_tensor(value: object, name: str, expected: str) -> Tensor:
     """A tensor without its history, from a tensor, an array or a list."""
+    if isinstance(value, Tensor):
+        return value.detach()
     try:
-        return torch.as_tensor(value).detach()
+        return torch.as_tensor(value, device="cpu")  # wherever torch.set_default_device points
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} ({error})") from error
 

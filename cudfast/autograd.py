@@ -1,8 +1,9 @@
 """From two sweeps to a differentiable loss.
 
 Eager calls go through `torch.autograd.Function`: its cost a call is a fraction of a Python custom op's, which for small
-batches would be the whole cost. Under `torch.compile` the same sweeps go through `torch.library` ops, which trace with
-fullgraph=True; there the gradient is always made in backward, from the saved state.
+batches would be the whole cost. Under `torch.compile`, and with tensors that have no memory of their own, the same
+sweeps go through `torch.library` ops, which trace with fullgraph=True; there the gradient is always made in backward,
+from the saved state.
 """
 
 from __future__ import annotations
@@ -18,7 +19,20 @@ from .distributed.projected import TOPS
 from .distributed.sharded import Sharded
 from .memory import LARGE, empty
 from .options import CUDOptions, DUSOptions, cross_entropy, parse, text_of
-from .rows import Backend, Constraints, Rows, State, columns_of, compute_dtype, masks, row_name, vector_dtype
+from .rows import (
+    Backend,
+    Constraints,
+    Rows,
+    State,
+    check_items,
+    columns_of,
+    compute_dtype,
+    masks,
+    row_count,
+    row_name,
+    vector_dtype,
+)
+from .tensors import addressable, direct
 
 
 class Call(NamedTuple):
@@ -94,6 +108,43 @@ class Once(torch.autograd.Function):
         )
 
 
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """ctx.save_for_backward, which refuses what was made under torch.inference_mode: that has no version to check."""
+    ctx.unversioned = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+    if ctx.unversioned:
+        tensors = tuple(None if i in ctx.unversioned else x for i, x in enumerate(tensors))
+    ctx.save_for_backward(*tensors)
+
+
+def saved(ctx: Any) -> tuple[Any, ...]:
+    """What `save` was given."""
+    if not ctx.unversioned:
+        return ctx.saved_tensors  # type: ignore[no-any-return]
+    return tuple(ctx.unversioned.get(i, x) for i, x in enumerate(ctx.saved_tensors))
+
+
+def upstream_of(gradient: Tensor) -> Tensor:
+    """An upstream gradient as kernels read it.
+
+    Raises:
+        RuntimeError: a batch of them.
+    """
+    if addressable(gradient):
+        return gradient
+    if torch._C._functorch.is_batchedtensor(gradient) or torch._C._functorch.is_legacy_batchedtensor(gradient):
+        raise RuntimeError(
+            "cudfast losses take one upstream gradient at a time: leave out is_grads_batched=True of "
+            "torch.autograd.grad, and vectorize=True of torch.autograd.functional.jacobian"
+        )
+    gradient = gradient.clone()  # waits for a collective, and settles a negative bit
+    if addressable(gradient):
+        return gradient
+    raise RuntimeError(
+        f"the upstream gradient is a {type(gradient).__name__}, without memory of its own, and the loss was computed "
+        "from ordinary tensors: call the loss and backward in the same mode"
+    )
+
+
 class _Loss(torch.autograd.Function):
     """loss = sum over rows; differentiable in the logits only."""
 
@@ -117,12 +168,12 @@ class _Loss(torch.autograd.Function):
         if gradient is None:
             assert state is not None
             ctx.made, ctx.spent = None, False
-            ctx.save_for_backward(logits, rows.target, rows.labels, rows.weight, rows.per_row, *state)
+            save(ctx, logits, rows.target, rows.labels, rows.weight, rows.per_row, *state)
         else:
             _wrote(rows, call, gradient)
             ctx.made, ctx.spent = (gradient, gradient._version), options.inplace
             if not options.inplace:
-                ctx.save_for_backward(logits, rows.target, rows.labels, rows.weight, rows.per_row)
+                save(ctx, logits, rows.target, rows.labels, rows.weight, rows.per_row)
         ctx.set_materialize_grads(False)
         return loss
 
@@ -130,6 +181,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None) -> Any:
         if upstream is None:
             return None, None
+        upstream = upstream_of(upstream)
         if not torch.is_grad_enabled():
             return _Loss._gradient(ctx, upstream), None
         if ctx.plain[0].options.inplace:
@@ -170,7 +222,7 @@ class _Loss(torch.autograd.Function):
         backend: Backend
         call, backend, *rest = ctx.plain
         options = call.options
-        logits, target, labels, weight, per_row, *states = ctx.saved_tensors
+        logits, target, labels, weight, per_row, *states = saved(ctx)
         rows = Rows(logits, target, labels, weight, per_row, *rest)
         state: State | None = State(*states) if states else None
         if state is None:
@@ -192,7 +244,7 @@ def _backend(options: CUDOptions | DUSOptions, device: torch.device, shard: Shar
 def evaluate(rows: Rows, call: Call) -> tuple[Tensor, State | None]:
     """The loss () or (N,), differentiable where that is wanted, and the state when statistics are."""
     options = call.options
-    if torch.compiler.is_compiling():
+    if not direct(rows.logits, rows.target, rows.labels, rows.weight, rows.per_row):
         return _evaluate_op(rows, call)
     backend = _backend(options, rows.logits.device, call.shard)
     reads_state = call.statistics or options.check_finite
@@ -245,6 +297,7 @@ def row_state_op(
     bounds = Constraints.unpacked(constraints, flags)
     rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes, bounds)
     parsed = parsed_of(options, target)
+    check_items(rows, parsed)
     backend = _backend(parsed, logits.device, Shard.parsed(shard))
     loss, state = backend.row_state(rows, parsed, statistics=statistics, keep=True, gradient=None)
     assert state is not None
@@ -275,7 +328,7 @@ def _(
     dtype = compute_dtype(rows)
     student = isinstance(parsed, CUDOptions)
     columns = columns_of(rows, parsed) + (TOPS if shard and bounds is not None else ())
-    count = logits.shape[:-1].numel()  # a rank may have no class
+    count = row_count(logits)
     return (
         logits.new_empty((count,) if parsed.reduction == "none" else (), dtype=dtype),
         logits.new_empty((count, len(columns)), dtype=dtype),
@@ -337,13 +390,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     logits, target, labels, weight, per_row, _, constraints, *plain, _ = inputs
     _, sums, top1, divisors = output
     ctx.plain = plain
-    ctx.save_for_backward(logits, target, labels, weight, per_row, sums, top1, divisors, *constraints)
+    save(ctx, logits, target, labels, weight, per_row, sums, top1, divisors, *constraints)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    *tensors, sums, top1, divisors = ctx.saved_tensors[:8]
-    constraints = list(ctx.saved_tensors[8:])
+    *tensors, sums, top1, divisors = saved(ctx)[:8]
+    constraints = list(saved(ctx)[8:])
     gradient = None
     if upstream is not None:
         gradient = row_gradient_op(*tensors, constraints, *ctx.plain, sums, top1, divisors, upstream)
@@ -353,10 +406,19 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any
 row_state_op.register_autograd(_backward, setup_context=_setup)
 
 
+def items_tensor(rows: Rows) -> Tensor | None:
+    """num_items as an op takes it, so that a number which changes makes no new graph."""
+    items, device = rows.num_items, rows.logits.device
+    if items is None:
+        return None
+    if isinstance(items, Tensor):
+        return items.to(device, vector_dtype(device))
+    return torch.ones((), dtype=vector_dtype(device), device=device) * items  # a product is traced with a symbol
+
+
 def _evaluate_op(rows: Rows, call: Call) -> tuple[Tensor, State]:
-    items = rows.num_items
-    if items is not None:
-        items = torch.as_tensor(items, dtype=vector_dtype(rows.logits.device), device=rows.logits.device)
+    if rows.logits.is_meta and call.options.backend != "auto":
+        backends.choose(call.options.backend, rows.logits.device)
     options, constraints, flags = packed_of(rows, call.options)
     loss, *state = row_state_op(
         rows.logits,
@@ -364,7 +426,7 @@ def _evaluate_op(rows: Rows, call: Call) -> tuple[Tensor, State]:
         rows.labels,
         rows.weight,
         rows.per_row,
-        items,
+        items_tensor(rows),
         constraints,
         rows.scalar,
         rows.classes,

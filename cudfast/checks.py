@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .options import NUMBERS, TEMPERATURES
 from .projection import BOUNDS, Projection
-from .rows import DTYPES, Constraints, Rows, row_layout, vector_dtype
+from .rows import DTYPES, Constraints, Rows, check_items, row_count, row_layout, vector_dtype
 from .sets import ClassSets
+from .tensors import addressable, direct, local
 
 if TYPE_CHECKING:
     from .autograd import Call
@@ -21,30 +23,14 @@ if TYPE_CHECKING:
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
-def is_dtensor(value: object) -> bool:
-    """By its name: asking for the type would import all of torch.distributed.tensor."""
-    return type(value).__name__ == "DTensor"
-
-
-def check_local(value: object, name: str) -> None:
-    """What decides where a call's rows and classes are has been made local already; kernels read addresses."""
-    if is_dtensor(value):
-        raise TypeError(
-            f"{name} is a DTensor, understood only where the logits (class weights, in a fused loss) are DTensors, and "
-            f"of alpha, num_items and grad_out never: pass {name}.to_local(), or .full_tensor()"
-        )
-
-
 def logits_of(value: object, name: str, *, empty: bool = False) -> Tensor:
     """Logits (..., V); empty: V may be 0."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor of logits (..., V), got {type(value).__name__}")
-    check_local(value, name)
+    value = local(value, name)
     if value.dtype not in DTYPES:
         known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"{name} has dtype {value.dtype}: expected one of {known}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} has layout {value.layout}: expected a dense (strided) tensor; call .to_dense() first")
     shape = value.shape
     if not shape or (shape[-1] == 0 and not empty):
         raise ValueError(f"{name} has shape {tuple(value.shape)}: expected (..., V) with at least one class")
@@ -89,7 +75,7 @@ def labels_of(labels: object, logits: Tensor, name: str) -> Tensor | None:
         return None
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: expected a torch.Tensor of class indices (...), got {type(labels).__name__}")
-    check_local(labels, "labels")
+    labels = local(labels, "labels")
     if labels.dtype not in _INTEGERS:
         raise TypeError(
             f"labels has dtype {labels.dtype}: expected int64 class indices (class probabilities belong to the teacher)"
@@ -102,7 +88,14 @@ def labels_of(labels: object, logits: Tensor, name: str) -> Tensor | None:
 
 
 def _misplaced(vector: Tensor, name: str, logits: Tensor, logits_name: str) -> ValueError:
-    if vector.shape != logits.shape[:-1]:
+    shape = logits.shape
+    if logits_name.endswith("logits") and len(shape) > 2 and vector.shape == shape[:1] + shape[2:]:
+        return ValueError(
+            f"{name} has shape {tuple(vector.shape)} and {logits_name} {tuple(shape)}, with its classes along axis 1, "
+            f"as in nn.CrossEntropyLoss: expected classes last, pass {logits_name}.movedim(1, -1) (and likewise every "
+            "other logits)"
+        )
+    if vector.shape != shape[:-1]:
         return ValueError(
             f"{name} has shape {tuple(vector.shape)}: expected {tuple(logits.shape[:-1])}, that of {logits_name} "
             "without its last axis"
@@ -111,10 +104,10 @@ def _misplaced(vector: Tensor, name: str, logits: Tensor, logits_name: str) -> V
 
 
 def vector_of(vector: Tensor, name: str, logits: Tensor, logits_name: str) -> Tensor:
-    """(N,) f64 from a float tensor of the rows' shape."""
-    check_local(vector, name)
-    if not vector.dtype.is_floating_point:
-        raise TypeError(f"{name} has dtype {vector.dtype}: expected floating point")
+    """(N,) f64 from a tensor of the rows' shape: floating point, integers, or a bool mask."""
+    vector = local(vector, name)
+    if vector.dtype.is_complex:
+        raise TypeError(f"{name} has dtype {vector.dtype}: expected real numbers")
     if vector.requires_grad:
         raise ValueError(f"{name} requires grad, and no gradient flows to it: pass {name}.detach()")
     if vector.shape != logits.shape[:-1] or vector.device != logits.device:
@@ -149,14 +142,16 @@ def num_items_of(num_items: object) -> float | Tensor | None:
     if num_items is None:
         return None
     if isinstance(num_items, Tensor):
-        check_local(num_items, "num_items")
+        num_items = local(num_items, "num_items")
         if num_items.numel() != 1 or num_items.dtype == torch.bool:
             raise ValueError(f"num_items is {num_items.dtype} {tuple(num_items.shape)}: expected one number")
-        if torch.compiler.is_compiling() or not num_items.is_cpu:
+        if not num_items.is_cpu or not direct(num_items):
             return num_items.detach().reshape(())
         num_items = num_items.item()
     if isinstance(num_items, bool) or not isinstance(num_items, NUMBERS):
         raise TypeError(f"num_items: expected a number or a tensor of one, got {type(num_items).__name__}")
+    if torch.compiler.is_compiling():
+        return num_items  # type: ignore[return-value]  # symbolic; its value is looked at when the graph runs
     if not (math.isfinite(num_items) and num_items >= 0):
         raise ValueError(f"num_items={num_items}: expected a finite number >= 0")
     return float(num_items)
@@ -164,11 +159,11 @@ def num_items_of(num_items: object) -> float | Tensor | None:
 
 def check_call(rows: Rows, name: str, call: Call) -> None:
     """What no single argument shows: where the call runs, and where its gradient goes."""
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "cudfast losses do not work inside torch.func transforms (vmap, grad, jvp, jacrev, ...): use "
-            "loss.backward() or torch.autograd.grad, and pass a batch as one tensor instead of mapping over it"
-        )
+    check_mode(rows.logits, rows.target)
+    items = rows.num_items
+    host = isinstance(items, float) and not torch.compiler.is_compiling()
+    if host and items == 0 and direct(rows.logits, rows.labels, rows.weight):
+        check_items(rows, call.options)
     if call.grad_out is None and not call.options.inplace:
         return
     if torch.compiler.is_compiling():
@@ -176,7 +171,35 @@ def check_call(rows: Rows, name: str, call: Call) -> None:
             "inplace=True and grad_out do not work under torch.compile, which owns the memory of a graph: "
             "leave them out there"
         )
+    if not direct(rows.logits):
+        raise RuntimeError(f"inplace=True and grad_out do not go with {name}, {_NO_MEMORY}: leave them out there")
     _check_gradient_memory(rows.logits, name, rows.target, call)
+
+
+_NO_MEMORY = "which has no memory of its own (a fake, meta or functional tensor, a wrapper, or the negative of another)"
+
+
+def check_mode(*tensors: Tensor | None) -> None:
+    """That the gradient is one that the losses have: of first order, backward, and not mapped over."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "cudfast losses do not work inside torch.func transforms (vmap, grad, jvp, jacrev, ...): use "
+            "loss.backward() or torch.autograd.grad, and pass a batch as one tensor instead of mapping over it"
+        )
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "cudfast losses are not recorded by torch.jit.trace, which would return unwritten memory: use "
+            "torch.compile or torch.export, or trace the model without its loss"
+        )
+    if forward_ad._current_level >= 0 and any(x is not None and _has_tangent(x) for x in tensors):
+        raise RuntimeError(
+            "an input carries a tangent of forward-mode AD, for which cudfast losses have no derivative: use "
+            "loss.backward() or torch.autograd.grad, or pass forward_ad.unpack_dual(x).primal"
+        )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _check_gradient_memory(logits: Tensor, name: str, teacher: Tensor | None, call: Call) -> None:
@@ -194,7 +217,8 @@ def _check_gradient_memory(logits: Tensor, name: str, teacher: Tensor | None, ca
     elif out is not None:
         if not isinstance(out, Tensor):
             raise TypeError(f"grad_out: expected a torch.Tensor, got {type(out).__name__}")
-        check_local(out, "grad_out")
+        if not addressable(out):
+            raise TypeError(f"grad_out is a {type(out).__name__} {_NO_MEMORY}: expected a plain torch.Tensor")
         if out.shape != logits.shape or out.dtype != logits.dtype or out.device != logits.device:
             raise ValueError(
                 f"grad_out is {out.dtype} {tuple(out.shape)} on {out.device}: expected {logits.dtype} "
@@ -247,7 +271,7 @@ def alpha_of(alpha: object, labels: Tensor, classes: int, shard: Shard | None) -
         return None, shard
     if not isinstance(alpha, Tensor):
         raise TypeError(f"alpha: expected a torch.Tensor (V,) with one value per class, got {type(alpha).__name__}")
-    check_local(alpha, "alpha")
+    alpha = local(alpha, "alpha")
     if shard is not None and alpha.dim():
         classes = len(alpha)
         shard = shard.of_all(classes)
@@ -264,14 +288,17 @@ def alpha_of(alpha: object, labels: Tensor, classes: int, shard: Shard | None) -
 
 def constraints_of(projection: Projection, logits: Tensor, classes: int, name: str) -> Constraints:
     """The projection for the rows of `logits`."""
-    count = logits.shape[:-1].numel()
-    bounds = torch.full((count, len(BOUNDS)), torch.nan, dtype=vector_dtype(logits.device), device=logits.device)
-    for column, bound in enumerate(BOUNDS):
+    count, dtype = row_count(logits), vector_dtype(logits.device)
+
+    def column(bound: str) -> Tensor:
         value = getattr(projection, bound)
-        if isinstance(value, Tensor) and value.dim() > 0:
-            value = vector_of(value, f"Projection({bound}=...)", logits, name)
-        if value is not None:
-            bounds[:, column] = value
+        if not isinstance(value, Tensor):
+            return logits.new_full((count,), torch.nan if value is None else value, dtype=dtype)
+        if value.dim() > 0:
+            return vector_of(value, f"Projection({bound}=...)", logits, name)
+        return value.to(logits.device, dtype).expand(count)
+
+    bounds = torch.stack([column(bound) for bound in BOUNDS], -1)
     wrong = projection.wrong if isinstance(projection.wrong, ClassSets) else None
     for what, sets in (("near", projection.near), ("wrong", wrong)):
         if sets is None:

@@ -13,7 +13,6 @@ from .checks import (
     check_call,
     classes_of,
     constraints_of,
-    is_dtensor,
     labels_of,
     logits_of,
     num_items_of,
@@ -26,6 +25,7 @@ from .options import CUDOptions, DUSOptions, cross_entropy
 from .projection import Projection
 from .rows import Rows
 from .statistics import StudentStatistics, TeacherStatistics, student_statistics, teacher_statistics
+from .tensors import is_dtensor
 
 
 @overload

@@ -132,7 +132,8 @@ class LossOptions:
             _integer(self, "unlabeled_index")
             if self.unlabeled_index == self.ignore_index:
                 raise ValueError(
-                    f"unlabeled_index and ignore_index are both {self.ignore_index}: expected two different values"
+                    f"unlabeled_index and ignore_index are both {self.ignore_index}: expected two different values; "
+                    "pass unlabeled_index=None where no label means that a row has none"
                 )
         if self.num_classes is not None:
             _integer(self, "num_classes")

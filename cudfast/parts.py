@@ -64,10 +64,12 @@ def _nothing(rows: Rows, options: CUDOptions | DUSOptions) -> State:
     """Of a part without classes."""
     device = rows.logits.device
     row = torch.tensor(
-        [NOTHING if column in _LOGITS else 0 for column in columns_of(rows, options)], dtype=compute_dtype(rows)
+        [NOTHING if column in _LOGITS else 0 for column in columns_of(rows, options)],
+        dtype=compute_dtype(rows),
+        device=device,
     )
     top1 = torch.zeros(rows.n if isinstance(options, CUDOptions) else 0, dtype=torch.int64, device=device)
-    return State(row.to(device).repeat(rows.n, 1), top1, torch.ones(2, dtype=vector_dtype(device), device=device))
+    return State(row.repeat(rows.n, 1), top1, torch.ones(2, dtype=vector_dtype(device), device=device))
 
 
 def state_of(span: Span, options: CUDOptions | DUSOptions, marks: Marks, packed: State) -> Whole:

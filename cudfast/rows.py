@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +58,11 @@ class Constraints(NamedTuple):
         return cls(near, wrong, "top1" in given, bounds, "relax" in given, "entropy" in given)
 
 
+def row_count(logits: Tensor) -> int:
+    """N of (..., V). Not by Size.numel(), for which a traced graph holds for one number of rows; V may be 0."""
+    return math.prod(logits.shape[:-1])
+
+
 class Part(NamedTuple):
     """Which rows of a larger call: errors name them as its caller wrote them."""
 
@@ -80,7 +87,7 @@ class Rows(NamedTuple):
     @property
     def n(self) -> int:
         """N."""
-        return self.logits.shape[:-1].numel()
+        return row_count(self.logits)
 
 
 class State(NamedTuple):
@@ -219,7 +226,7 @@ def row_name(rows: Rows, row: int) -> str:
     shape = rows.logits.shape[:-1]
     if rows.part is not None:
         row, shape = int(rows.part.rows[row]), rows.part.shape
-    index = torch.unravel_index(torch.tensor(row), shape or (1,))
+    index = np.unravel_index(row, shape or (1,))
     return ", ".join(str(int(i)) for i in index)
 
 
@@ -260,3 +267,21 @@ def check_vectors(rows: Rows, options: CUDOptions | DUSOptions) -> None:
         good = (values >= limits[name][0]) & (values <= limits[name][1])
         if (row := first(~good)) is not None:
             raise refuse_value(rows, options, name, row, float(values[row]))
+
+
+def check_items(rows: Rows, options: CUDOptions | DUSOptions) -> None:
+    """Raises for a num_items on the host that no sum over rows can be divided by."""
+    items = rows.num_items
+    if items is None or (isinstance(items, Tensor) and (items.dim() > 0 or not items.is_cpu)):
+        return
+    value = float(items)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"num_items={value:g}: expected a finite number >= 0")
+    if value == 0 and rows.logits.is_cpu:
+        counts, labelled = masks(rows, options)
+        bad = counts if isinstance(options, CUDOptions) else labelled
+        if bool(bad.any()):
+            raise ValueError(
+                f"num_items=0, and row {row_name(rows, int(bad.nonzero()[0]))} counts: expected the number of labels "
+                "that are not ignore_index, in all the batches that one step accumulates"
+            )

@@ -204,20 +204,21 @@ class ClassSets:
             except (TypeError, OverflowError) as error:
                 raise TypeError(f"lists[{y}]: expected an iterable of int classes in [0, {V}) ({error})") from error
             ends.append(len(flat))
-        members, offsets = torch.from_numpy(np.asarray(flat)), torch.tensor(ends)
-        owners = torch.arange(V).repeat_interleave(offsets.diff())
+        members, offsets = torch.from_numpy(np.asarray(flat)), torch.tensor(ends, device="cpu")
+        every = torch.arange(V + 1, device="cpu")
+        owners = every[:-1].repeat_interleave(offsets.diff())
         if (i := first((members < 0) | (members >= V))) is not None:
             raise ValueError(f"lists[{owners[i]}] holds {members[i]}: expected a class in [0, {V})")
         keys = owners * V + members
         if include_label:
-            keys = torch.cat([keys, torch.arange(V) * (V + 1)])
+            keys = torch.cat([keys, every[:-1] * (V + 1)])
         elif (i := first(members == owners)) is not None:
             raise ValueError(
                 f"lists[{owners[i]}] holds class {owners[i]} itself, with include_label=False: remove it, or pass "
                 "include_label=True"
             )
         keys = keys.unique()
-        return cls(torch.searchsorted(keys, torch.arange(V + 1) * V), keys % V)
+        return cls(torch.searchsorted(keys, every * V), keys % V)
 
     @classmethod
     def from_groups(cls, labels_of_classes: object, *, include_label: bool = True) -> ClassSets:

@@ -13,7 +13,7 @@ import torch
 from cudfast import CUDLoss, CUDOptions, DUSLoss, DUSOptions, WClip, backends
 from cudfast.functional import cud_loss, dus_loss
 
-G = torch.empty(21)
+G, G35 = torch.empty(21), torch.randn(70)
 S, T, Y = torch.randn(4, 7), torch.randn(4, 7), torch.tensor([0, 1, 2, 3])
 
 
@@ -111,7 +111,30 @@ CASES: list[tuple[type[Exception], str, Callable[[], object]]] = [
         "weight: expected a torch.Tensor with one weight per row, got list",
         lambda: cud_loss(S, T, Y, weight=[1.0]),
     ),
-    (TypeError, "weight has dtype torch.int64: expected floating point", lambda: cud_loss(S, T, Y, weight=Y)),
+    (
+        TypeError,
+        "weight has dtype torch.complex64: expected real numbers",
+        lambda: cud_loss(S, T, Y, weight=Y.to(torch.complex64)),
+    ),
+    (
+        ValueError,
+        "labels has shape (2, 5) and student_logits (2, 7, 5), with its classes along axis 1, as in "
+        "nn.CrossEntropyLoss: expected classes last, pass student_logits.movedim(1, -1) (and likewise every other "
+        "logits)",
+        lambda: cud_loss(G35.view(2, 7, 5), G35.view(2, 7, 5), torch.zeros(2, 5, dtype=torch.int64)),
+    ),
+    (
+        ValueError,
+        "num_items=0, and row 1 counts: expected the number of labels that are not ignore_index, in all the batches "
+        "that one step accumulates",
+        lambda: cud_loss(S, T, torch.tensor([-100, 1, 2, 3]), num_items=0),
+    ),
+    (
+        ValueError,
+        "num_items=0, and row 0 counts: expected the number of labels that are not ignore_index, in all the batches "
+        "that one step accumulates",
+        lambda: dus_loss(S, Y, num_items=torch.tensor(0)),
+    ),
     (
         ValueError,
         "weight[1] = -0.5: expected a finite number >= 0",
@@ -257,7 +280,8 @@ CASES: list[tuple[type[Exception], str, Callable[[], object]]] = [
     ),
     (
         ValueError,
-        "unlabeled_index and ignore_index are both -1: expected two different values",
+        "unlabeled_index and ignore_index are both -1: expected two different values; pass unlabeled_index=None where "
+        "no label means that a row has none",
         lambda: CUDLoss(ignore_index=-1),
     ),
     (TypeError, "CUDOptions(ignore_index=...): expected an int, got float", lambda: CUDLoss(ignore_index=1.5)),

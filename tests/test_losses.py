@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from cudfast import CUDLoss, CUDOptions, DUSLoss, DUSOptions, WClip
 from cudfast.functional import cud_loss, dus_loss
 
+from .batches import batch as small_batch
 from .conftest import BUILT
 from .truth import calibrated, cud_rows, dus_rows, gradient
 
@@ -155,14 +156,15 @@ def test_vectors_of_any_layout(backend: str, batch: tuple[torch.Tensor, ...]) ->
 
 
 def test_rows_without_weight_in_any_term_have_no_gradient(backend: str) -> None:
-    """Not even where they hold NaN: an unlabelled row under cross-entropy, or num_items=0."""
+    """Not even where they hold NaN: an unlabelled row under cross-entropy, or num_items=0 where every row is ignored."""
     student = torch.randn(2, V)
     student[1, 3] = torch.nan
     student.requires_grad_()
     loss = cud_loss(student, None, torch.tensor([1, -1]), CUDOptions(kd_weight=0, check_finite=True, backend=backend))
     assert loss.isfinite()
     assert gradient(loss, student).isfinite().all()
-    loss = cud_loss(student, torch.randn(2, V), None, CUDOptions(backend=backend), num_items=0)
+    ignored = torch.tensor([-100, -100])
+    loss = cud_loss(student, torch.randn(2, V), ignored, CUDOptions(backend=backend), num_items=0)
     assert loss == 0
     assert gradient(loss, student).eq(0).all()
 
@@ -430,3 +432,11 @@ def test_modules(batch: tuple[torch.Tensor, ...]) -> None:
     expected = dus_loss(student, labels.abs() % V, teacher_loss.options, alpha=alpha)
     assert torch.equal(teacher_loss(student, labels.abs() % V), expected)
     assert math.isfinite(DUSLoss(alpha=0.25)(student, labels.abs() % V).item())
+
+
+def test_masks_as_weights(backend: str) -> None:
+    student, teacher, labels, _ = small_batch()
+    keep = torch.tensor([1, 1, 0, 1, 1, 0])
+    expected = CUDLoss(backend=backend)(student, teacher, labels, weight=keep.float())
+    for mask in (keep, keep.bool(), keep.to(torch.int32), keep.to(torch.uint8)):
+        assert CUDLoss(backend=backend)(student, teacher, labels, weight=mask).equal(expected)

@@ -31,7 +31,8 @@ except ImportError as error:
 if _native.isa_warning():
     warnings.warn(_native.isa_warning(), RuntimeWarning, stacklevel=2)
 
-_SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
+_CPU = torch.device("cpu")  # said everywhere: torch.set_default_device may have chosen another
+_SCALARS = {dtype: torch.empty((), dtype=dtype, device=_CPU) for dtype in (torch.float32, torch.float64)}
 _FAULTS = {2: "weight", 3: "per_row"}
 
 
@@ -46,7 +47,7 @@ def pooled(numel: int, dtype: torch.dtype) -> Tensor:
         return torch.frombuffer(_native.Memory(numel * dtype.itemsize), dtype=dtype, count=numel)
     except MemoryError:  # PyTorch says it better, if what waits in the pool does not help
         empty_cache()
-        return torch.empty(numel, dtype=dtype)
+        return torch.empty(numel, dtype=dtype, device=_CPU)
 
 
 def empty_cache() -> None:
@@ -85,14 +86,14 @@ def row_state(
     """See `cudfast.rows.Backend`."""
     calls = kernels(_native, options)
     dtype = compute_dtype(rows)
-    loss = torch.empty_like(_SCALARS[dtype]) if calls.scalar else torch.empty(rows.n, dtype=dtype)
+    loss = torch.empty_like(_SCALARS[dtype]) if calls.scalar else torch.empty(rows.n, dtype=dtype, device=_CPU)
     state = None
     if keep:
         count = rows.n
         state = State(
-            torch.empty(count, len(columns_of(rows, options)), dtype=dtype),
-            torch.empty(count if calls.indices else 0, dtype=torch.int64),
-            torch.empty(2, dtype=torch.float64),
+            torch.empty(count, len(columns_of(rows, options)), dtype=dtype, device=_CPU),
+            torch.empty(count if calls.indices else 0, dtype=torch.int64, device=_CPU),
+            torch.empty(2, dtype=torch.float64, device=_CPU),
         )
     fault, row = calls.state(
         rows,

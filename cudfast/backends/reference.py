@@ -195,11 +195,12 @@ def _write(rows: Rows, marks: Marks, values: Tensor, gradient: Tensor) -> None:
 
 def scale(gradient: Tensor, upstream: Tensor) -> Tensor:
     """See `cudfast.rows.Backend`."""
-    if not upstream.dim():
-        return gradient if upstream.is_cpu and upstream.item() == 1 else gradient.mul_(upstream)
-    upstream = upstream.reshape(*gradient.shape[:-1], 1)
+    if upstream.dim():
+        upstream = upstream.reshape(*gradient.shape[:-1], 1)
+    elif upstream.is_cpu and upstream.item() == 1:
+        return gradient
     if upstream.is_cpu and not bool(upstream.isfinite().all()):
-        return torch.where(gradient == 0, 0, gradient * upstream)
+        return gradient.copy_(torch.where(gradient == 0, 0, gradient * upstream))
     return gradient.mul_(upstream)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import is_dtensor
+from ..tensors import is_dtensor, waited
 from .group import Shard
 
 
@@ -67,9 +67,8 @@ class Place:
 
 
 def _local(x: Any) -> Tensor:
-    local: Any = x.to_local()
-    found: Tensor = local.wait() if hasattr(local, "trigger_wait") else local
-    return found
+    local: Tensor = waited(x.to_local())
+    return local
 
 
 def localized(

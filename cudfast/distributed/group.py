@@ -158,6 +158,23 @@ def gather(group: Any, message: Tensor) -> Tensor:
     return Gathering(group, message).wait()
 
 
+def as_bytes(columns: Tensor, index: Tensor | None = None) -> Tensor:
+    """(..., bytes) one message of columns (..., C) and an int64 index (...)."""
+    message = columns.view(torch.uint8)
+    return message if index is None else torch.cat([message, index.unsqueeze(-1).view(torch.uint8)], -1)
+
+
+def from_bytes(message: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Inverse of `as_bytes` for `count` columns of that dtype."""
+    width = count * dtype.itemsize
+
+    def cut(part: Tensor, as_dtype: torch.dtype) -> Tensor:
+        return part.clone(memory_format=torch.contiguous_format).view(as_dtype)  # of no rows, contiguous() is a view
+
+    columns = cut(message[..., :width], dtype)
+    return columns, cut(message[..., width:], torch.int64).squeeze(-1) if message.shape[-1] > width else None
+
+
 def reduce(group: Any, x: Tensor) -> Tensor:
     """The sum of the ranks' x, to the bit the same on all of them."""
     try:
@@ -242,9 +259,12 @@ class Agreement(NamedTuple):
             raise
 
 
-def ask(shard: Shard, device: torch.device, given: dict[str, Any]) -> Agreement:
-    """Sends this rank's header. given: "classes" (of this rank) and whatever must be the same on every rank."""
-    mine = {"classes": given["classes"], "offset": shard.class_offset}
+def ask(shard: Shard, device: torch.device, given: dict[str, Any], *, empty: bool = False) -> Agreement:
+    """Sends this rank's header. given: "classes" (of this rank) and whatever must be the same on every rank.
+
+    empty: the ranks may have none at all.
+    """
+    mine = {"classes": given["classes"], "offset": shard.class_offset, "empty": empty}
     alike = {"classes in all": shard.classes, **{key: value for key, value in given.items() if key != "classes"}}
     return _Headers(shard, {"mine": mine, "alike": alike}).ask(device)
 
@@ -265,7 +285,7 @@ def _layout(headers: bytes, rank: int, group_name: str) -> Layout:
                 )
     first = _firsts(group, [header["mine"] for header in said])
     total = sum(header["mine"]["classes"] for header in said)
-    if total == 0:
+    if total == 0 and not said[0]["mine"]["empty"]:
         raise ValueError("no rank of process_group has a class: expected logits (..., V_r) with at least one in all")
     expected = said[0]["alike"].get("classes in all")
     if expected is not None and expected != total:

@@ -83,7 +83,7 @@ def sizes_of(hidden: Tensor, shard: Shard) -> list[int]:
             "along the first axis"
         )
     alike = {"other axes of the hidden states": list(hidden.shape[1:]), "their dtype": str(hidden.dtype)}
-    return ask(Shard(shard.group), hidden.device, {"classes": len(hidden), **alike}).wait().sizes
+    return ask(Shard(shard.group), hidden.device, {"classes": len(hidden), **alike}, empty=True).wait().sizes
 
 
 def spread_teacher(hidden: Tensor, shard: Shard | None, sequence_sharded: bool) -> Tensor:

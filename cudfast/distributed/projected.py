@@ -13,7 +13,7 @@ from ..backends.reference import Marks
 from ..calibration import Alone, Factors, Projected, factored, groups_of, project, refuse_relaxed
 from ..reference import NOTHING, first_top1
 from ..rows import PROJECTED_COLUMNS, STUDENT_COLUMNS, Rows, State, compute_dtype
-from .group import gather, reduce
+from .group import as_bytes, from_bytes, gather, reduce
 
 TOPS = ("near_top", "wrong_top")  # columns of a packed state after those of `columns_of`: maxima of two sets
 
@@ -46,11 +46,9 @@ def _top1(group: Any, t: Tensor, first: int, rows: Rows, marks: Marks) -> tuple[
     index = marks.column - first
     inside = marks.labelled & (index.squeeze(-1) >= 0) & (index.squeeze(-1) < rows.classes)
     t_y = torch.where(inside, t.gather(-1, torch.where(inside.unsqueeze(-1), index, 0)).squeeze(-1), NOTHING)
-    logits = torch.stack([t.amax(-1), t_y], -1).view(torch.uint8)
-    k = (first_top1(t) + first).unsqueeze(-1).view(torch.uint8)
-    found = gather(group, torch.cat([logits, k], -1))
-    logits = found[..., : -k.shape[-1]].contiguous().view(t.dtype)  # (R, N, 2)
-    k = found[..., -k.shape[-1] :].contiguous().view(torch.int64).squeeze(-1)
+    found = gather(group, as_bytes(torch.stack([t.amax(-1), t_y], -1), first_top1(t) + first))
+    logits, k = from_bytes(found, 2, t.dtype)  # (R, N, 2) and (R, N)
+    assert k is not None
     best = logits.amax(0)
     k = torch.where(logits[..., 0] == best[:, 0], k, torch.iinfo(k.dtype).max).amin(0)
     return torch.where(best[:, 0].isnan(), 0, k), best

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checks import logits_of
 from ..reference import NOTHING
+from ..rows import row_count
 from .group import Shard, ask, lost, telling
 
 
@@ -45,7 +46,7 @@ def reshard(logits: Tensor, width: int, process_group: Any) -> Tensor:
     alike = {"leading shape": list(logits.shape[:-1]), "dtype": str(logits.dtype)}
     have = ask(shard, logits.device, {"classes": logits.shape[-1], **alike}).wait().sizes
     want = ask(shard, logits.device, {"classes": width, **alike}).wait().sizes
-    rank, rows = dist.get_rank(process_group), logits.shape[:-1].numel()
+    rank, rows = dist.get_rank(process_group), row_count(logits)
     columns = logits.detach().reshape(rows, logits.shape[-1]).t().contiguous()
     found = columns.new_full((width, rows), NOTHING)
     send = [_shared(have, want, rank, other) for other in range(len(have))]

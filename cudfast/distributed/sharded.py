@@ -18,7 +18,7 @@ from ..options import CUDOptions, DUSOptions, text_of
 from ..parts import Span, Whole, finished, inverse_temperature, merge, state_of, swept, write_gradient
 from ..reference import StudentState
 from ..rows import Backend, Rows, State, check_vectors, compute_dtype, divisors_of, masks, vector_dtype
-from .group import Layout, Shard, ask, gather
+from .group import Layout, Shard, as_bytes, ask, from_bytes, gather
 from .projected import again, calibrated
 from .projected import packed as with_target
 
@@ -125,16 +125,12 @@ def over_ranks(
 def merged(group: Any, mine: Whole, dtype: torch.dtype, inv_tau: Tensor, *, top1: bool) -> Whole:
     """The state of all ranks' classes, from one exchange in `dtype`. Without `top1` nobody asks for the teacher's."""
     columns = [x for x in mine if x.dtype != torch.int64]
-    message = torch.stack(columns, -1).to(dtype).view(torch.uint8)
-    if isinstance(mine, StudentState) and top1:
-        message = torch.cat([message, mine.k.unsqueeze(-1).view(torch.uint8)], -1)
-    found = gather(group, message)  # (R, N, bytes)
-    width = len(columns) * dtype.itemsize
-    sums = found[..., :width].contiguous().view(dtype).to(mine[0].dtype)
-    fields = list(sums.unbind(-1))
+    index = mine.k if isinstance(mine, StudentState) and top1 else None
+    found = gather(group, as_bytes(torch.stack(columns, -1).to(dtype), index))  # (R, N, bytes)
+    sums, k = from_bytes(found, len(columns), dtype)
+    fields = list(sums.to(mine[0].dtype).unbind(-1))
     if isinstance(mine, StudentState):
-        k = torch.zeros(found.shape[:2], dtype=torch.int64, device=found.device)
-        fields.append(found[..., width:].contiguous().view(torch.int64).squeeze(-1) if top1 else k)
+        fields.append(torch.zeros(found.shape[:2], dtype=torch.int64, device=found.device) if k is None else k)
     parts = _of(mine, fields)
     while (count := len(parts[0])) > 1:  # neighbours first: their sums are alike
         pairs = merge(_ranks(parts, 0, count - 1, 2), _ranks(parts, 1, count, 2), inv_tau)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..autograd import Once, keeps_gradient, packed_of, parsed_of
+from ..autograd import Once, items_tensor, keeps_gradient, packed_of, parsed_of, save, saved, upstream_of
 from ..options import CUDOptions, parse_linear, text_of
-from ..rows import Constraints, State, columns_of, compute_dtype, vector_dtype
+from ..rows import Constraints, State, check_items, columns_of, compute_dtype, row_count, vector_dtype
+from ..tensors import direct
 from .gradients import Found
 from .layers import NOTHING_NEEDED, Needs, Problem, Tensors, problem_of, tensors_of
 from .sweep import sweep
@@ -53,7 +54,7 @@ class _LinearLoss(torch.autograd.Function):
         ctx.made = found.gradients if made else None
         rows = p.rows
         ctx.plain = (rows.scalar, rows.num_items, rows.classes, rows.constraints, p.options, p.linear, p.shard)
-        ctx.save_for_backward(*tensors_of(p), *(() if made and p.shard is None else found.state))
+        save(ctx, *tensors_of(p), *(() if made and p.shard is None else found.state))
         ctx.set_materialize_grads(False)
         assert found.losses is not None
         return _reduced(p, found.losses)
@@ -61,10 +62,12 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> Any:
         gradients: Found = (None, None, None)
+        if upstream is not None:
+            upstream = upstream_of(upstream)
         if upstream is not None and not torch.is_grad_enabled():
             gradients = _LinearLoss._gradients(ctx, upstream)
         elif upstream is not None:  # create_graph=True
-            inputs = ctx.saved_tensors[:3]
+            inputs = saved(ctx)[:3]
             with torch.no_grad():
                 made = _LinearLoss._gradients(ctx, upstream)
             once = (
@@ -81,9 +84,9 @@ class _LinearLoss(torch.autograd.Function):
             ctx.made = None  # handed over once; a second backward makes them again
             scale = backends.choose(ctx.plain[-3].backend, upstream.device).scale
             return cast(Found, tuple(None if g is None else scale(g, upstream) for g in made))
-        saved = ctx.saved_tensors
-        p = problem_of(Tensors(*saved[: len(Tensors._fields)]), *ctx.plain)
-        packed = saved[len(Tensors._fields) :]
+        tensors = saved(ctx)
+        p = problem_of(Tensors(*tensors[: len(Tensors._fields)]), *ctx.plain)
+        packed = tensors[len(Tensors._fields) :]
         state = State(*packed) if packed else sweep(p, NOTHING_NEEDED, statistics=False).state
         return sweep(p, ctx.needs, statistics=False, state=state, upstream=_flat(upstream)).gradients
 
@@ -94,7 +97,7 @@ def _flat(upstream: Tensor) -> Tensor:
 
 def evaluate(p: Problem, *, statistics: bool) -> tuple[Tensor, State]:
     """The loss () or (N,), differentiable where that is wanted, and the row states."""
-    if torch.compiler.is_compiling():
+    if not direct(*tensors_of(p)):
         return _evaluate_op(p, statistics=statistics)
     if any(_needs(p)):
         kept: list[State] = []
@@ -148,6 +151,7 @@ def linear_state_op(
     upstream gradient of 1, (0,) where they are not needed or are made in backward."""
     x = Tensors(hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, per_row)
     p = _problem(x, scalar, num_items, classes, constraints, options, flags, linear)
+    check_items(p.rows, p.options)
     made = _made_in_forward(p)
     found = sweep(p, Needs(*needs) if made else NOTHING_NEEDED, statistics=statistics)
     assert found.losses is not None
@@ -189,7 +193,7 @@ def _(
     x = Tensors(hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, per_row)
     p = _problem(x, scalar, num_items, classes, constraints, options, flags, linear)
     dtype, student = compute_dtype(p.rows), isinstance(p.options, CUDOptions)
-    count = hidden.numel() // hidden.shape[-1]
+    count = row_count(hidden)
     made = _made_in_forward(p)
     return (
         hidden.new_empty((count,) if p.options.reduction == "none" else (), dtype=dtype),
@@ -262,7 +266,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.plain = (scalar, classes, options, flags, linear, needs)
     ctx.bounds = len(constraints)
     ctx.made = any(g.numel() for g in output[4:])
-    ctx.save_for_backward(*((*tensors[:3], *output[4:]) if ctx.made else (*tensors, *output[1:4], *constraints)))
+    save(ctx, *((*tensors[:3], *output[4:]) if ctx.made else (*tensors, *output[1:4], *constraints)))
     ctx.set_materialize_grads(False)
 
 
@@ -270,13 +274,13 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any
     found: list[Tensor | None] = [None, None, None]
     if upstream is not None:
         needs = ctx.plain[-1]
-        saved = ctx.saved_tensors
+        tensors = saved(ctx)
         if ctx.made:
-            gradients = [(g * upstream).to(g.dtype) for g in saved[3:]]
+            gradients = [(g * upstream).to(g.dtype) for g in tensors[3:]]
         else:
             count = len(Tensors._fields)
-            state, constraints = saved[count : count + 3], list(saved[count + 3 :])
-            gradients = list(linear_gradient_op(*saved[:count], constraints, *ctx.plain, *state, upstream))
+            state, constraints = tensors[count : count + 3], list(tensors[count + 3 :])
+            gradients = list(linear_gradient_op(*tensors[:count], constraints, *ctx.plain, *state, upstream))
         found = [g if needed else None for g, needed in zip(gradients, needs)]
     return (*found, *(None,) * 7, [None] * ctx.bounds, *(None,) * 7)
 
@@ -285,13 +289,16 @@ linear_state_op.register_autograd(_backward, setup_context=_setup)
 
 
 def _evaluate_op(p: Problem, *, statistics: bool) -> tuple[Tensor, State]:
-    rows, items = p.rows, p.rows.num_items
-    if items is not None:
-        items = torch.as_tensor(items, dtype=vector_dtype(rows.logits.device), device=rows.logits.device)
+    rows = p.rows
+    if p.shard is not None:
+        raise RuntimeError(
+            "the fused losses over a process group do not trace: call them outside of torch.compile, with tensors that "
+            "have memory of their own (no fake, functional or meta tensors)"
+        )
     options, constraints, flags = packed_of(rows, p.options)
     loss, sums, top1, divisors, *_ = linear_state_op(
         *tensors_of(p),
-        items,
+        items_tensor(rows),
         constraints,
         rows.scalar,
         rows.classes,

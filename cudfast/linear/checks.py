@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_local
 from ..rows import DTYPES
+from ..tensors import direct, local
 
 Layer = tuple[Tensor, Tensor | None]
 """Weight (V, D) and bias (V,)."""
@@ -26,19 +26,23 @@ def hidden_of(value: object, name: str) -> Tensor:
     """Hidden states (..., D)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor of hidden states (..., D), got {type(value).__name__}")
-    _check_dtype(value, name)
+    value = _checked(value, name)
     if not value.shape or value.shape[-1] == 0:
         raise ValueError(f"{name} has shape {tuple(value.shape)}: expected (..., D) with at least one feature")
     return value
 
 
-def _check_dtype(value: Tensor, name: str) -> None:
-    check_local(value, name)
+def _checked(value: Tensor, name: str) -> Tensor:
+    value = local(value, name)
     if value.dtype not in DTYPES:
         known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"{name} has dtype {value.dtype}: expected one of {known}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} has layout {value.layout}: expected a dense (strided) tensor; call .to_dense() first")
+    if value.numel() and direct(value) and not value.data_ptr():
+        raise ValueError(
+            f"{name} has no memory: its storage has been freed (as FSDP frees a parameter that it has not gathered); "
+            "gather it, or call the loss inside the module that FSDP wraps"
+        )
+    return value
 
 
 def layer_of(
@@ -48,7 +52,7 @@ def layer_of(
     w_name, b_name, h_name = names
     if not isinstance(weight, Tensor):
         raise TypeError(f"{w_name}: expected a torch.Tensor (V, D), as nn.Linear has it, got {type(weight).__name__}")
-    _check_dtype(weight, w_name)
+    weight = _checked(weight, w_name)
     if weight.dim() != 2 or (weight.shape[0] == 0 and not empty):
         raise ValueError(f"{w_name} has shape {tuple(weight.shape)}: expected (V, D) with at least one class")
     if weight.shape[1] != hidden.shape[-1]:
@@ -60,11 +64,11 @@ def layer_of(
         raise ValueError(
             f"{w_name} has strides {weight.stride()}: expected dense rows or columns; call .contiguous() first"
         )
-    check_local(bias, b_name)
-    if not isinstance(bias, Tensor):
-        if bias is not None:
-            raise TypeError(f"{b_name}: expected a torch.Tensor (V,) or None, got {type(bias).__name__}")
-    elif bias.shape != weight.shape[:1]:
+    if bias is None:
+        pass
+    elif not isinstance(bias, Tensor):
+        raise TypeError(f"{b_name}: expected a torch.Tensor (V,) or None, got {type(bias).__name__}")
+    elif (bias := local(bias, b_name)).shape != weight.shape[:1]:
         raise ValueError(f"{b_name} has shape {tuple(bias.shape)}: expected {tuple(weight.shape[:1])}, as {w_name}")
     for name, x in ((w_name, weight), (b_name, bias)):
         if not isinstance(x, Tensor):

@@ -11,9 +11,9 @@ from ..autograd import Call
 from ..checks import (
     alpha_of,
     check_call,
+    check_mode,
     classes_of,
     constraints_of,
-    is_dtensor,
     labels_of,
     logits_of,
     num_items_of,
@@ -27,6 +27,7 @@ from ..options import CUDOptions, DUSOptions, LinearOptions, cross_entropy
 from ..projection import Projection
 from ..rows import Rows, State
 from ..statistics import StudentStatistics, TeacherStatistics, student_statistics, teacher_statistics
+from ..tensors import is_dtensor
 from .autograd import evaluate
 from .checks import Layer, autocast, check_alike, check_frozen, hidden_of, layer_of
 from .layers import Problem, problem
@@ -362,5 +363,6 @@ def fused_linear_dus_loss(
 
 def _evaluated(p: Problem, statistics: bool) -> tuple[Tensor, State]:
     check_call(p.rows, "hidden", Call(p.options, statistics, None))
+    check_mode(*(x for head in p.heads for x in (head.weight, head.bias)))
     loss, state = evaluate(p, statistics=statistics)
     return (loss.reshape(p.rows.logits.shape[:-1]) if p.options.reduction == "none" else loss), state

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...options import CUDOptions, DUSOptions, WClip
-from ...rows import Rows, State, columns_of, compute_dtype, dense, divisors_of, row_layout
+from ...rows import Rows, State, columns_of, compute_dtype, dense, divisors_of, row_count, row_layout
 from . import projected, search, student, teacher
 from .pieces import count, scale_rows
 
@@ -97,7 +97,7 @@ def layout(logits: Tensor) -> tuple[int, int, int]:
 def scale(gradient: Tensor, upstream: Tensor) -> None:
     """gradient (..., V) times upstream () or (N,), in its own memory."""
     wide, columns = gradient.dtype == torch.float64, gradient.shape[-1]
-    n = gradient.shape[:-1].numel()
+    n = row_count(gradient)
     cut = plan(n, columns, wide, processors(gradient.device))
     scale_rows[(n, cut.parts)](
         gradient, upstream, columns, cut.chunk, *layout(gradient), int(upstream.dim() > 0),

@@ -1,0 +1,90 @@
+"""Which tensors a kernel may read: those whose values are in memory of their own, at `data_ptr()`.
+
+Of the others, the result of a collective is waited for; fake, functional and meta tensors and wrapper subclasses go
+through the torch.library ops, which PyTorch dispatches to what they stand for; masked, nested and sparse tensors are
+refused.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_OWN = re.compile(r"ADInplaceOrView|AutogradOther|(Autograd|Autocast)?(CPU|CUDA|HIP|XPU|MPS|HPU|MTIA|PrivateUse1)")
+_addressable: dict[int, bool] = {}  # by the bits of a set of dispatch keys
+
+_MODES = torch._C._TorchDispatchModeKey
+_TRACING = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
+
+
+def is_dtensor(value: object) -> bool:
+    """By its name: asking for the type would import all of torch.distributed.tensor."""
+    return type(value).__name__ == "DTensor"
+
+
+def addressable(x: Tensor) -> bool:
+    """Whether the values of x are at x.data_ptr(). Not under torch.compile."""
+    keys = torch._C._dispatch_keys(x)
+    bits = keys.raw_repr()
+    found = _addressable.get(bits)
+    if found is None:  # a key that is not listed changes what the memory means, or says that there is none
+        names = str(keys).partition("(")[2].rstrip(")").split(", ")
+        found = _addressable[bits] = all(_OWN.fullmatch(name) for name in names)
+    return found
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether kernels can be given these tensors. Otherwise the call is one for the torch.library ops."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING):
+        return False
+    return all(x is None or addressable(x) for x in tensors)
+
+
+class _Waited(torch.autograd.Function):
+    """The result of a functional collective, once it is there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Tensor:
+        there: Tensor = x.wait()
+        return there.view_as(there)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def waited(value: Any) -> Any:
+    """A tensor that a functional collective may still be writing, once it is there; anything else as it is."""
+    return _Waited.apply(value) if hasattr(value, "trigger_wait") else value  # type: ignore[no-untyped-call]
+
+
+def local(value: Tensor, name: str) -> Tensor:
+    """A tensor argument that is not a DTensor, waited for if it is in flight.
+
+    Raises:
+        TypeError: a tensor without values in rows: a DTensor where none is expected, masked, nested or sparse.
+    """
+    if type(value) is not Tensor:
+        if is_dtensor(value):
+            raise TypeError(
+                f"{name} is a DTensor, understood only where the logits (class weights, in a fused loss) are DTensors, "
+                f"and of alpha, num_items and grad_out never: pass {name}.to_local(), or .full_tensor()"
+            )
+        if isinstance(value, torch.masked.MaskedTensor):
+            raise TypeError(
+                f"{name} is a MaskedTensor: pass {name}.to_tensor(value), where -inf in logits marks classes that "
+                "cannot happen, and mask rows with ignore_index or weight"
+            )
+        value = waited(value)
+    if value.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor: pass the rows of all its parts as one tensor, {name}.values() of a jagged one"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}: expected a dense (strided) tensor; call .to_dense() first")
+    return value
