@@ -156,7 +156,7 @@ def test_vectors_of_any_layout(backend: str, batch: tuple[torch.Tensor, ...]) ->
 
 
 def test_rows_without_weight_in_any_term_have_no_gradient(backend: str) -> None:
-    """Not even where they hold NaN: an unlabelled row under cross-entropy, or num_items=0 where every row is ignored."""
+    """Not even where they hold NaN: unlabelled under cross-entropy, or num_items=0 where every row is ignored."""
     student = torch.randn(2, V)
     student[1, 3] = torch.nan
     student.requires_grad_()
