@@ -32,7 +32,7 @@ from cudfast.bench.contestants import Contestant
 from cudfast.bench.gate import Errors, Loss, gate, truth
 from cudfast.bench.shapes import Shape
 from cudfast.functional import cud_loss
-from cudfast.options import BackendName, text_of
+from cudfast.options import BackendName
 
 WIDTHS = (1, 77, 1000, 2048, 4097, 32_000, 50_257, 128_256, 1_000_000)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -191,7 +191,7 @@ def ops_check(device: str, backend: BackendName = "triton") -> None:
     labels = torch.randint(300, (8,), device=device)
     for options in (CUDOptions(backend=backend), DUSOptions(backend=backend)):
         target = student.detach() * 2 if isinstance(options, CUDOptions) else None
-        arguments: Any = (student, target, labels, None, None, None, [], 2.0, 300, text_of(options), "", "", False)
+        arguments: Any = (student, target, labels, None, None, None, [], 2.0, 300, options.text, "", "", False)
         torch.library.opcheck(row_state_op, arguments)
 
 

@@ -18,7 +18,7 @@ from .distributed.group import Shard
 from .distributed.projected import TOPS
 from .distributed.sharded import Sharded
 from .memory import LARGE, empty
-from .options import CUDOptions, DUSOptions, cross_entropy, parse, text_of
+from .options import CUDOptions, DUSOptions, cross_entropy, parse
 from .rows import (
     Backend,
     Constraints,
@@ -273,8 +273,8 @@ def parsed_of(options: str, target: Tensor | None) -> CUDOptions | DUSOptions:
 def packed_of(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[str, list[Tensor], str]:
     """Options and constraints as an op takes them: a text, tensors, and what those are."""
     if rows.constraints is None:
-        return text_of(options), [], ""
-    return text_of(options), *rows.constraints.packed()
+        return options.text, [], ""
+    return options.text, *rows.constraints.packed()
 
 
 @torch.library.custom_op("cudfast::row_state", mutates_args=())

@@ -11,7 +11,7 @@ import functools
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -92,8 +92,35 @@ class WClip:
         _number(self, "margin", 0, 1, open_low=True)
 
 
+class _Text:
+    """Options as JSON: how they pass through a torch.library op. A projection is left out: it holds tensors.
+
+    The text is made once, since no release of torch traces how, and each reads an attribute. It is no field, so it
+    counts in no comparison, hash or repr; whatever makes a copy makes it anew.
+    """
+
+    text: ClassVar[str]
+
+    @torch.compiler.disable(reason="options and losses are made outside of a function that is compiled")  # type: ignore[untyped-decorator]
+    def _write(self) -> None:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        text = json.dumps({"kind": type(self).__name__, **fields}, default=_plain)
+        object.__setattr__(self, "text", text)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._write()
+
+
+def _plain(field: object) -> object:
+    """What JSON has for the value of a field that it does not know."""
+    if isinstance(field, WClip):
+        return dataclasses.asdict(field)
+    return None if isinstance(field, Projection) else str(field)
+
+
 @dataclass(frozen=True, kw_only=True)
-class LossOptions:
+class LossOptions(_Text):
     """Fields that both losses share.
 
     Args:
@@ -180,6 +207,7 @@ class CUDOptions(LossOptions):
             raise TypeError(
                 f"calibration={self.calibration!r}: expected WClip(budget, margin), Projection(...) or None"
             )
+        self._write()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,10 +256,11 @@ class DUSOptions(LossOptions):
         _number(self, "alpha", 0, open_low=True)
         _number(self, "gate_threshold", 0, 1)
         _flag(self, "differentiate_gate")
+        self._write()
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearOptions:
+class LinearOptions(_Text):
     """How logits come from hidden states, and what memory that may take: ``softcap * tanh(scale * z / softcap)``.
 
     z = hidden @ weight.T + bias; without a soft cap the logits are ``scale * z``.
@@ -270,6 +299,7 @@ class LinearOptions:
         for name in ("scale", "softcap", "teacher_scale", "teacher_softcap"):
             if getattr(self, name) is not None:
                 _number(self, name, 0, open_low=True)
+        self._write()
 
     @property
     def bytes(self) -> int:
@@ -294,28 +324,9 @@ def cross_entropy(options: CUDOptions) -> DUSOptions:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def text_of(options: LossOptions | LinearOptions) -> str:
-    """The options as JSON: how they pass through a torch.library op.
-
-    A projection is left out: its constraints are tensors.
-
-    Raises:
-        RuntimeError: the options were made while a graph was traced, where they are an empty shell.
-    """
-    if not vars(options):
-        raise RuntimeError(
-            f"{type(options).__name__} was made inside a function that torch.compile traces: make it, or the loss, "
-            "outside of that function"
-        )
-    if isinstance(options, CUDOptions) and isinstance(options.calibration, Projection):
-        options = dataclasses.replace(options, calibration=None)
-    return json.dumps({"kind": type(options).__name__, **dataclasses.asdict(options)}, default=str)
-
-
 @functools.lru_cache(maxsize=256)
 def parse_linear(text: str) -> LinearOptions:
-    """Inverse of `text_of` for `LinearOptions`."""
+    """Inverse of `LinearOptions.text`."""
     fields: dict[str, Any] = json.loads(text)
     del fields["kind"]
     fields["accumulate_dtype"] = getattr(torch, fields["accumulate_dtype"].removeprefix("torch."))
@@ -324,7 +335,7 @@ def parse_linear(text: str) -> LinearOptions:
 
 @functools.lru_cache(maxsize=256)
 def parse(text: str) -> CUDOptions | DUSOptions:
-    """Inverse of `text_of`."""
+    """Inverse of `LossOptions.text`."""
     fields: dict[str, Any] = json.loads(text)
     kind = fields.pop("kind")
     if kind == "DUSOptions":

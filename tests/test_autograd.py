@@ -16,7 +16,6 @@ from cudfast import ClassSets, CUDLoss, CUDOptions, DUSLoss, DUSOptions, Project
 from cudfast.autograd import row_gradient_op, row_state_op
 from cudfast.checks import constraints_of
 from cudfast.functional import cud_loss, dus_loss
-from cudfast.options import text_of
 
 from .truth import cud_rows, gradient
 
@@ -285,7 +284,7 @@ CUD_INPLACE = CUDLoss(inplace=True)
 
 def test_opcheck(batch: tuple[Tensor, ...]) -> None:
     student, teacher, labels = batch
-    cud, dus = text_of(CUDOptions()), text_of(DUSOptions(reduction="none"))
+    cud, dus = CUDOptions().text, DUSOptions(reduction="none").text
     weight, tau = torch.rand(N, dtype=torch.float64), torch.rand(N, dtype=torch.float64) + 1
     near = ClassSets.from_groups(torch.arange(V) // 2)
     asked = constraints_of(Projection(near=near, min_near_mass=0.3, min_entropy=0.5), student, V, "student_logits")

@@ -23,7 +23,6 @@ from cudfast import (
 from cudfast.functional import cud_loss
 from cudfast.linear import fused_linear_cud_loss
 from cudfast.linear.autograd import linear_gradient_op, linear_state_op
-from cudfast.options import text_of
 
 from .hidden import DS, Batch, N, V, budget, close, f64, grads
 
@@ -97,7 +96,7 @@ def test_opcheck() -> None:
     x.labels = torch.tensor([1, -1, 3, -100, 5])
     given = (x.th, x.tw, None, x.labels, None, None)
     for options in (CUDOptions(), CUDOptions(save="state")):
-        texts = (text_of(options), "", text_of(LinearOptions()))
+        texts = (options.text, "", LinearOptions().text)
         torch.library.opcheck(
             linear_state_op, (x.h, x.w, x.b, *given, None, [], 2.0, 40, *texts, True, [True, False, True])
         )

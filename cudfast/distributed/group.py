@@ -99,8 +99,9 @@ class telling:  # noqa: N801 (used as a statement)
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        known = getattr(error, "every_rank_has_it", False)
-        if self._shard is not None and isinstance(error, Exception) and not known and not torch.compiler.is_compiling():
+        if self._shard is None or torch.compiler.is_compiling() or not isinstance(error, Exception):
+            return
+        if not getattr(error, "every_rank_has_it", False):
             _Headers(self._shard, {"error": f"{type(error).__name__}: {error}"}).tell()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends.reference import mark
-from ..options import CUDOptions, DUSOptions, text_of
+from ..options import CUDOptions, DUSOptions
 from ..parts import Span, Whole, finished, inverse_temperature, merge, state_of, swept, write_gradient
 from ..reference import StudentState
 from ..rows import Backend, Rows, State, check_vectors, compute_dtype, divisors_of, masks, vector_dtype
@@ -163,7 +163,7 @@ def _plain(options: CUDOptions | DUSOptions) -> CUDOptions | DUSOptions:
 
 @functools.lru_cache(maxsize=256)
 def _fields(options: CUDOptions | DUSOptions) -> dict[str, Any]:
-    return {key: value for key, value in json.loads(text_of(options)).items() if key not in _OF_A_RANK + _SCALAR}
+    return {key: value for key, value in json.loads(options.text).items() if key not in _OF_A_RANK + _SCALAR}
 
 
 def given_to(rows: Rows, options: CUDOptions | DUSOptions) -> dict[str, Any]:

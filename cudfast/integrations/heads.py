@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from ..linear.checks import autocast_dtype
+
 
 def unwrapped(model: nn.Module) -> Any:
     """The model inside a PEFT adapter, or the model."""
@@ -60,9 +62,7 @@ class Head:
 
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self.hidden = output[0]
-            device = self.hidden.device.type
-            cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-            self.autocast = torch.get_autocast_dtype(device) if cast else None
+            self.autocast = autocast_dtype(self.hidden.device.type)
 
         handle: RemovableHandle = self.backbone.register_forward_hook(keep)
         return handle

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import backends
 from ..autograd import Once, items_tensor, keeps_gradient, packed_of, parsed_of, save, saved, upstream_of
-from ..options import CUDOptions, parse_linear, text_of
+from ..options import CUDOptions, parse_linear
 from ..rows import Constraints, State, check_items, columns_of, compute_dtype, row_count, vector_dtype
 from ..tensors import direct
 from .gradients import Found
@@ -304,7 +304,7 @@ def _evaluate_op(p: Problem, *, statistics: bool) -> tuple[Tensor, State]:
         rows.classes,
         options,
         flags,
-        text_of(p.linear),
+        p.linear.text,
         statistics,
         list(_needs(p)),
     )

@@ -12,14 +12,24 @@ Layer = tuple[Tensor, Tensor | None]
 """Weight (V, D) and bias (V,)."""
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(device_type: str) -> bool:  # torch 2.8 to 2.12 cannot trace the function that tells
+    return torch.amp.is_autocast_available(device_type)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Of the torch.autocast region for such a device; None outside of one."""
+    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 def autocast(x: object) -> object:
     """What a linear layer would read: under torch.autocast, float32 tensors in the dtype of that region."""
     if not isinstance(x, Tensor) or x.dtype != torch.float32:
         return x
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+    dtype = autocast_dtype(x.device.type)
+    return x if dtype is None else x.to(dtype)
 
 
 def hidden_of(value: object, name: str) -> Tensor:
