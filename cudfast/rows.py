@@ -159,7 +159,8 @@ def _has_f64(device: torch.device) -> bool:
 
 def masks(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[Tensor, Tensor]:
     """(N,) bool: the row counts; it has a label, too."""
-    counts = torch.ones(rows.n, dtype=torch.bool, device=rows.logits.device)
+    n = math.prod(rows.logits.shape[:-1])  # not rows.n: torch 2.8 cannot trace properties of named tuples
+    counts = torch.ones(n, dtype=torch.bool, device=rows.logits.device)
     if rows.weight is not None:
         counts = rows.weight != 0
     if rows.labels is None:

@@ -41,7 +41,7 @@ class TeacherStatistics(NamedTuple):
 def student_statistics(rows: Rows, options: CUDOptions, packed: State) -> StudentStatistics:
     """From the states of the first sweep."""
     columns = dict(zip(columns_of(rows, options), packed.sums.detach().unbind(-1)))
-    state = reference.StudentState._make((*(columns[name] for name in STUDENT_COLUMNS), packed.top1))
+    state = reference.StudentState(*(columns[name] for name in STUDENT_COLUMNS), packed.top1)
     counts, labelled = masks(rows, options)
     shape = rows.logits.shape[:-1]
 

@@ -275,7 +275,8 @@ def test_compile_with_inductor(batch: tuple[Tensor, ...]) -> None:
         value = function(leaf.tanh(), teacher, labels)
         results.append((value.detach(), gradient(value, leaf)))
     torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
-    with pytest.raises(Exception, match=r"do not work under torch\.compile"):
+    words = r"do not work under torch\.compile|raised exception.*RuntimeError"  # torch 2.8 shows its class alone
+    with pytest.raises(Exception, match=words):
         torch.compile(lambda s: CUD_INPLACE(s * 1, teacher, labels), fullgraph=True)(student)
 
 

@@ -292,17 +292,6 @@ def test_every_option_reaches_the_compiled_graph(fields: dict[str, Any], calibra
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
 
 
-def test_options_that_are_made_while_tracing() -> None:
-    torch._dynamo.reset()
-    teacher, labels = torch.randn(4, 30) * 3, torch.tensor([1, -1, 7, 9])
-
-    def inside(x: Tensor) -> Tensor:
-        return cud_loss(x, teacher, labels, CUDOptions(ce_weight=3.0))
-
-    with pytest.raises(Exception, match=r"(?s)CUDOptions|text_of"):
-        torch.compile(inside, backend="aot_eager", fullgraph=True)(torch.randn(4, 30))
-
-
 def test_a_label_without_mass(backend: str) -> None:
     teacher = torch.zeros(1, 4)
     teacher[0, 2] = -INF
