@@ -41,7 +41,8 @@ class TeacherStatistics(NamedTuple):
 def student_statistics(rows: Rows, options: CUDOptions, packed: State) -> StudentStatistics:
     """From the states of the first sweep."""
     columns = dict(zip(columns_of(rows, options), packed.sums.detach().unbind(-1)))
-    state = reference.StudentState(*(columns[name] for name in STUDENT_COLUMNS), packed.top1)
+    fields = [*(columns[name] for name in STUDENT_COLUMNS), packed.top1]
+    state = reference.StudentState(*fields)  # not ._make, which torch 2.8 cannot trace
     counts, labelled = masks(rows, options)
     shape = rows.logits.shape[:-1]
 
