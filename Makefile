@@ -3,6 +3,7 @@
 # make test   set up .venv, run every test (JOBS=2: processes at a time, a thread and some 1.5 GB each)
 # make check  linters, types, instructions of the kernels
 # make bench  benchmarks beside PyTorch and other libraries, then docs/benchmarks.md and its pictures (QUICK=1: a short one)
+# make versions  the suite on every torch that is promised (ONLY="2.8 2.11": some; TORCH_INDEX, KEEP: docs/versions.md)
 # make gpu-verify  the Triton and CUDA kernels on this machine's GPU: proof, times, a report in gpu_verify/
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo ablation test core sanitize check bench gpu-verify clean
+.PHONY: demo ablation test core sanitize check bench versions gpu-verify clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -85,6 +86,10 @@ bench: $(VENV)/.cudfast
 	$(if $(QUICK),QUICK=1) $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=bench_results/bench.json
 	$(BIN)/python -m benchmarks.report bench_results/bench.json --gpu gpu_verify/report.json \
 		$(if $(QUICK),--quick --out bench_results) $(if $(COMPARE),--compare $(COMPARE))
+
+# Needs no environment: it makes one for each version.
+versions:
+	$(PYTHON) tests/versions.py $(ONLY)
 
 gpu-verify: $(VENV)/.cudfast
 	$(BIN)/python -m benchmarks.gpu_verify
