@@ -1,10 +1,16 @@
-# make demo   set up .venv, train two teachers and six students on real data, write demo_results/
-# make ablation DATA=babel|geonames|wordnet SEEDS=3   what each piece of the method adds, on one of three data sets
-# make test   set up .venv, run every test (JOBS=2: processes at a time, a thread and some 1.5 GB each)
-# make check  linters, types, instructions of the kernels
-# make bench  benchmarks beside PyTorch and other libraries, then docs/benchmarks.md and its pictures (QUICK=1: a short one)
-# make versions  the suite on every torch that is promised (ONLY="2.8 2.11": some; TORCH_INDEX, KEEP: docs/versions.md)
-# make gpu-verify  the Triton and CUDA kernels on this machine's GPU: proof, times, a report in gpu_verify/
+## make demo        train two teachers and six students on real data; the report is demo_results/report.html (QUICK=1: short)
+## make test        run every test (JOBS=2: number of processes; each uses one thread and about 1.5 GB)
+## make quick       run a part of the tests that takes about a minute
+## make check       run the linters and the type checker, and count the instructions of the kernels
+## make bench       time the losses beside PyTorch and other libraries, write docs/benchmarks.md (QUICK=1, LARGE=1, COMPARE=OLD.json)
+## make ablation    measure what each part of the method adds (DATA=babel|geonames|wordnet, SEEDS=3, QUICK=1)
+## make core        build and run the C++ tests
+## make sanitize    build and run the C++ tests with sanitizers
+## make versions    run the tests on every torch that is promised (ONLY="2.8 2.11", TORCH_INDEX, KEEP; see docs/versions.md)
+## make gpu-verify  check and time the Triton and CUDA kernels on this machine's GPU; the report is gpu_verify/report.md
+## make clean       delete the environment and everything that was built
+##
+## Every target but help and clean creates the environment .venv first, if it is not there.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -14,7 +20,10 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo ablation test core sanitize check bench versions gpu-verify clean
+.PHONY: help demo ablation test quick core sanitize check bench versions gpu-verify clean
+
+help: # the first target, so that make alone runs it
+	@sed -n 's/^## \?//p' $(firstword $(MAKEFILE_LIST))
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
