@@ -66,6 +66,11 @@ test: $(VENV)/.cudfast
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal # more threads than cores spin against each other
 	$(MAKE) --no-print-directory core sanitize
 
+# The native and the reference backend, autograd, errors and the documentation; Triton's interpreter takes too long.
+QUICK_TESTS := native reference losses autograd errors linear_errors sets docs
+quick: $(VENV)/.cudfast
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -k "not triton" $(QUICK_TESTS:%=tests/test_%.py)
+
 # The C++ tests of csrc/row, csrc/cpu and csrc/cuda, plain and under sanitizers; no Python in the process.
 core: $(VENV)/.cudfast
 	$(BIN)/cmake -G Ninja -S . -B build/core -DCUDFAST_TESTS=ON -DCUDFAST_WERROR=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja >/dev/null
