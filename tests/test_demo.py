@@ -27,7 +27,7 @@ from rich.console import Console  # noqa: E402
 
 from examples.cldr_names import __main__ as cli  # noqa: E402
 from examples.cldr_names import data as cldr  # noqa: E402
-from examples.cldr_names.conclusion import conclude  # noqa: E402
+from examples.cldr_names.conclusion import PAIRS, compare, conclude  # noqa: E402
 from examples.cldr_names.experiment import Config, Experiment, Results, work  # noqa: E402
 from examples.cldr_names.methods import METHODS  # noqa: E402
 from examples.cldr_names.report import save_csv, save_html, show  # noqa: E402
@@ -238,6 +238,9 @@ def test_tiny_run_writes_a_full_report(tmp_path: Path, small: data.Dataset, resu
     page = save_html(tmp_path, results, small, TINY).read_text(encoding="utf-8")
     for method in METHODS:
         assert f"<td>{method.name}</td>" in page
+    for found in compare(results.scores, *PAIRS[0], data.PARTS[0]):
+        text = {"better": "▲\u202f", "worse": "▼\u202f"}.get(found.verdict, "") + str(found).replace("±", "<wbr>±")
+        assert f'<td class="{found.verdict}">{text}</td>' in page
     assert page.count("data:image/svg+xml;base64,") == 3
     assert re.findall(r"""(?:src|href)\s*=\s*(?!["']?data:)[^\s>]+|@import|url\(""", page) == []
     for line in conclude(results.scores):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 from rich import box
 from rich.table import Table
 
@@ -34,6 +35,11 @@ def measure_table(title: str, first: str, measures: Mapping[str, Measure]) -> Ta
     return table
 
 
+def breakable(text: str) -> Markup:
+    """Let a browser break a line before ±, so that tables fit into narrow windows."""
+    return Markup("<wbr>±").join(text.split("±"))
+
+
 def save_page(path: Path, template: Path, pictures: Mapping[str, str], **values: Any) -> Path:
     """Write an HTML page that needs no other file; ``pictures`` are SVG texts, by the name the template calls them."""
     environment = jinja2.Environment(
@@ -43,6 +49,7 @@ def save_page(path: Path, template: Path, pictures: Mapping[str, str], **values:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = breakable
     coded = {name: base64.b64encode(svg.encode()).decode() for name, svg in pictures.items()}
     with whole_file(path) as file:
         file.write(environment.get_template(template.name).render(pictures=coded, **values))
