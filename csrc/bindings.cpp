@@ -230,9 +230,14 @@ PYBIND11_MODULE(_native, m) {
 #else
   m.attr("OPENMP") = false;
 #endif
-  m.attr("COMPILER") = __VERSION__;
+#if defined(__clang__)
+  m.attr("COMPILER") = "clang " __clang_version__;
+#else
+  m.attr("COMPILER") = "g++ " __VERSION__;
+#endif
   m.def("isa", [] { return std::string(sweeps().isa); });
   m.def("isa_warning", [] { return std::string(isa_warning()); });
+  m.def("isa_check_seconds", isa_check_seconds);
   m.def("use_isa", [](const std::string& isa) { return use(isa.c_str()); });
   m.def("runnable_isas", [] {
     int count = 0;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 
 
@@ -11,7 +12,8 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m cudfast", description="Calibrated Uncertainty Distillation losses."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, backends, instruction set, threads, and a self-check")
+    info = commands.add_parser("info", help="versions, compiler, backends and why one is missing, and a self-check")
+    info.add_argument("--json", action="store_true", help="JSON instead of text")
     model = commands.add_parser("gpu-model", help="what the kernels should take on GPUs: a model, no GPU needed")
     model.add_argument("--json", action="store_true", help="JSON instead of a table")
     bench = commands.add_parser("bench", help="times and memory of the losses beside PyTorch's, on this machine")
@@ -39,11 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(model_main(asked.json))
         return 0
-    from .info import describe
+    from .info import describe, report
 
-    text, good = describe()
-    print(text)
-    return 0 if good else 1
+    found = report()
+    print(json.dumps(found, indent=2) if asked.json else describe(found))
+    return 0 if found["ok"] else 1
 
 
 if __name__ == "__main__":

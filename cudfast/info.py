@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import time
+from typing import Any
 
 import numpy
 import torch
@@ -42,38 +44,76 @@ def self_check(backend: str) -> str:
     return "ok" if abs(loss - _KNOWN_LOSS) <= 2e-6 else f"wrong: got {loss:.9f}, expected {_KNOWN_LOSS:.9f}"
 
 
-def _native_lines() -> list[tuple[str, str]]:
+def _backend(name: str, missing: str) -> dict[str, Any]:
+    """Whether a backend can be used, the reason if not, and the self-check: its verdict and the time of its call."""
+    if missing:
+        return {"available": False, "reason": missing}
+    begin = time.perf_counter()
+    verdict = self_check(name)
+    took = 1e3 * (time.perf_counter() - begin)
+    return {"available": True, "self_check": verdict, "self_check_ms": took if _device(name) else None}
+
+
+def _native() -> dict[str, Any]:
+    """The build of the native core, and what it runs on; empty where it is missing."""
     if isinstance(backends.load("native"), str):
-        return []
+        return {}
     import cudfast._native as _native
 
-    asked = os.environ.get("CUDFAST_ISA")
-    chosen = (
-        f"{_native.isa()} (this processor runs {', '.join(_native.runnable_isas())}; CUDFAST_ISA={asked or 'unset'})"
-    )
-    pool = f"OpenMP, {torch.get_num_threads()} threads (torch.get_num_threads())" if _native.OPENMP else "1 (no OpenMP)"
-    return [("instruction set", chosen), ("threads", pool), ("compiler", _native.COMPILER)]
+    return {
+        "compiler": _native.COMPILER,
+        "instruction_set": _native.isa(),
+        "instruction_sets": _native.runnable_isas(),
+        "instruction_set_check_ms": 1e3 * _native.isa_check_seconds(),
+        "openmp": _native.OPENMP,
+        "threads": torch.get_num_threads() if _native.OPENMP else 1,
+    }
 
 
-def describe() -> tuple[str, bool]:
-    """The report, and whether every backend that is there computes the known loss."""
-    lines = [
-        ("cudfast", __version__),
-        ("torch", str(torch.__version__)),
-        ("numpy", numpy.__version__),
-        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-    ]
-    good = True
-    for name, missing in backends.available().items():
-        if missing:
-            lines.append((f"backend {name}", f"missing: {missing}"))
-            continue
-        verdict = self_check(name)
-        good = good and verdict.startswith(("ok", "left out"))
-        lines.append((f"backend {name}", f"available, self-check {verdict}"))
-    lines += _native_lines()
-    if not isinstance(cuda := backends.load("cuda"), str):
-        lines.append(("CUDA kernels for", f"{cuda.ARCHITECTURES}; opt-in"))  # type: ignore[attr-defined]
-    lines.append(("default backend", os.environ.get("CUDFAST_BACKEND") or "auto"))
+def report() -> dict[str, Any]:
+    """Everything that `python -m cudfast info --json` prints; "ok" is False if a self-check gave a wrong result."""
+    checked = {name: _backend(name, missing) for name, missing in backends.available().items()}
+    cuda = backends.load("cuda")
+    return {
+        "cudfast": __version__,
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "backends": checked,
+        "default_backend": os.environ.get("CUDFAST_BACKEND") or "auto",
+        "native": _native(),
+        "cuda_architectures": [] if isinstance(cuda, str) else cuda.ARCHITECTURES.split(),  # type: ignore[attr-defined]
+        "variables": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("CUDFAST_")},
+        "ok": all(each.get("self_check", "ok").startswith(("ok", "left out")) for each in checked.values()),
+    }
+
+
+def _line(backend: dict[str, Any]) -> str:
+    if not backend["available"]:
+        return f"missing: {backend['reason']}"
+    took = "" if backend["self_check_ms"] is None else f" in {backend['self_check_ms']:.2g} ms"
+    return f"available, self-check {backend['self_check']}{took}"
+
+
+def describe(found: dict[str, Any]) -> str:
+    """A report as text, one fact a line."""
+    lines = [(name, found[name]) for name in ("cudfast", "torch", "numpy")]
+    lines.append(("python", f"{found['python']} on {found['system']}"))
+    lines += [(f"backend {name}", _line(backend)) for name, backend in found["backends"].items()]
+    if native := found["native"]:
+        lines += [
+            (
+                "instruction set",
+                f"{native['instruction_set']}, compared with baseline in {native['instruction_set_check_ms']:.2g} ms "
+                f"(available: {', '.join(native['instruction_sets'])})",
+            ),
+            ("threads", f"{native['threads']}{'' if native['openmp'] else ' (no OpenMP)'}"),
+            ("compiler", native["compiler"]),
+        ]
+    if found["cuda_architectures"]:
+        lines.append(("CUDA kernels for", f"{' '.join(found['cuda_architectures'])}; used only with backend='cuda'"))
+    lines.append(("default backend", found["default_backend"]))
+    lines += [("variable", f"{name}={value}") for name, value in found["variables"].items()]
     width = max(len(key) for key, _ in lines)
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in lines), good
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in lines)

@@ -13,7 +13,7 @@ import torch
 
 from cudfast import CUDLoss, CUDOptions, DUSLoss, backends, machine
 from cudfast.functional import cud_loss
-from cudfast.info import describe
+from cudfast.info import describe, report
 
 from .truth import cud_rows, dus_rows, gradient
 
@@ -116,9 +116,9 @@ main(["info"])
 
 @built
 def test_info_names_the_architectures() -> None:
-    text, good = describe()
-    assert good
-    assert "CUDA kernels for" in text
+    found = report()
+    assert found["ok"]
+    assert "CUDA kernels for" in describe(found)
 
 
 @built

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib.metadata
+import json
 import os
 import pickle
 import re
@@ -28,8 +29,29 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert lines["cudfast"].strip() == cudfast.__version__
-    assert lines["backend native"].strip() == lines["backend reference"].strip() == "available, self-check ok"
-    assert lines["instruction set"].strip().startswith(native.isa())
+    for name in ("native", "reference"):
+        assert re.fullmatch(r" *available, self-check ok in [\d.e+]+ ms", lines[f"backend {name}"])
+    assert lines["instruction set"].strip().startswith(f"{native.isa()}, compared with baseline in ")
+    assert re.match(r"(g\+\+|clang) \d+\.", lines["compiler"].strip())
+
+
+def test_info_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CUDFAST_TEST", "1")
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"]
+    assert found["cudfast"] == cudfast.__version__
+    assert list(found["backends"]) == list(info.backends.NAMES)
+    for backend in found["backends"].values():
+        assert backend.keys() == (
+            {"available", "self_check", "self_check_ms"} if backend["available"] else {"available", "reason"}
+        )
+    assert found["backends"]["native"]["self_check"] == "ok"
+    assert found["backends"]["native"]["self_check_ms"] > 0
+    assert found["native"]["instruction_set"] == native.isa()
+    assert found["native"]["instruction_set_check_ms"] > 0
+    assert found["variables"]["CUDFAST_TEST"] == "1"
+    assert info.describe(found).splitlines()[0].split() == ["cudfast", cudfast.__version__]
 
 
 def test_info_says_why_a_backend_is_missing(
@@ -38,13 +60,15 @@ def test_info_says_why_a_backend_is_missing(
     monkeypatch.setattr(info.backends, "load", lambda name: "no C++ compiler found (looked for c++, g++, clang++)")
     assert main(["info"]) == 0
     assert re.search(r"backend native +missing: no C\+\+ compiler found", capsys.readouterr().out)
+    assert info.report()["backends"]["native"] == {"available": False, "reason": info.backends.load("native")}
 
 
 def test_a_wrong_number_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "_KNOWN_LOSS", 1.0)
-    text, good = info.describe()
-    assert not good
-    assert "wrong: got 1.348705" in text
+    found = info.report()
+    assert not found["ok"]
+    assert "wrong: got 1.348705" in info.describe(found)
+    assert main(["info"]) == 1
 
 
 def test_the_source_distribution_is_whole(tmp_path: Path) -> None:

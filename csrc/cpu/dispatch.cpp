@@ -1,6 +1,7 @@
 // Picks the instruction set at run time, once: the widest that the processor has, or the one that
 // CUDFAST_ISA=baseline|avx2|avx512 names. Whichever it is must reproduce the baseline on a fixed block before it is
 // used.
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -14,6 +15,7 @@ namespace {
 struct Choice {
   const Sweeps* sweeps;
   std::string warning;
+  double check_seconds = 0;
 };
 
 const Sweeps* named(const char* isa) {
@@ -84,7 +86,10 @@ Choice choose() {
       for (int i = 0; i < count; ++i) choice.warning += std::string(" ") + names[i];
     }
   }
-  if (!agrees_with_baseline(*choice.sweeps)) {
+  const auto begin = std::chrono::steady_clock::now();
+  const bool agrees = agrees_with_baseline(*choice.sweeps);
+  choice.check_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  if (!agrees) {
     choice.warning =
         std::string(choice.sweeps->isa) + " disagrees with the baseline on this processor; baseline is used";
     choice.sweeps = &sweeps_baseline();
@@ -127,5 +132,7 @@ bool use(const char* isa) {
 }
 
 const char* isa_warning() { return current().warning.c_str(); }
+
+double isa_check_seconds() { return current().check_seconds; }
 
 }  // namespace cudfast

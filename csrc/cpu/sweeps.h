@@ -111,4 +111,7 @@ bool use(const char* isa);
 // Why CUDFAST_ISA was not honoured, or "".
 const char* isa_warning();
 
+// Time of the comparison with the baseline, which ran before the instruction set was first used.
+double isa_check_seconds();
+
 }  // namespace cudfast
