@@ -67,13 +67,13 @@ DISTILLATION: dict[str, Callable[[], Loss]] = {
 }
 WHAT = {
     "eager PyTorch": "CUDLoss written with torch functions",
-    "torch.compile": "the same, compiled for its shape",
-    "MFT-style": "another correction of the teacher by the label (as ModelOpt's), eager; KL without tau^2 and CE",
+    "torch.compile": "the same functions, compiled for each shape",
+    "MFT-style": "another correction of the teacher by the label (as in ModelOpt), eager; KL without tau^2 and CE",
     "torchdistill KDLoss": "KL and CE; no correction of the teacher",
-    "TRL generalized_jsd_loss": "KL alone (beta = 0); labels only mask",
-    "liger-kernel": "from logits its kernels need a GPU; its chunked losses from hidden states are raced there",
-    "F.cross_entropy": "a yardstick: no teacher at all",
-    "torch.softmax": "a yardstick: one matrix, no gradient",
+    "TRL generalized_jsd_loss": "KL alone (beta = 0); labels are used only as a mask",
+    "liger-kernel": "its kernels from logits need a GPU; its chunked losses from hidden states are timed below",
+    "F.cross_entropy": "for reference: a loss without teacher",
+    "torch.softmax": "for reference: one matrix, no gradient",
 }
 
 

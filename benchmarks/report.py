@@ -23,11 +23,20 @@ from .peers import WHAT
 
 PICTURES = "benchmarks"  # folder beside benchmarks.md
 ABOUT = """\
-Forward and backward, labels, τ = 2. Every contestant of ours first passes a comparison with float64 on the same inputs.
-All contestants of a table ran in turns in the same minutes; times are medians of the rounds. GB/s count the bytes that
-must move: two reads and one write of (N, V) for a distillation, one and one for a loss without teacher. The floor moves
-these bytes and does nothing else, in the same rounds; "of" it is the fraction of its GB/s. Peak memory is measured,
-beyond the inputs: the gradient counts unless it is given. The library's pool and every free page were given back first.
+All times are for one forward and backward pass with labels and τ = 2. Before it is timed, every variant of cudfast is
+compared with float64 on the same inputs. All rows of a table were timed in turns, in the same minutes; times are
+medians of the rounds. GB/s count the bytes that every implementation has to move: two reads and one write of (N, V)
+for a distillation loss, one read and one write for a loss without teacher. torch.add, or torch.neg for one matrix,
+moves these bytes with one operation per element, in the same rounds; "of torch.add" is the fraction of its GB/s. Peak
+memory is measured beyond the inputs; it includes the gradient unless its memory is given. Unused memory of the library
+and of the process was returned to the system before each measurement.
+
+Variants of cudfast:
+
+- fresh gradient: the default; the call allocates the memory of the gradient
+- given gradient: the gradient is written to memory that the caller passes as `grad_out`
+- in place: the gradient overwrites the logits (`inplace=True`)
+- save="state": the gradient is computed in backward instead of forward
 """
 
 
@@ -156,8 +165,8 @@ def gpu(found: Found, verified: Mapping[str, Any] | None, folder: Path) -> list[
     if not estimates:
         return []
     lines = ["## GPUs: a model, not a measurement", ""]
-    lines += ["From machine code and data sheets (docs/gpu.md); bfloat16, per element of (N, V)."]
-    lines += ["" if verified else "No times of `make gpu-verify` were given: nothing here has been timed on a GPU.", ""]
+    lines += ["Calculated from machine code and data sheets (docs/gpu.md); bfloat16, per element of (N, V)."]
+    lines += ["" if verified else "No results of `make gpu-verify` yet: nothing here has been timed on a GPU.", ""]
     lines += picture(plots.gpu(estimates, verified, folder / "gpu.svg"), "GB/s of the model")
     rows = []
     for e in estimates:
@@ -197,13 +206,13 @@ def document(
     lines = [
         "# Benchmarks",
         "",
-        "Written by `make bench`; `python -m cudfast bench` runs the core of it without the source tree.",
+        "`make bench` writes this page. `python -m cudfast bench` makes the main measurements without the source tree.",
         f"Measured {max(found.dates, default='')} on: {facts}.",
         *([note] if note else []),
         "",
         *short,
         ABOUT,
-        "What the peers compute:",
+        "What the other implementations compute:",
         "",
         *(f"- {name}: {what}" for name, what in WHAT.items()),
         "",
