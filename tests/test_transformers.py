@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -30,6 +29,8 @@ from .trainers import (  # noqa: E402
     CLASSES,
     FORMS,
     VOCAB,
+    Image,
+    Text,
     arguments,
     batch_of,
     bert,
@@ -228,38 +229,16 @@ def test_trains_the_teacher(task: str, tmp_path: Path) -> None:
     close(model, wanted)
 
 
-class Teacher(nn.Module):
-    """Reads a column that no student knows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, CLASSES)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.layer(image)  # type: ignore[no-any-return]
-
-
-class Plain(nn.Module):
-    """A student that takes no other column."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.layer = nn.Embedding(VOCAB, 8), nn.Linear(8, CLASSES)
-
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.layer(self.embedding(input_ids).mean(1))}
-
-
 @FORMS
 def test_a_column_of_the_teacher_alone(form: str, tmp_path: Path) -> None:
     data = sentences().remove_columns("attention_mask").add_column("image", torch.randn(16, 3).tolist())
-    student, before = Plain(), Plain()
+    student, before = Text(), Text()
     before.load_state_dict(student.state_dict())
-    teacher = Teacher().eval()
+    teacher = Image().eval()
     args = arguments(tmp_path)
     if form == "hook":
         trainer = trainer_of(form, student, teacher, CUDLoss(), args=args, train_dataset=data)
-        with pytest.raises(ValueError, match=r"Teacher, was given no input .*image.*remove_unused_columns=False"):
+        with pytest.raises(ValueError, match=r"Image, was given no input .*image.*remove_unused_columns=False"):
             trainer.train()
         trainer.compute_loss_func.handle.remove()
         args.remove_unused_columns = False

@@ -190,6 +190,13 @@ def test_refuses(tmp_path: Path) -> None:
         made(GOLDTrainer, CUDLoss(), None, qwen(0), qwen(1).eval(), chats(), tmp_path, **other)
 
 
+@pytest.mark.parametrize(("trainer", "loss"), [(GKDTrainer, CUDLoss()), (DistillationTrainer, FusedLinearCUDLoss())])
+def test_label_smoothing_is_refused(trainer: Any, loss: Any, tmp_path: Path) -> None:
+    data = chats().map(lambda row: {"prompt": row["messages"][:1]})
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1\): expected 0"):
+        made(trainer, loss, "sampled", qwen(0), qwen(1).eval(), data, tmp_path, label_smoothing_factor=0.1)
+
+
 def test_example() -> None:
     example = pytest.importorskip("examples.trainer_trl", reason="needs the source tree")
     assert 0 < example.main(steps=2) < 10

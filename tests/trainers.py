@@ -53,6 +53,28 @@ def qwen(seed: int, hidden: int = 16, vocab: int = VOCAB, kind: str = "Qwen2", *
     return getattr(transformers, f"{kind}ForCausalLM")(made)
 
 
+class Text(nn.Module):
+    """Reads `input_ids` alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(VOCAB, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.layer(self.embedding(input_ids).mean(1))}
+
+
+class Image(nn.Module):
+    """Reads a column that no other model names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, CLASSES)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layer(image)  # type: ignore[no-any-return]
+
+
 def sentences(rows: int = 16) -> Dataset:
     """For classification; of one length, so that any batch is the same."""
     ids = torch.randint(1, VOCAB, (rows, 7))

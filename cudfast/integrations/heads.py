@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,16 +12,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from ..linear.checks import autocast_dtype
-
-
-def unwrapped(model: nn.Module) -> Any:
-    """The model inside a PEFT adapter, or the model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def names_of(model: nn.Module) -> frozenset[str]:
-    """What the model's forward calls its inputs."""
-    return frozenset(inspect.signature(type(unwrapped(model)).forward).parameters) - {"self", "args", "kwargs"}
+from .inputs import Inputs, unwrapped
 
 
 class Head:
@@ -42,7 +32,7 @@ class Head:
         inner = unwrapped(model)
         self.backbone = getattr(inner, "base_model", inner)
         layer = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-        if self.backbone is inner or not isinstance(layer, nn.Linear) or "logits_to_keep" not in names_of(inner):
+        if self.backbone is inner or not isinstance(layer, nn.Linear) or "logits_to_keep" not in Inputs.of(inner).names:
             raise TypeError(
                 f"{name}: {type(inner).__name__} cannot be read before its last layer: expected a causal language "
                 "model of transformers with a base_model, an nn.Linear from get_output_embeddings() and a "

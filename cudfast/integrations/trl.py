@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from ..linear import FusedLinearCUDLoss, fused_linear_cud_loss, fused_linear_dus_loss
 from ..losses import CUDLoss
 from ..options import CUDOptions, DUSOptions
+from .distillation import check_arguments, check_loss
 from .require import require
-from .transformers import check_loss
 
 _module: Any = require("trl.trainer.distillation_trainer", "trl")
 
@@ -42,8 +42,9 @@ def cud_trainer(trainer: type[Any], loss: CUDLoss | FusedLinearCUDLoss, *, label
 
     Raises:
         TypeError: another trainer, or the other loss. ValueError: other labels; an unlabeled_index=None where labels is
-            None; options that trainers cannot honour; and, when the trainer is made, GOLD with use_uld_loss=True, whose
-            loss is another. RuntimeError, in training: a last layer that FSDP2 has sharded.
+            None; options that trainers cannot honour; and, when the trainer is made, a label_smoothing_factor, and GOLD
+            with use_uld_loss=True, whose loss is another. RuntimeError, in training: a last layer that FSDP2 has
+            sharded.
 
     Example:
         >>> from trl.experimental.gkd import GKDTrainer
@@ -75,6 +76,7 @@ def _of_logits(trainer: Any, loss: Any, labels: Labels) -> type[Any]:
     class CUDTrainer(trainer):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            check_arguments(self.args)
             if getattr(self, "use_uld_loss", False):
                 raise ValueError(
                     "use_uld_loss=True compares sorted probabilities of two vocabularies and calls no other loss: set "
@@ -102,6 +104,10 @@ def _of_logits(trainer: Any, loss: Any, labels: Labels) -> type[Any]:
 
 def _of_hidden(trainer: Any, loss: Any, labels: Labels) -> type[Any]:
     class CUDTrainer(trainer):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            check_arguments(self.args)
+
         def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
             """As TRL's, which calls the divergence of its module."""
             divergence = partial(_divergence, loss, labels, inputs["completion_ids"])
