@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,6 +34,21 @@ def result(times: dict[str, list[float]], *, title: str = "CUDLoss") -> Result:
     race = Race([Contestant(name, lambda: None) for name in times])
     race.seconds = times
     return Result.of(title, race, SMALL, torch.float32, list(times)[-1], peaks={}, absent={})
+
+
+def exact(seconds: dict[str, float]) -> Race:
+    """A race of contestants that take so long by their own clocks, however busy the machine is."""
+
+    def contestant(name: str, takes: float) -> Contestant:
+        now = 0.0
+
+        def call() -> None:
+            nonlocal now
+            now += takes
+
+        return Contestant(name, call, clock=lambda: now)
+
+    return Race([contestant(*each) for each in seconds.items()])
 
 
 def test_shapes_say_who_uses_them() -> None:
@@ -170,8 +183,7 @@ def test_compare(factor: float, machine: float, verdict: str) -> None:
 
 def test_a_slowed_contestant_is_flagged() -> None:
     def raced(milliseconds: float) -> Result:
-        names = {"ours": milliseconds, "peer": 2.0, "floor": 1.0}
-        race = Race([Contestant(name, partial(time.sleep, ms / 1e3)) for name, ms in names.items()])
+        race = exact({"ours": milliseconds / 1e3, "peer": 2e-3, "floor": 1e-3})
         for _ in range(12):
             race.round()
         return Result.of("CUDLoss", race, SMALL, torch.float32, "floor", peaks={}, absent={})
@@ -230,19 +242,9 @@ def test_figures_of_a_race_that_measured_no_memory() -> None:
     ],
 )
 def test_a_budget_thins_out_who_is_slow_but_everybody_has_three_rounds(
-    monkeypatch: pytest.MonkeyPatch, budget: float, ours: int, peer: int, slow: int
+    budget: float, ours: int, peer: int, slow: int
 ) -> None:
-    now = 0.0
-
-    def one(name: str, seconds: float) -> Contestant:
-        def call() -> None:
-            nonlocal now
-            now += seconds
-
-        return Contestant(name, call)
-
-    monkeypatch.setattr(contestants.time, "perf_counter", lambda: now)
-    race = Race([one("ours", 0.00099), one("peer", 0.0005), one("slow", 0.00999)])
+    race = exact({"ours": 0.00099, "peer": 0.0005, "slow": 0.00999})
     rounds = race.fit(30, budget)
     for _ in range(rounds):
         race.round()
