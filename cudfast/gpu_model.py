@@ -13,7 +13,7 @@ import functools
 import importlib
 import json
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -168,10 +168,17 @@ def _compiled(case: tuple[str, str, str]) -> Machine:
     return machine(_variants(TARGETS[target].backend)[name], dtype, target)
 
 
-def estimates() -> list[Estimate]:
-    """Every kernel on every GPU; the compiler runs on every core."""
+def estimates(gpus: Sequence[str] = ()) -> list[Estimate]:
+    """Every kernel on those GPUs, or on all; the compiler runs on every core.
+
+    Raises:
+        ValueError: the name of a GPU that is not in GPUS.
+    """
+    if unknown := [name for name in gpus if name not in GPUS]:
+        raise ValueError(f"--gpu {unknown[0]}: expected some of {', '.join(GPUS)}")
+    asked = {name: gpu for name, gpu in GPUS.items() if name in gpus or not gpus}
     dtypes, widths = ("bf16", "fp32"), (32_000, 128_256)
-    variants = {name: _variants(target.backend) for name, target in TARGETS.items()}
+    variants = {name: _variants(TARGETS[name].backend) for name in dict.fromkeys(gpu.target for gpu in asked.values())}
     cases = [(name, dtype, target) for target, found in variants.items() for name in found for dtype in dtypes]
     # Not forked: this process may have threads.
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -179,7 +186,7 @@ def estimates() -> list[Estimate]:
         code = {cases[i]: jobs[i].result() for i in progress(range(len(cases)), "compiling")}
     return [
         each
-        for name, gpu in GPUS.items()
+        for name, gpu in asked.items()
         for dtype in dtypes
         for classes in widths
         for found in (
@@ -220,7 +227,7 @@ def table(found: list[Estimate]) -> str:
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in (head, *rows)]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    sources = [f"- {name}: {gpu.source}" for name, gpu in GPUS.items()]
+    sources = [f"- {name}: {GPUS[name].source}" for name in dict.fromkeys(e.gpu for e in found)]
     return "\n".join(
         [
             "A model, not a measurement: per element of (N, V), from machine code and data sheets.",
@@ -233,7 +240,7 @@ def table(found: list[Estimate]) -> str:
     )
 
 
-def main(as_json: bool) -> str:
+def main(as_json: bool, gpus: Sequence[str] = ()) -> str:
     """The text of the command."""
-    found = estimates()
+    found = estimates(gpus)
     return json.dumps([e._asdict() for e in found], indent=1) if as_json else table(found)
