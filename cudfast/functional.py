@@ -92,10 +92,10 @@ def cud_loss(
         teacher_logits: (..., V), its own dtype; must not require grad. None is allowed when kd_weight is 0.
         labels: (...) integer class indices, `ignore_index` or `unlabeled_index`; None: every row is unlabelled.
         options: what the loss is made of; see `CUDOptions`.
-        weight: (...) one weight per row, finite and >= 0; a row of weight 0 counts for nothing.
+        weight: (...) one weight per row, finite and >= 0, or a bool mask; a row of weight 0 counts for nothing.
         temperature: overrides options.temperature: a number, or (...) one value per row, in [1e-4, 1e4].
         num_items: replaces both divisors of reduction="mean" (and divides the other reductions): a number or a tensor
-            of one, as trainers with gradient accumulation pass it.
+            of one, as trainers with gradient accumulation pass it. 0 is an error on a CPU if a row counts.
         return_stats: also return `StudentStatistics` of every row, from the same pass.
         grad_out: (..., V) memory for the gradient, in the student's dtype. Without
             it, large CPU gradients come from a pool (see `cudfast.empty_cache`).

@@ -63,8 +63,9 @@ class CUDLoss(nn.Module):
 
     Shapes:
         student_logits (..., V), teacher_logits (..., V), labels (...), weight (...), temperature () or (...);
-        returns () or (...) for reduction="none". Logits float32, float64, bfloat16 or float16, also mixed; the loss is
-        float32, or float64 when the logits that count are; the gradient has the student's dtype.
+        returns () or (...) for reduction="none". The classes are the last axis, also of (N, C, C) logits; pass logits
+        (N, C, L) of nn.CrossEntropyLoss as logits.movedim(1, -1). Logits float32, float64, bfloat16 or float16, also
+        mixed; the loss is float32, or float64 when the logits that count are; the gradient has the student's dtype.
 
     Raises:
         TypeError, ValueError, RuntimeError: see `cudfast.functional.cud_loss`.
