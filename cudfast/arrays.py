@@ -1,4 +1,4 @@
-"""What users hand over as arrays, read or refused; and index arithmetic on it."""
+"""Validation of arrays that users pass, and index arithmetic on them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def first(mask: Tensor) -> int | None:
-    """The first place where a bool vector holds, or None."""
+    """Index of the first True in a bool vector, or None."""
     return int(mask.view(torch.uint8).argmax()) if mask.any() else None
 
 
@@ -38,7 +38,7 @@ def largest_in(scores: Tensor, k: int) -> Tensor:
 
 
 def as_tensor(value: object, name: str, expected: str) -> Tensor:
-    """A tensor without its history, from a tensor, an array or a list."""
+    """A detached tensor from a tensor, an array or a list."""
     if isinstance(value, Tensor):
         return value.detach()
     try:
@@ -48,7 +48,7 @@ def as_tensor(value: object, name: str, expected: str) -> Tensor:
 
 
 def as_integers(value: object, name: str, shape: str, *, least: int = 1) -> Tensor:
-    """int64, one axis, with at least that many elements."""
+    """An int64 vector with at least that many elements."""
     tensor = as_tensor(value, name, f"integers {shape}")
     if tensor.dim() != 1 or len(tensor) < least:
         at_least = f" with at least {least}" if least else ""
@@ -78,7 +78,7 @@ def progress(blocks: range, what: str) -> Iterable[int]:
 
 
 def refuse_cycles(parent: Tensor) -> None:
-    """Jumps twice as far each time: after M steps whoever has not left the tree is on a cycle."""
+    """Raises if parents form a cycle. Pointer jumping: nodes that have not reached a root after M steps are on one."""
     M = len(parent)
     root = parent.new_tensor([M])
     ancestor = torch.cat([torch.where(parent < 0, root, parent), root])

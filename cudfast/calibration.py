@@ -1,4 +1,4 @@
-"""Calibrated targets, materialised: `calibrate` for a look at them, and what the reference backend trains with."""
+"""Calibrated targets as tensors: `calibrate` to inspect them, and the targets of the reference backend."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from .reference import (
 from .rows import Constraints, Rows, State, compute_dtype, masks, refuse_label, row_name
 
 SWEEPS = 12
-STEPS = 8  # sweeps, after which every further one looks at several places
+STEPS = 8  # sweeps, after which each further one evaluates several points
 PLACES = 4
-NATS = 1e-5  # how far the entropy may stay from its bound
+NATS = 1e-5  # tolerance of the entropy around its bound
 _SETS = (1, 2, 0)  # near, wrong, the rest, as `groups_of` numbers them
-HOTTEST = 1e6  # T is looked for up to here, down to its inverse
+HOTTEST = 1e6  # T is searched up to this value, and down to its inverse
 
 
 class Factors(NamedTuple):
@@ -41,25 +41,25 @@ class Factors(NamedTuple):
 
     beta: Tensor  # (N,) 1 / T
     centres: Tensor  # (N, 3) of the logits of each set: near, wrong, the rest
-    scales: Tensor  # (N, 3) what is added to those of each set; -inf for a set that has no class
+    scales: Tensor  # (N, 3) added to the logits of each set; -inf for a set without classes
 
 
 class Projected(NamedTuple):
-    """Targets of rows, and how they came about."""
+    """Targets of rows, with the temperatures and bounds that led to them."""
 
     logits: Tensor  # (N, V) log q up to a constant per row
     beta: Tensor  # (N,) 1 / T
     relaxed: Tensor  # (N, 4) bool, bounds that could not be met
     reachable: Tensor  # (N, 4) what could have been
     moved: Tensor  # (N,) mass that changed sets, at temperature T
-    sweeps: int  # over the rows, while the temperature was looked for
+    sweeps: int  # over the rows, in the search for the temperature
     top1: Tensor  # (N,) of the teacher's own
     factors: Factors
     log_total: Tensor  # (N,) log sum exp of the teacher's own logits
 
 
 class Alone:
-    """Rows whose classes are all here, as `project` sees them; see `distributed.projected` for others."""
+    """Rows whose classes are all in this process, as `project` uses them; see `distributed.projected` for others."""
 
     first = 0  # class of the first column
     width: int | None = None  # columns that are classes; None: all of them
@@ -78,7 +78,7 @@ class Alone:
 
 
 def groups_of(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constraints, top: Tensor, at: Alone) -> Tensor:
-    """(N, V) int8: 1 near, 2 wrong, 0 neither. index and top (N,): label and top-1, classes of the whole."""
+    """(N, V) int8: 1 near, 2 wrong, 0 neither. index and top (N,): label and top-1 among all classes."""
     group = torch.zeros(t.shape, dtype=torch.int8, device=t.device)
     last = at.first + (t.shape[-1] if at.width is None else at.width)
     rows = labelled.nonzero().squeeze(-1)
@@ -101,20 +101,20 @@ def groups_of(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constrain
 
 
 class Temperature(NamedTuple):
-    """At which rows meet a bound on their entropy."""
+    """The temperature at which rows meet a bound on their entropy."""
 
-    beta: Tensor  # (N,) 1 / T; 1 where nothing was looked for
-    missed: Tensor  # (N,) bool, the bound is out of reach
-    limit: Tensor  # (N,) the entropy that is within reach there
+    beta: Tensor  # (N,) 1 / T; 1 without a search
+    missed: Tensor  # (N,) bool, the bound is infeasible
+    limit: Tensor  # (N,) the entropy that can be reached
     sweeps: int
 
 
 def _temperature(
     look: Callable[[Tensor], Entropy], free: Entropy, short: Tensor, long: Tensor, wanted: Tensor, tolerance: float
 ) -> Temperature:
-    """For rows whose entropy at T = 1, `free`, is `short` of the `wanted` floor or `long` beyond the ceiling (N,).
+    """For rows whose entropy `free` at T = 1 is below (`short`) or above (`long`) the `wanted` bound (N,).
 
-    The mirror of csrc/row/search.h.
+    The same algorithm as csrc/row/search.h.
     """
     beta, open_rows = torch.ones_like(wanted), short | long
     if not bool(open_rows.any()):
@@ -124,7 +124,7 @@ def _temperature(
     limit = look(edge)
     outside = torch.where(short, limit.value <= wanted, limit.value >= wanted) & open_rows
     missed = outside & ((limit.value - wanted).abs() > NATS)
-    # Natively a floor's search starts without the slope here, which would cost a second sum.
+    # The native search of a lower bound starts without this slope, which would need a second sum.
     start = End(beta, free.value, torch.where(short, torch.nan, free.slope))
     low = End(*(torch.where(short, a, b) for a, b in zip((edge, *limit), start)))
     high = End(*(torch.where(short, b, a) for a, b in zip((edge, *limit), start)))
@@ -149,7 +149,7 @@ def _temperature(
             high = End(*(torch.where(lowers, a, b) for a, b in zip(end, high)))
         sweeps += 1
         open_rows = open_rows & (closest > tolerance)
-    stuck = open_rows & (closest > NATS)  # then the side that meets the bound
+    stuck = open_rows & (closest > NATS)  # not converged: the end that meets the bound
     beta = torch.where(stuck, torch.where(short, low.beta.clamp(min=1 / HOTTEST), high.beta), beta)
     return Temperature(beta, missed, limit.value, sweeps)
 
@@ -176,7 +176,7 @@ def project(
 ) -> Projected:
     """Targets for teacher logits t (N, V) in the compute dtype; labelled (N,), index (N,): the label or any class.
 
-    at: where the columns lie, when other processes hold more of them.
+    at: the position of the columns, if other processes hold more of them.
     """
     top = at.top1(t)
     group = groups_of(t, labelled, index, constraints, top, at)
@@ -184,7 +184,7 @@ def project(
     least, most = (torch.where(labelled & ~x.isnan(), x, d) for x, d in ((least, 0.0), (most, 1.0)))
     inside = [group == number for number in _SETS]
     m = at.largest(torch.stack([torch.where(mask, t, NOTHING).amax(-1) for mask in inside], -1))
-    bad = (m.isnan() | (m == torch.inf)).any(-1)  # NaN, and no bound to blame
+    bad = (m.isnan() | (m == torch.inf)).any(-1)  # NaN logits, not an infeasible bound
     centres = torch.where(m == NOTHING, 0, m)
 
     def look(beta: Tensor) -> tuple[tuple[TemperedState, ...], Masses, Tensor]:
@@ -235,7 +235,7 @@ def _log_total(states: tuple[TemperedState, ...], beta: Tensor) -> Tensor:
 
 
 def refuse_bound(rows: Rows, row: int, relaxed: Tensor, reachable: Tensor) -> ValueError:
-    """The error for a row with bounds that cannot be met; relaxed and reachable (4,)."""
+    """The error for a row whose bounds cannot be met; relaxed and reachable (4,)."""
     assert rows.constraints is not None
     bound = int(relaxed.nonzero()[0])
     return ValueError(
@@ -254,7 +254,7 @@ def refuse_relaxed(rows: Rows, found: Projected) -> None:
 
 
 def refuse_row(rows: Rows, row: int) -> ValueError:
-    """The same for a row that a kernel has named."""
+    """The same for a row that a kernel has returned."""
     assert rows.target is not None
     assert rows.labels is not None
     assert rows.constraints is not None
@@ -266,7 +266,7 @@ def refuse_row(rows: Rows, row: int) -> ValueError:
 
 
 def refuse_unmet(rows: Rows, state: State) -> None:
-    """Raises for the first row with a bound out of reach; the host waits."""
+    """Raises for the first row with an infeasible bound; this synchronises with the device."""
     unmet = state.sums[:, -1] > 0
     if bool(unmet.any()):
         raise refuse_row(rows, int(unmet.nonzero()[0]))
@@ -280,9 +280,9 @@ def calibrate(
     ignore_index: int = -100,
     unlabeled_index: int | None = -1,
 ) -> Tensor:
-    """The calibrated targets themselves, at temperature 1: what `CUDLoss` tempers and distils from.
+    """The calibrated targets at temperature 1, which `CUDLoss` tempers and distils from.
 
-    It holds a few (..., V) tensors at a time, so it is for a look at targets and for small V.
+    It allocates a few (..., V) tensors, so it is meant for inspecting targets and for small V.
 
     Args:
         teacher_logits: (..., V) float32, float64, bfloat16 or float16.

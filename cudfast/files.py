@@ -1,4 +1,4 @@
-"""Tensors in safetensors files that are complete or not there."""
+"""Safetensors files that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ T = TypeVar("T")
 
 
 def save(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """What was at `path` stays until the new file is complete."""
+    """Writes tensors to `path`. An existing file is replaced only when the new one is complete."""
     save_file = _safetensors("safetensors.numpy").save_file
     path = Path(path)
     content = {name: tensor.numpy(force=True) for name, tensor in tensors.items()}
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        partial.touch(exist_ok=False)  # raises what a directory that is not there or not ours raises
+        partial.touch(exist_ok=False)  # raises an error if the directory is missing or not writable
         mode = partial.stat().st_mode
         save_file(content, partial, dict(metadata))
-        partial.chmod(mode)  # safetensors may have replaced the file by one that only its owner reads
+        partial.chmod(mode)  # safetensors may have created a file that only its owner can read
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -33,7 +33,7 @@ def save(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: 
 
 
 def load(path: str | os.PathLike[str], metadata: Mapping[str, str], make: Callable[[Callable[[str], Tensor]], T]) -> T:
-    """make(name -> tensor), on the CPU, from a file with that metadata; what `make` refuses is the file's fault."""
+    """The result of make(name -> tensor), on the CPU, for a file with that metadata. Errors of `make` name the file."""
     safetensors = _safetensors("safetensors")
     path = os.fspath(path)
     try:

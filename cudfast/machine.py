@@ -1,4 +1,4 @@
-"""Machine code of NVIDIA GPUs, read by cuobjdump and nvdisasm: what a compiler made of a kernel."""
+"""Machine code of kernels for NVIDIA GPUs, read with cuobjdump and nvdisasm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Loop(NamedTuple):
-    """One main loop: counts per iteration of a thread (a wave's lane), without what is mostly skipped."""
+    """One main loop: counts per iteration of a thread (a wave's lane), without code that is mostly skipped."""
 
     instructions: int
     exponentials: int
@@ -23,13 +23,13 @@ class Loop(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What the compiler made of a kernel."""
+    """Resources and main loops of a compiled kernel."""
 
     registers: int
     stack: int  # bytes of local memory, spills among them
     shared: int  # bytes
     threads: int  # per program
-    loops: tuple[Loop, ...]  # main loops: whole blocks of a row. What is left of it, and sets of classes, are none
+    loops: tuple[Loop, ...]  # main loops: whole blocks of a row, without its remainder and without sets of classes
 
 
 class Code(NamedTuple):
@@ -40,10 +40,10 @@ class Code(NamedTuple):
 
 
 def tool(name: str) -> str:
-    """The toolkit's program, or the one that comes with Triton.
+    """Path of a program of the CUDA toolkit, or of the copy in Triton's package.
 
     Raises:
-        FileNotFoundError: neither is there.
+        FileNotFoundError: neither exists.
     """
     if found := shutil.which(name):
         return found
@@ -56,12 +56,12 @@ def tool(name: str) -> str:
 
 
 def run(name: str, *arguments: str, cwd: str | None = None) -> str:
-    """What a tool prints."""
+    """The output of a tool."""
     return subprocess.run([tool(name), *arguments], capture_output=True, text=True, check=True, cwd=cwd).stdout
 
 
 def resources(cubin: str) -> dict[str, dict[str, int]]:
-    """Of every kernel: REG, STACK, SHARED, LOCAL."""
+    """REG, STACK, SHARED and LOCAL of every kernel."""
     found: dict[str, dict[str, int]] = {}
     name = ""
     for line in run("cuobjdump", "-res-usage", cubin).splitlines():
@@ -73,7 +73,7 @@ def resources(cubin: str) -> dict[str, dict[str, int]]:
 
 
 def listings(cubin: str) -> dict[str, Code]:
-    """Of every kernel, with the functions that only it calls behind it."""
+    """The listing of every kernel, followed by the functions that only it calls."""
     found: dict[str, Code] = {}
     labels: dict[str, int] = {}
     waiting: list[str] = []

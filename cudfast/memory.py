@@ -1,4 +1,4 @@
-"""Memory for logits and gradients: on the CPU, large tensors are made of pages that earlier ones have touched."""
+"""Memory for logits and gradients: on the CPU, large tensors reuse the pages of earlier ones."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from . import backends
 
-LARGE = 4 << 20  # bytes; what is smaller, malloc keeps by itself
+LARGE = 4 << 20  # bytes; malloc reuses smaller memory itself
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As torch.empty; contents are arbitrary."""
+    """Like torch.empty: the contents are arbitrary."""
     numel = 1
     for size in shape:
         numel *= size
@@ -29,13 +29,13 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def empty_cache() -> None:
-    """Gives the memory that waits for the next call back to the system.
+    """Returns unused memory of the library's pool to the operating system.
 
-    On Linux and macOS, gradients and the buffers of fused linear losses (4 MiB and more) stay mapped when their tensor
-    goes away, and the next one of that size, or up to a fifth smaller, is the same pages: the first touch of fresh ones
-    costs as much as the loss. Meanwhile the system may take the pages for something else (MADV_FREE), though they count
-    as resident until it does. At most CUDFAST_CACHE_BYTES wait, an environment variable that is read at the first call:
-    by default a quarter of the machine's memory; 0: none.
+    On Linux and macOS, the memory of gradients and of the buffers of fused linear losses (4 MiB and more) stays mapped
+    when the tensor is deleted, and is reused for the next tensor of that size, or up to a fifth smaller: the first
+    access to new pages takes as long as the loss. The system may take unused pages back at any time (MADV_FREE); until
+    then they count as resident memory. At most CUDFAST_CACHE_BYTES stay unused, an environment variable that is read at
+    the first call: by default a quarter of the machine's memory; 0 turns the pool off.
 
     Example:
         >>> import cudfast

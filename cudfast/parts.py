@@ -1,8 +1,8 @@
-"""Rows whose classes come in parts, the tiles of one process or the shards of several: the states of the parts merge,
-and each part has its share of the gradient.
+"""Rows whose classes are divided into parts, the tiles of one process or the shards of several processes: the states of
+the parts are merged, and each part has its own gradient.
 
-A backend sees a part as rows of fewer classes. What such rows cannot say is added here: the label's logits, where the
-label lives; and one column of the gradient, where the label or the teacher's top-1 lives elsewhere.
+A backend processes a part like rows with fewer classes. This module adds the label's logits in the part that contains
+the label, and corrects one column of the gradient if the label or the teacher's top-1 is in another part.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOGITS = ("m_t", "s_k", "m_s", "t_y", "s_y", "m", "z_y")  # columns of a state 
 
 
 class Span(NamedTuple):
-    """The classes [first, first + rows.classes) of rows whose labels are classes of the whole."""
+    """The classes [first, first + rows.classes) of rows whose labels are numbers among all classes."""
 
     rows: Rows
     first: int | Tensor  # (), int64
@@ -35,7 +35,7 @@ class Span(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _of_part(options: CUDOptions | DUSOptions) -> CUDOptions | DUSOptions:
-    """Options of a part, where a label counted from its first class must not meet one of the special values."""
+    """Options of a part, with special labels that no label relative to its first class can equal."""
     unlabeled = None if options.unlabeled_index is None else -1
     return dataclasses.replace(
         options, reduction="none", num_classes=None, ignore_index=-100, unlabeled_index=unlabeled
@@ -51,7 +51,7 @@ def inverse_temperature(rows: Rows) -> Tensor:
 
 
 def swept(rows: Rows, options: CUDOptions | DUSOptions, backend: Backend) -> State:
-    """One part's packed state, from one sweep over it; it knows no label."""
+    """One part's packed state, from one sweep over it, without the label."""
     if rows.classes == 0:
         return _nothing(rows, options)
     alone = rows._replace(labels=None, weight=None, num_items=None)
@@ -61,7 +61,7 @@ def swept(rows: Rows, options: CUDOptions | DUSOptions, backend: Backend) -> Sta
 
 
 def _nothing(rows: Rows, options: CUDOptions | DUSOptions) -> State:
-    """Of a part without classes."""
+    """The state of a part without classes."""
     device = rows.logits.device
     row = torch.tensor(
         [NOTHING if column in _LOGITS else 0 for column in columns_of(rows, options)],
@@ -73,7 +73,7 @@ def _nothing(rows: Rows, options: CUDOptions | DUSOptions) -> State:
 
 
 def state_of(span: Span, options: CUDOptions | DUSOptions, marks: Marks, packed: State) -> Whole:
-    """One part's state as that of some classes of the whole, the label picked up where it lives."""
+    """One part's state, with the label's logits if the part contains the label."""
     rows, first = span
     at, inside = placed(marks.column, first, rows.classes)
     here = marks.labelled & inside.squeeze(-1)
@@ -93,14 +93,14 @@ def state_of(span: Span, options: CUDOptions | DUSOptions, marks: Marks, packed:
 
 
 def merge(left: Whole, right: Whole, inv_tau: Tensor) -> Whole:
-    """Of two disjoint parts."""
+    """The state of two disjoint parts together."""
     if isinstance(left, StudentState):
         return student_merge(left, cast(StudentState, right), inv_tau)
     return teacher_merge(left, cast(TeacherState, right))
 
 
 def unpacked(state: State, options: CUDOptions | DUSOptions) -> Whole:
-    """From the packed state of rows."""
+    """The state in a packed state of rows."""
     fields = state.sums.to(vector_dtype(state.sums.device)).unbind(-1)
     return StudentState._make((*fields, state.top1)) if isinstance(options, CUDOptions) else TeacherState(*fields)
 
@@ -130,7 +130,7 @@ def write_gradient(
 ) -> None:
     """Writes one part's gradient (..., >= C) for `upstream` () or (N,), given the packed states of whole rows.
 
-    A label or top-1 of another part is sent to this part's first column, whose gradient is then put right.
+    A label or top-1 of another part is mapped to this part's first column, whose gradient is then corrected.
     """
     rows, first = span
     whole = unpacked(state, options)

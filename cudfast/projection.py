@@ -1,4 +1,4 @@
-"""The exact calibrated target, Eq. 2: what may be asked of it, and the targets themselves."""
+"""The exact calibrated target, Eq. 2: its constraints, and the targets themselves."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Projection:
 
         q(N) >= min_near_mass,   q(W) <= max_wrong_mass,   H(q) >= min_entropy
 
-    where N holds the classes near the label and W those known to be wrong. `max_entropy` is not a convex constraint: p
-    is sharpened to p^(1/T), T <= 1, until the entropy is low enough; docs/projection.md says when nothing is nearer.
+    where N are the classes near the label and W those known to be wrong. `max_entropy` is not a convex constraint: p
+    is sharpened to p^(1/T), T <= 1, until the entropy is low enough; docs/projection.md states when it is the nearest.
     The entropy is met to 1e-5 nats. Rows without a label keep their p. Two projections are equal only when they are
     the same object.
 
     Args:
-        near: N(y) for every class y, which must hold y itself; None: N(y) = {y}.
+        near: N(y) for every class y, which must contain y; None: N(y) = {y}.
         wrong: W(y) for every class y, disjoint from N(y); "top1": the teacher's top-1 where it is not in N(y) (the
             paper's operational set); None: no wrong classes. Default "top1".
         min_near_mass, max_wrong_mass: in [0, 1]; numbers, or tensors of the labels' shape with one value per row.
@@ -70,7 +70,7 @@ class Projection:
 
     @property
     def sets(self) -> list[ClassSets]:
-        """Those that were given."""
+        """The class sets that were given."""
         return [sets for sets in (self.near, self.wrong) if isinstance(sets, ClassSets)]
 
     def _check_sets(self) -> None:

@@ -1,4 +1,4 @@
-"""Which backends there are, why one is missing, and which one a call uses."""
+"""The backends, the reason for each one that is missing, and the selection of a backend for a call."""
 
 from __future__ import annotations
 
@@ -92,13 +92,13 @@ def _fits_cuda(device: torch.device) -> str:
 
 @functools.lru_cache(maxsize=64)
 def choose(name: str, device: torch.device) -> Backend:
-    """The backend for logits on `device`. "auto" is CUDFAST_BACKEND, or else the fastest that fits.
+    """The backend for logits on `device`. "auto" is CUDFAST_BACKEND, otherwise the fastest that works.
 
-    The answer holds for the life of the process: the variable is read when it is first needed.
+    The result is cached: the variable is read once per process, when it is first needed.
 
     Raises:
         ValueError: an unknown name in CUDFAST_BACKEND, or a backend that does not work on this device.
-        RuntimeError: the backend asked for is not there; the message says why and what to do.
+        RuntimeError: the requested backend is not available; the message gives the reason and what to do.
     """
     asked = name
     if name == "auto":

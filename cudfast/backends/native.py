@@ -1,4 +1,4 @@
-"""The C++ calls."""
+"""The native backend: calls of the C++ kernels for CPUs."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def isa() -> str:
 
 
 def pooled(numel: int, dtype: torch.dtype) -> Tensor:
-    """(numel,) of a pool that outlives its tensors; see `cudfast.empty_cache`."""
+    """A tensor (numel,) in memory of the library's pool; see `cudfast.empty_cache`."""
     try:
         return torch.frombuffer(_native.Memory(numel * dtype.itemsize), dtype=dtype, count=numel)
-    except MemoryError:  # PyTorch says it better, if what waits in the pool does not help
+    except MemoryError:  # freed memory of the pool may be enough; otherwise PyTorch raises its own error
         empty_cache()
         return torch.empty(numel, dtype=dtype, device=_CPU)
 
@@ -66,7 +66,7 @@ if "CUDFAST_CACHE_BYTES" in os.environ:
 
 
 def _divisors(num_items: float | Tensor | None) -> tuple[float, float]:
-    """Of the distillation term and of the label terms; NaN: to be counted."""
+    """Divisors of the distillation term and of the label terms; NaN: the kernel counts them."""
     if num_items is None:
         return math.nan, math.nan
     if isinstance(num_items, Tensor) and num_items.dim() == 1:

@@ -1,4 +1,4 @@
-"""What the backends in C++ share: options and constants as their modules take them."""
+"""Options and constants in the form that the compiled modules take, for both C++ backends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Kernels(NamedTuple):
     reduction: int
     scalar: bool  # the loss is one number
     indices: bool  # the state has a top-1
-    logits: str  # what the caller calls the logits
+    logits: str  # the caller's name of the logits
 
 
 @functools.lru_cache(maxsize=256)
@@ -45,7 +45,7 @@ def kernels(module: ModuleType, options: CUDOptions | DUSOptions) -> Kernels:
 
 
 def packed_options(module: ModuleType, options: CUDOptions | DUSOptions) -> Any:
-    """In the module's own type: csrc/row/terms.h."""
+    """Options in the compiled module's own type: csrc/row/terms.h."""
     if isinstance(options, CUDOptions):
         clip = options.calibration
         return module.StudentOptions(
@@ -68,6 +68,6 @@ def packed_options(module: ModuleType, options: CUDOptions | DUSOptions) -> Any:
 
 
 def copied(rows: Rows, logits_name: str) -> Rows:
-    """The same rows where kernels can walk them."""
+    """The same rows in a layout that the kernels can address."""
     target = None if rows.target is None else dense(rows.target, "teacher_logits")
     return rows._replace(logits=dense(rows.logits, logits_name), target=target)

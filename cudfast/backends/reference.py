@@ -1,4 +1,4 @@
-"""The reference backend: any device that PyTorch has, and the yardstick of the others."""
+"""The reference backend: plain PyTorch on any device. The other backends are compared with it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _projected(rows: Rows, marks: Marks, dtype: torch.dtype) -> Projected:
 
 
 def _target(rows: Rows, marks: Marks, dtype: torch.dtype) -> Tensor:
-    """(N, V) teacher logits, calibrated where that takes more than a clip."""
+    """(N, V) teacher logits; calibrated if the calibration is a projection."""
     assert rows.target is not None
     return _flat(rows.target, rows, dtype) if rows.constraints is None else _projected(rows, marks, dtype).logits
 
@@ -122,7 +122,7 @@ def _teacher_state(rows: Rows, marks: Marks, dtype: torch.dtype) -> TeacherState
 
 
 def placed(index: Tensor, first: int | Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Where classes lie among the columns [first, first + width): a valid column, and whether it is theirs."""
+    """Columns of classes in [first, first + width): a valid column, and whether the class is in that range."""
     inside = (index >= first) & (index < first + width)
     return torch.where(inside, index - first, 0), inside
 
@@ -138,7 +138,7 @@ def student_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """Loss (N,) of every row, and the gradient (N, V) for `upstream` (N,) or () when that is given.
 
-    With `first`, rows.logits hold the classes [first, first + V) only, and the state is that of all of them.
+    With `first`, rows.logits contain only the classes [first, first + V), and the state is that of all classes.
     """
     dtype = state.m_t.dtype
     tau = _values(rows, dtype)
@@ -187,7 +187,7 @@ def teacher_rows(
 
 
 def _write(rows: Rows, marks: Marks, values: Tensor, gradient: Tensor) -> None:
-    """values (N, V) into gradient (..., >= V): exactly 0 in rows that do not count and in padding."""
+    """values (N, V) into gradient (..., >= V): exactly 0 in ignored rows and in padding."""
     counted = torch.where(_column(marks.weights.kd == 0), 0, values)
     gradient[..., : rows.classes].copy_(counted.reshape(*gradient.shape[:-1], rows.classes))
     gradient[..., rows.classes :].zero_()
@@ -212,7 +212,7 @@ def row_state(
     keep: bool,
     gradient: Tensor | None,
 ) -> tuple[Tensor, State | None]:
-    """See `cudfast.rows.Backend`. Statistics cost nothing more here."""
+    """See `cudfast.rows.Backend`. Statistics have no extra cost here."""
     dtype = compute_dtype(rows)
     check_vectors(rows, options)
     marks = mark(rows, options)

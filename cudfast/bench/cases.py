@@ -1,4 +1,4 @@
-"""What is raced: inputs, the losses as one would write them in PyTorch, and the ways to call the library."""
+"""Inputs, the losses written with torch functions, and the ways to call the library."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Inputs:
     teacher: Tensor  # (N, V)
     labels: Tensor  # (N,) int64
     gradient: Tensor  # (N, V) memory for the gradient
-    scratch: Tensor  # (N, V) the student again and no leaf, for whoever overwrites it
+    scratch: Tensor  # (N, V) a copy of the student that is no leaf, for cases that overwrite it
 
     @property
     def plain(self) -> Tensor:
@@ -38,7 +38,7 @@ class Inputs:
         return self.student.detach()
 
     def restore(self) -> None:
-        """Undoes what the in-place mode did."""
+        """Restores the logits that the in-place mode has overwritten."""
         self.scratch.detach().copy_(self.plain)
 
 
@@ -51,7 +51,7 @@ def labels_for(teacher: Tensor) -> Tensor:
 
 
 def make(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Inputs:
-    """A student that has learned part of its teacher."""
+    """A batch whose student has partly learned its teacher."""
     torch.manual_seed(0)
     teacher = torch.randn(shape.rows, shape.classes, device=device) * 3
     student = (teacher * 0.5 + torch.randn(shape.rows, shape.classes, device=device) * 2).to(dtype)
@@ -60,7 +60,7 @@ def make(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         student.requires_grad_(),
         teacher,
         labels_for(teacher),
-        torch.full_like(teacher, torch.nan),  # unwritten elements fail the gate; its pages have been touched
+        torch.full_like(teacher, torch.nan),  # unwritten elements fail the gate; the pages are already mapped
         student.clone(),
     )
 
@@ -71,7 +71,7 @@ def make(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") 
 def eager_cud(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     """Mean loss () of student and teacher logits (N, V), at the defaults of `CUDLoss`.
 
-    The target is made in place: the fastest of the plain ways to write it, by a tenth.
+    The target is computed in place: a tenth faster than the other plain implementations.
     """
     p = teacher.softmax(-1)
     top, k = p.max(-1, keepdim=True)
@@ -94,14 +94,14 @@ def eager_dus(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def compiled(loss: Loss) -> Loss:
-    """The same function through torch.compile, specialised to its shapes. One at a time: it counts them."""
+    """The same function through torch.compile, specialised to its shapes. Resets the limit on their number."""
     torch.compiler.reset()
     found: Loss = torch.compile(loss, fullgraph=True, dynamic=False)
     return found
 
 
 def through(loss: Loss, logits: Tensor, *others: Tensor) -> Forward:
-    """A loss of PyTorch as a case."""
+    """A PyTorch loss as a case."""
     return lambda: (loss(logits, *others), logits)
 
 

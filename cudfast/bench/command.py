@@ -1,4 +1,4 @@
-"""`python -m cudfast bench`: the losses beside PyTorch on this machine, with a gate, a floor and a table."""
+"""`python -m cudfast bench`: checks and times the losses beside PyTorch on this machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROUNDS, SMALL_ROUNDS, SMALL_WARM = 20, 300, 5
 
 
 def shape_of(text: str) -> Shape:
-    """A shape by the name of who uses it, or as NxV.
+    """A shape by the name of a task, or as NxV.
 
     Example:
         >>> print(shape_of("512x32000"), shape_of("Llama 3"), sep=", ")
@@ -53,17 +53,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32"], help="default: float32")
     parser.add_argument("--backend", choices=("auto", *backends.NAMES), default="auto", help="default: auto")
-    parser.add_argument("--device", default="cpu", help="where the logits live: cpu (default), cuda, xpu")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--json", type=Path, metavar="NEW.json", help="write what was measured")
-    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="say what became slower; exit with 1 if any")
+    parser.add_argument("--device", default="cpu", help="device of the logits: cpu (default), cuda, xpu")
+    parser.add_argument("--no-compile", action="store_true", help="do not time torch.compile")
+    parser.add_argument("--json", type=Path, metavar="NEW.json", help="write the measurements")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="show what became slower; exit with 1 if any")
 
 
 def contestants(entry: Entry, shape: Shape, dtype: torch.dtype, asked: argparse.Namespace) -> list[Contestant]:
-    """Who takes part at one shape, past the gate.
+    """The implementations for one shape, after the comparison with float64.
 
     Raises:
-        AssertionError: the library's numbers are wrong here.
+        AssertionError: a result of the library is wrong.
     """
     data = make(shape, dtype, asked.device)
     ours = entry.ours(data, backend=asked.backend)
@@ -73,7 +73,7 @@ def contestants(entry: Entry, shape: Shape, dtype: torch.dtype, asked: argparse.
 
 
 def race(entry: Entry, shape: Shape, dtype: torch.dtype, asked: argparse.Namespace, progress: Progress) -> Result | str:
-    """One race, or why there are no times."""
+    """The times of one shape, or the reason why there are none."""
     part = 4 if asked.quick else 1
     what = f"{entry.title} {shape} {str(dtype)[6:]}"
     task = progress.add_task(f"{what}: correctness", total=None)
@@ -92,7 +92,7 @@ def race(entry: Entry, shape: Shape, dtype: torch.dtype, asked: argparse.Namespa
 
 
 def peak_of(contestant: Contestant, device: str = "cpu") -> int | None:
-    """Bytes that a call takes beyond its inputs."""
+    """Peak memory of a call beyond its inputs, in bytes."""
     contestant.prepare()
     return peak(contestant.call, device)
 
@@ -109,7 +109,7 @@ def races(asked: argparse.Namespace, console: Console) -> Iterator[Result | str]
 
 
 def show(table: Table, console: Console) -> None:
-    """A table and the goals under it."""
+    """Prints a table, and the goals below it."""
     for header, rows in ((table.header, table.rows), (("ratio", "measured", "required", "aim", "met"), table.goals)):
         if not rows and header is not table.header:
             continue
@@ -124,14 +124,14 @@ def show(table: Table, console: Console) -> None:
 
 
 def show_changes(changes: Sequence[Change], console: Console) -> None:
-    """What differs from an older run."""
+    """Prints the differences from an older run."""
     rows = [(f"{c.what}: {c.contestant}", f"{c.ratio:.3f}", f"{c.low:.3f} to {c.high:.3f}", c.verdict) for c in changes]
     header = ("now / then, both relative to the floor", "ratio", f"{CONFIDENCE:.0%} interval", "")
     show(Table("Compared with the older run", header, rows), console)
 
 
 def main(asked: argparse.Namespace, console: Console | None = None) -> int:
-    """Runs the command; its exit status: 1 after wrong numbers or a regression of ours, 2 where nothing can be run."""
+    """Runs the command. Exit status: 1 after wrong results or a regression, 2 if nothing can be run."""
     console = console or Console()
     try:
         backends.choose(asked.backend, torch.device(asked.device))

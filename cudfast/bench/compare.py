@@ -1,7 +1,8 @@
-"""Two runs against each other: what became slower, beyond noise.
+"""Compares two runs: what became slower, beyond noise.
 
-Runs are minutes or machines apart, so a time is first divided by the floor's, which ran in the same rounds. What is
-compared are these ratios of medians; the interval comes from resampling the rounds of all four medians (bootstrap).
+Runs differ in time or machine, so a time is first divided by that of the floor (a plain PyTorch call that moves the
+same bytes) in the same rounds. These ratios of medians are compared; the interval is computed by resampling the rounds
+of all four medians (bootstrap).
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ SLACK = 1.05
 
 
 class Change(NamedTuple):
-    """One contestant, now over then."""
+    """Change of one contestant: new time over old time."""
 
     what: str
     contestant: str
-    ratio: float  # 2: takes twice as long as it did, both relative to the floor
+    ratio: float  # 2: takes twice as long as before, both relative to the floor
     low: float  # of the confidence interval
     high: float
 
     @property
     def verdict(self) -> str:
-        """Slower or faster, where the whole interval is beyond what two runs of the same code differ by; else empty."""
+        """Slower or faster, if the whole interval exceeds the difference of two runs of the same code; else empty."""
         return "slower" if self.low > SLACK else "faster" if self.high < 1 / SLACK else ""
 
 
@@ -41,7 +42,7 @@ def read(path: Path) -> list[Result]:
     """The races in a JSON of `python -m cudfast bench --json` or of pytest-benchmark.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the file is neither.
     """
     found: Any = json.loads(path.read_text())
     if not isinstance(found, dict) or not ("races" in found or "benchmarks" in found):
@@ -58,7 +59,7 @@ def medians(figures: Figures, random: numpy.random.Generator) -> NDArray[numpy.f
 
 
 def compare(old: Iterable[Result], new: Iterable[Result]) -> list[Change]:
-    """Every contestant that both have, but for the floors."""
+    """The changes of all contestants that both runs have, without the floors."""
     before = {race.key: race for race in old}
     random = numpy.random.default_rng(0)
     found = []

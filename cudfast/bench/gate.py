@@ -1,4 +1,4 @@
-"""No time without the right numbers: results are compared with float64 before anything is timed."""
+"""Results are compared with float64 before they are timed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def truth(loss: Loss, logits: Tensor, *others: Tensor) -> Outcome:
     Args:
         loss: differentiable in plain PyTorch.
         logits: (N, V).
-        others: (N, V) or (N,), what else the loss takes.
+        others: (N, V) or (N,), further arguments of the loss.
     """
     count, classes = logits.shape
     step = max(1, 2**24 // classes)

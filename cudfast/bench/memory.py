@@ -1,4 +1,4 @@
-"""Peak memory of a call, measured: what the system counts as resident, or what PyTorch's allocator of a GPU counts."""
+"""Measured peak memory of a call: the system's resident memory, or that of PyTorch's GPU allocator."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def resident(field: str) -> int:
-    """Bytes. VmRSS: resident now. VmHWM: the most since the last reset; getrusage would count the parent's, too."""
+    """Bytes. VmRSS: resident now. VmHWM: the maximum since the last reset; getrusage would include the parent's."""
     line = next(x for x in STATUS.read_text().splitlines() if x.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def reset() -> int:
-    """Gives free memory back to the system, which would else serve the next call unseen; sets VmHWM to VmRSS.
+    """Returns free memory to the system, because reusing it would not be measured; sets VmHWM to VmRSS.
 
     Returns:
         Bytes that are resident now.
@@ -34,9 +34,9 @@ def reset() -> int:
 
 
 def peak(call: Callable[[], object], device: str = "cpu") -> int | None:
-    """Bytes beyond what was there before the call, at their most; None where the system does not tell (not Linux).
+    """Maximum of bytes beyond those before the call; None if the system does not report it (not Linux).
 
-    What it returns counts, too: a fresh gradient is memory that the call took.
+    Returned tensors count as well: a fresh gradient is memory that the call has allocated.
     """
     if device != "cpu":
         memory = torch.get_device_module(torch.device(device))

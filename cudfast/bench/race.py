@@ -1,4 +1,4 @@
-"""Contestants timed in turns, in the same minutes: a machine whose speed drifts slows all of them alike."""
+"""Times contestants in turns, in the same minutes, so that changes of the machine's speed affect all of them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Race:
     """Contestants of one benchmark. The first is ours: it runs last in every round.
 
     Args:
-        contestants: who takes part, at least one.
-        warm: untimed calls before each timed one, for work so small that caches decide.
+        contestants: at least one.
+        warm: number of untimed calls before each timed one, for small work that depends on caches.
     """
 
     def __init__(self, contestants: Sequence[Contestant], *, warm: int = 0) -> None:
@@ -27,13 +27,13 @@ class Race:
         self.seconds: dict[str, list[float]] = {c.name: [] for c in contestants}
         self._order = random.Random(0)
         self._round = 0
-        # Compiles, starts the threads, and tells what a round will take.
+        # Compiles, starts the threads, and measures how long a round takes.
         self._first = {c.name: c.seconds(1) for c in contestants}
         self._every = dict.fromkeys(self._first, 1)
 
     def fit(self, rounds: int, budget: float) -> int:
-        """At most so many rounds: everybody has an equal share of a budget in seconds. Ours decides how many there are;
-        who is too slow for all of them takes part in every so many; everybody takes part in LEAST or more."""
+        """At most so many rounds: all contestants have an equal share of a budget in seconds. The number of rounds is
+        that of our contestant; a slower one is timed every n-th round, at least LEAST times."""
         share = budget / len(self.contestants) / (self.warm + 1)
         turns = {
             name: max(LEAST, int(min(rounds, share / max(seconds, 1e-9)))) for name, seconds in self._first.items()
@@ -43,8 +43,8 @@ class Race:
         return rounds
 
     def others(self) -> None:
-        """Times every peer of the next round, in a new order each time: nobody always follows the same one. Then
-        prepares ours, so that its call may be timed."""
+        """Times every peer of the next round, in a new order each time, so that none always follows the same one. Then
+        prepares ours, so that its call can be timed."""
         ours, *peers = self.contestants
         for peer in self._order.sample(peers, len(peers)):
             if self._round % self._every[peer.name] == 0:
@@ -55,7 +55,7 @@ class Race:
             ours.call()
 
     def round(self) -> None:
-        """Times everybody once."""
+        """Times every contestant of this round once."""
         ours = self.contestants[0]
         self.others()
         self.seconds[ours.name].append(ours.timed())

@@ -1,4 +1,4 @@
-"""What a race found: bytes by formula, rates, fractions of the floor, memory; as JSON, and as rows of a table."""
+"""The measurements of a race: bytes by formula, rates, fractions of the floor, memory; as JSON, and as table rows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .shapes import Shape
 
 @dataclass(frozen=True)
 class Figures:
-    """One contestant."""
+    """The measurements of one contestant."""
 
     median_ms: float
     rounds: int
-    work: int  # bytes that must move (or whatever `unit` counts), by formula
+    work: int  # bytes that have to be moved (or other units, see `unit`), by formula
     rate: float  # 1e9 units/s
     of_floor: float  # this rate over the floor's
     over_ours: float  # time over that of the first contestant
@@ -34,7 +34,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio of two contestants' times beside what it should be."""
+    """A ratio of two contestants' times, and its goal."""
 
     over: str
     under: str
@@ -50,7 +50,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Result:
-    """A race, as the JSON holds it."""
+    """A race, as in the JSON file."""
 
     title: str
     rows: int
@@ -63,7 +63,7 @@ class Result:
     threads: int
     device: str
     contestants: dict[str, Figures]  # ours first
-    absent: dict[str, str]  # peers that cannot do this, and why
+    absent: dict[str, str]  # peers that are left out, and why
     goals: list[Goal] = field(default_factory=list)
 
     @property
@@ -72,7 +72,7 @@ class Result:
 
     @property
     def key(self) -> str:
-        """What two runs have in common."""
+        """The key that identifies the same race in two runs."""
         return f"{self.title}, {self.shape}, {self.dtype}, {self.threads} threads"
 
     @classmethod
@@ -89,7 +89,7 @@ class Result:
         unit: str = "B",
         device: str = "cpu",
     ) -> Result:
-        """From a finished race; `floor` names the contestant that only does what cannot be avoided."""
+        """The result of a finished race; `floor` names the contestant that only moves the necessary bytes."""
         times = {name: statistics.median(seconds) for name, seconds in race.seconds.items()}
         work = {c.name: c.work(shape, dtype) for c in race.contestants}
         ours = race.contestants[0].name
@@ -125,7 +125,7 @@ class Result:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Result:
-        """What `asdict` made."""
+        """The result from a dictionary of `asdict`."""
         figures = {name: Figures(**f) for name, f in found["contestants"].items()}
         return cls(**{**found, "contestants": figures, "goals": [Goal(**g) for g in found["goals"]]})
 
@@ -133,14 +133,14 @@ class Result:
         return asdict(self)
 
     def goal(self, over: str, under: str, required: float, aim: float | None, *, at_most: bool) -> Goal:
-        """Time of `over` / time of `under` beside what it should be at least, or at most."""
+        """Time of `over` / time of `under`, and the goal: at least, or at most."""
         ratio = self.contestants[over].median_ms / self.contestants[under].median_ms
         found = Goal(over, under, ratio, required, aim, at_most)
         self.goals.append(found)
         return found
 
     def table(self) -> Table:
-        """What a terminal shows."""
+        """The table for the terminal."""
         ours = next(iter(self.contestants))
         size = self.contestants[ours].work / 1e6
         note = f" ({self.used_by})" if self.used_by else ""
@@ -162,7 +162,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Table:
-    """What the terminal shows of one benchmark."""
+    """The table of one benchmark for the terminal."""
 
     title: str
     header: tuple[str, ...]
@@ -177,7 +177,7 @@ def isa() -> str:
 
 
 def processor() -> str:
-    """What the system calls it, and how many cores this process may use."""
+    """The system's name of the processor, and the number of threads of this process."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
@@ -185,7 +185,7 @@ def processor() -> str:
 
 
 def machine(device: str = "cpu") -> dict[str, str]:
-    """Where and with what the numbers were taken."""
+    """The machine and the versions of a measurement."""
     native: Any = backends.load("native")
     compiler = "" if isinstance(native, str) else native._native.COMPILER
     found = {"processor": processor(), "instruction set": isa(), "compiler": compiler}

@@ -1,4 +1,4 @@
-"""N rows of V classes, and who has them."""
+"""N rows of V classes, and typical tasks that have them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """N rows of V classes, and who has them.
+    """N rows of V classes, and a task that has them.
 
     Example:
         >>> print(SHAPES["Llama 2"])
@@ -23,7 +23,7 @@ class Shape:
 
     @property
     def small(self) -> bool:
-        """Whether a call costs about what its Python costs."""
+        """Whether Python overhead dominates the time of a call."""
         return self.rows * self.classes < 1 << 16
 
 

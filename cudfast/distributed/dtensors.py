@@ -1,7 +1,7 @@
-"""DTensors as arguments: what of them is here, and which dimension of their mesh holds the classes.
+"""DTensors as arguments: their local parts, and the mesh dimension that shards the classes.
 
-A mesh dimension whose placement is a Shard of the last axis holds the classes; its group is the loss's process group.
-On all others, Shard of another axis (rows) and Replicate, each rank goes on with the rows that it has.
+The group of the mesh dimension whose placement shards the last axis is the loss's process group. On all other
+dimensions, with Shard of another axis (rows) or Replicate, each rank uses its own rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .group import Shard
 
 
 class Place:
-    """How logits (..., V), or class weights (V, D) with `classes` = 0, lie on a mesh."""
+    """Placement of logits (..., V), or of class weights (V, D) with `classes` = 0, on a mesh."""
 
     def __init__(self, x: Any, name: str, classes: int, shard: Shard | None) -> None:
         self.mesh, self.placements, self._name = x.device_mesh, tuple(x.placements), name
@@ -35,7 +35,7 @@ class Place:
             )
 
     def shard(self, width: int) -> Shard | None:
-        """The group of the classes, `width` of them in all; None where every rank has them all."""
+        """The group of the classes, `width` of them in all; None if every rank has all classes."""
         if not self.dims:
             return None
         (dim,) = self.dims
@@ -46,7 +46,7 @@ class Place:
         return Shard.of(group, min(at * -(-width // ranks), width))
 
     def same(self, x: Any, name: str) -> Any:
-        """The local part of another such tensor, which lies alike; or a tensor that is local already."""
+        """The local part of another tensor with the same placements; a plain tensor is returned as it is."""
         if not is_dtensor(x):
             return x
         if x.device_mesh != self.mesh or tuple(x.placements) != self.placements:
@@ -57,7 +57,7 @@ class Place:
         return _local(x)
 
     def rows(self, x: Any) -> Any:
-        """The local part of a tensor of the rows' shape, moved to where the rows are; or what is local already."""
+        """The local part of a tensor with one value per row, with the rows' placements; a plain tensor as it is."""
         if not is_dtensor(x):
             return x
         from torch.distributed.tensor import Replicate
@@ -74,7 +74,7 @@ def _local(x: Any) -> Tensor:
 def localized(
     logits: dict[str, Any], rows: tuple[Any, ...], shard: Shard | None
 ) -> tuple[list[Any], list[Any], Shard | None]:
-    """Logits, the first a DTensor; what has one value per row; and the process group of the classes."""
+    """Local logits (the first argument is a DTensor), local per-row values, and the process group of the classes."""
     (name, first), *others = logits.items()
     place = Place(first, name, -1, shard)
     found = [_local(first), *(place.same(x, other) for other, x in others)]
@@ -84,8 +84,8 @@ def localized(
 def localized_heads(
     hidden: dict[str, Any], weights: dict[str, Any], rows: tuple[Any, ...], shard: Shard | None
 ) -> tuple[list[Any], list[Any], list[Any], Shard | None, bool]:
-    """Hidden states, class weights and biases (the first weight a DTensor), what has one value per row; the process
-    group of the classes, and whether the hidden states are cut over it."""
+    """Local hidden states, class weights and biases (the first weight is a DTensor), and per-row values; the process
+    group of the classes, and whether the hidden states are sharded over it."""
     (name, first), *others = weights.items()
     place = Place(first, name, 0, shard)
     if place.mesh.ndim != 1 or not place.dims:

@@ -1,6 +1,6 @@
-"""Hidden states before a head whose classes are spread over ranks: whole on every rank, or cut along their first axis.
+"""Hidden states before a last layer with sharded classes: replicated on all ranks, or sharded along their first axis.
 
-A rank's classes give it a part of the gradient of every hidden state; the parts are summed here, once.
+The classes of a rank contribute a part of the gradient of every hidden state; the parts are summed here, once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .group import Shard, ask, gather, reduce, scattered
 
 
 class _Whole(torch.autograd.Function):
-    """Hidden states that every rank has: nothing is sent forward, their gradient is summed over the ranks."""
+    """Replicated hidden states: forward sends nothing, backward sums their gradient over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, group: Any) -> Tensor:
@@ -28,7 +28,7 @@ class _Whole(torch.autograd.Function):
 
 
 class _Cut(torch.autograd.Function):
-    """Hidden states that ranks have in turn: gathered forward; backward, each gets the sum of its own part."""
+    """Sharded hidden states: forward gathers them, backward gives each rank the sum of its own part."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, group: Any, sizes: list[int]) -> Tensor:
@@ -55,10 +55,10 @@ def _gathered(hidden: Tensor, group: Any, sizes: list[int]) -> Tensor:
 
 
 def spread(hidden: Tensor, shard: Shard | None, sequence_sharded: bool) -> Tensor:
-    """The student's hidden states (..., D), all of them, whose gradient is summed over the ranks that hold the classes.
+    """All hidden states (..., D) of the student, whose gradient is summed over the ranks that hold the classes.
 
     Raises:
-        ValueError: ranks whose hidden states do not go together.
+        ValueError: the hidden states of the ranks have incompatible shapes or dtypes.
     """
     if shard is None:
         if sequence_sharded:
@@ -76,7 +76,7 @@ def spread(hidden: Tensor, shard: Shard | None, sequence_sharded: bool) -> Tenso
 
 
 def sizes_of(hidden: Tensor, shard: Shard) -> list[int]:
-    """How many rows, along the first axis, every rank has."""
+    """Number of rows of each rank, along the first axis."""
     if hidden.dim() < 2:
         raise ValueError(
             f"sequence_sharded=True with hidden states of shape {tuple(hidden.shape)}: expected (S_r, ..., D), cut "
@@ -87,7 +87,7 @@ def sizes_of(hidden: Tensor, shard: Shard) -> list[int]:
 
 
 def spread_teacher(hidden: Tensor, shard: Shard | None, sequence_sharded: bool) -> Tensor:
-    """The same for what gets no gradient."""
+    """The same for the teacher's hidden states, which have no gradient."""
     if shard is None or not sequence_sharded:
         return hidden
     return _gathered(hidden, shard.process_group, sizes_of(hidden, shard))

@@ -1,5 +1,5 @@
-"""The exact target of rows whose classes are spread over ranks: the search of `calibration.project`, whose maxima and
-sums go over the group. What comes out is the calibrated teacher of this rank's classes; the rest is the plain loss."""
+"""The exact target of rows whose classes are sharded over ranks: the search of `calibration.project`, with maxima and
+sums over the group. The result is the calibrated teacher of this rank's classes, for the plain loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOPS = ("near_top", "wrong_top")  # columns of a packed state after those of `co
 
 
 class Ranks(Alone):
-    """This rank's columns; the group knows the rest."""
+    """This rank's columns, and reductions over the group."""
 
     def __init__(self, group: Any, first: int, width: int, top1: Tensor) -> None:
         self.first, self.width, self._group, self._top1 = first, width, group, top1
@@ -35,7 +35,7 @@ class Ranks(Alone):
 
 
 def _teacher(rows: Rows) -> Tensor:
-    """(N, V_r) in the compute dtype; one column that cannot happen where this rank has none."""
+    """(N, V_r) in the compute dtype; one column of -inf if this rank has no classes."""
     assert rows.target is not None
     t = rows.target[..., : rows.classes].reshape(rows.n, rows.classes).to(compute_dtype(rows))
     return t if rows.classes else F.pad(t, (0, 1), value=NOTHING)
@@ -55,7 +55,7 @@ def _top1(group: Any, t: Tensor, first: int, rows: Rows, marks: Marks) -> tuple[
 
 
 def calibrated(rows: Rows, marks: Marks, group: Any, first: int) -> tuple[Rows, Projected, Tensor]:
-    """The rows with the calibrated teacher and no constraints; what was found; and the teacher's own logits (N, 2)
+    """The rows with the calibrated teacher and no constraints, the projection, and the teacher's own logits (N, 2)
     of its top-1 and of the label.
 
     Raises:
@@ -76,7 +76,7 @@ def _plain(rows: Rows, logits: Tensor) -> Rows:
 
 
 def packed(plain: State, found: Projected, picked: Tensor) -> State:
-    """The state of rows with constraints: that of the plain loss, and what makes the target again."""
+    """The state of rows with constraints: that of the plain loss, and the values that recompute the target."""
     near, wrong, rest = found.factors.centres.unbind(-1)
     of = dict(zip(STUDENT_COLUMNS, plain.sums.unbind(-1)))
     confidence, prob = (picked - found.log_total.unsqueeze(-1)).exp().unbind(-1)
@@ -96,7 +96,7 @@ def packed(plain: State, found: Projected, picked: Tensor) -> State:
 
 
 def again(rows: Rows, marks: Marks, state: State, first: int) -> tuple[Rows, State]:
-    """The rows with the calibrated teacher, and the plain loss's state, from what `packed` kept: nothing is sent."""
+    """The rows with the calibrated teacher, and the plain loss's state, from what `packed` kept. Sends nothing."""
     assert rows.constraints is not None
     own = state.sums.shape[-1] - len(PROJECTED_COLUMNS) - len(TOPS)
     beta, centre, *scales = state.sums[:, own : own + 5].unbind(-1)

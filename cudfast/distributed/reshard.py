@@ -1,4 +1,4 @@
-"""Logits moved to other ranks, for models whose heads are cut at different classes: nothing else here sends any."""
+"""Moves logits to other ranks, for models that are sharded at different classes. No other module sends logits."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .group import Shard, ask, lost, telling
 
 
 def reshard(logits: Tensor, width: int, process_group: Any) -> Tensor:
-    """The columns that this rank would have if every rank had its `width` of them, in the order of the ranks.
+    """Redistributes the columns, in the order of the ranks, so that this rank has `width` of them.
 
-    For a teacher whose classes are not cut where the student's are. Each rank sends the columns that others need: up to
-    all of its logits. No gradient flows.
+    For a teacher that is not sharded at the same classes as the student. Each rank sends the columns that other ranks
+    need, up to all of its logits. No gradient flows.
 
     Args:
-        logits: (..., V_r) this rank's, of a leading shape and dtype that all ranks share.
-        width: how many classes this rank is to have, as the student's logits do here. The widths may come to more than
-            there are classes, which fills up with -inf, or to fewer, which drops the last (padding that the other model
-            does not have).
+        logits: (..., V_r) this rank's logits; the leading shape and the dtype are the same on all ranks.
+        width: number of classes of this rank in the result, that of the student's logits. If the widths sum to more
+            than the number of classes, the rest is filled with -inf; if to fewer, the last columns (padding that the
+            other model does not have) are dropped.
         process_group: the ranks that hold the classes.
 
     Returns:
@@ -60,7 +60,7 @@ def reshard(logits: Tensor, width: int, process_group: Any) -> Tensor:
 
 
 def _shared(have: list[int], want: list[int], source: int, target: int) -> int:
-    """How many classes go from one rank to another."""
+    """Number of classes that one rank sends to another."""
     ends = tuple(accumulate(have))[source], tuple(accumulate(want))[target]
     begins = ends[0] - have[source], ends[1] - want[target]
     return max(0, min(ends) - max(begins))

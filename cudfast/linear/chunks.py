@@ -1,4 +1,4 @@
-"""Some of the rows that count: their part of every vector and matrix of a call, without a copy where that can be."""
+"""Chunks of rows: their parts of every vector and matrix of a call, without a copy if possible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..rows import Part, Rows
 
 
 def flat(x: Tensor) -> Tensor | None:
-    """(N, width) as a view of (..., width), where there is one."""
+    """(N, width) as a view of (..., width) if possible, otherwise a copy."""
     try:
         return x.view(-1, x.shape[-1])
     except RuntimeError:
@@ -21,11 +21,11 @@ def flat(x: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows [begin, end) of those that count."""
+    """Rows [begin, end) of the rows that are not ignored."""
 
     begin: int
     end: int
-    index: Tensor | None  # (R,) flat rows; None when every row of the call counts
+    index: Tensor | None  # (R,) flat rows; None if no row of the call is ignored
 
     @property
     def count(self) -> int:
@@ -33,25 +33,25 @@ class Chunk:
         return self.end - self.begin
 
     def vector(self, x: Tensor) -> Tensor:
-        """Its part (R, ...) of (N, ...)."""
+        """The chunk's part (R, ...) of (N, ...)."""
         return x[self.begin : self.end] if self.index is None else x[self.index]
 
     def matrix(self, x: Tensor) -> Tensor:
-        """Its rows (R, width) of (..., width)."""
+        """The chunk's rows (R, width) of (..., width)."""
         rows = flat(x)
         if rows is not None:
             return rows[self.begin : self.end] if self.index is None else rows.index_select(0, self.index)
         return x[torch.unravel_index(self._index(x.device), x.shape[:-1])]
 
     def put(self, to: Tensor, values: Tensor) -> None:
-        """Writes values (R, ...) into its part of (N, ...)."""
+        """Writes values (R, ...) into the chunk's part of (N, ...)."""
         if self.index is None:
             to[self.begin : self.end] = values
         else:
             to[self.index] = values
 
     def rows(self, rows: Rows, divisors: Tensor) -> Rows:
-        """The call for these rows alone; its logits are still to come."""
+        """The call for these rows alone, without logits yet."""
         constraints = rows.constraints
         if constraints is not None:
             constraints = constraints._replace(bounds=self.vector(constraints.bounds))

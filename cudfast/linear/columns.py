@@ -1,4 +1,4 @@
-"""Rows that are made some classes at a time: tiles are the parts of a row."""
+"""Rows that are computed in tiles of classes, the parts of a row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Filled(NamedTuple):
 
     student: Tensor  # (R, C)
     teacher: Tensor | None  # (R, C)
-    gradient: Tensor  # (R, C) for the student's gradient: its own memory unless it is needed after the loss
+    gradient: Tensor  # (R, C) for the student's gradient: the logits' memory, unless they are needed after the loss
 
 
 class Work(NamedTuple):
@@ -33,8 +33,8 @@ class Work(NamedTuple):
     offset: int = 0  # the first class of all tiles
 
     def tiles(self) -> Iterator[tuple[Filled, Span]]:
-        """Logits, and the part of the rows that they are."""
-        for first in range(0, max(1, self.rows.classes), self.step):  # a rank may have no class
+        """Yields logits, and the part of the rows that they belong to."""
+        for first in range(0, max(1, self.rows.classes), self.step):  # a rank may have no classes
             last = min(first + self.step, self.rows.classes)
             filled = self.fill(first, last)
             part = self.rows._replace(logits=filled.student, target=filled.teacher, classes=last - first)
@@ -42,7 +42,7 @@ class Work(NamedTuple):
 
 
 def part_state(work: Work) -> tuple[Whole, torch.dtype]:
-    """State of rows whose tiles are folded one after the other, and the compute dtype."""
+    """State of rows whose tiles are summed one after another, and the compute dtype."""
     rows, options = work.rows, work.options
     marks, inv_tau = mark(rows, options), inverse_temperature(rows)
     whole: Whole | None = None
@@ -55,14 +55,14 @@ def part_state(work: Work) -> tuple[Whole, torch.dtype]:
 
 
 def merged_state(work: Work) -> tuple[Tensor, State]:
-    """Losses (R,) and states of rows all of whose classes are tiles."""
+    """Losses (R,) and states of rows, from all of their tiles."""
     whole, dtype = part_state(work)
     rows = work.rows
     return finished(rows, work.options, mark(rows, work.options), whole, cast(Tensor, rows.num_items), dtype)
 
 
 def gradients(work: Work, state: State, upstream: Tensor) -> Iterator[tuple[int, Filled]]:
-    """Every tile in turn, its first class and its logits, the gradient for `upstream` () or (R,) written."""
+    """Yields each tile's first class and logits, after writing the gradient for `upstream` () or (R,)."""
     marks = mark(work.rows, work.options)
     for filled, span in work.tiles():
         write_gradient(span, work.options, marks, work.backend, state, upstream, filled.gradient)

@@ -58,7 +58,7 @@ def _teacher(
     shard: Shard | None,
     sequence_sharded: bool,
 ) -> tuple[Tensor | None, Layer | None]:
-    """The teacher's hidden states and layer, or its logits; needed: why there must be one, or ""."""
+    """The teacher's hidden states and layer, or its logits; needed: the reason why a teacher is required, or ""."""
     check_frozen(dict(zip(_TEACHER, given)))
     check_frozen({"teacher_logits": logits})
     if logits is not None:
@@ -156,7 +156,7 @@ def fused_linear_cud_loss(
     sequence_sharded: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, StudentStatistics]:
-    """`cud_loss` (Eq. 9) of logits that are never all in memory. See `cudfast.FusedLinearCUDLoss`.
+    """`cud_loss` (Eq. 9) of logits that are computed in tiles. See `cudfast.FusedLinearCUDLoss`.
 
     Args:
         student_hidden: (..., Ds) float32, float64, bfloat16 or float16.
@@ -165,16 +165,16 @@ def fused_linear_cud_loss(
         options: what the loss is made of; see `CUDOptions`. `inplace` does not apply.
         linear: logit scales and soft caps, and the memory budget; see `LinearOptions`.
         student_bias: (V,), the student's dtype.
-        teacher_hidden: (..., Dt) in a dtype of its own; must not require grad, nor may what follows.
+        teacher_hidden: (..., Dt) in any of these dtypes; like all teacher tensors, it must not require grad.
         teacher_weight: (V, Dt), the dtype of teacher_hidden.
         teacher_bias: (V,), the same.
         teacher_logits: (..., V) instead of these three. No teacher at all is allowed when kd_weight is 0.
         weight: (...) one weight per row, as in `cud_loss`.
         temperature: overrides options.temperature, as in `cud_loss`.
         num_items: replaces both divisors, as in `cud_loss`.
-        shard: `cudfast.distributed.Shard.of(group)`, where the classes are spread over a process group; weights, biases
-            and teacher_logits are then those of this process, all else is whole. See `cudfast.FusedLinearCUDLoss`.
-        sequence_sharded: with a shard, hidden states are (S_r, ..., D), cut along their first axis over its ranks.
+        shard: `cudfast.distributed.Shard.of(group)` if the classes are sharded over a process group; weights, biases
+            and teacher_logits are then this rank's shards. See `cudfast.FusedLinearCUDLoss`.
+        sequence_sharded: with a shard, hidden states are (S_r, ..., D), sharded along their first axis over its ranks.
         return_stats: also return `StudentStatistics` of every row.
 
     Returns:
@@ -295,7 +295,7 @@ def fused_linear_dus_loss(
     sequence_sharded: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TeacherStatistics]:
-    """`dus_loss` (Eq. 3) of logits that are never all in memory. See `cudfast.FusedLinearDUSLoss`.
+    """`dus_loss` (Eq. 3) of logits that are computed in tiles. See `cudfast.FusedLinearDUSLoss`.
 
     Args:
         hidden: (..., D) float32, float64, bfloat16 or float16.

@@ -14,7 +14,7 @@ Found = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Gradients:
-    """The sums. `cut`: a chunk of rows comes in more than one tile; `chunks`: how many chunks there are."""
+    """The sums. `cut`: a chunk of rows has more than one tile; `chunks`: the number of chunks."""
 
     def __init__(self, p: Problem, needs: Needs, *, cut: bool, chunks: int) -> None:
         self._p, self._cut, self._started = p, cut, False
@@ -22,7 +22,7 @@ class Gradients:
         self._hidden: Tensor | None = None
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
-        self._of_chunk: Tensor | None = None  # (R, D), until it is put where its rows belong
+        self._of_chunk: Tensor | None = None  # (R, D), until it is copied to the chunk's rows
         if needs.hidden:
             self._hidden = empty((p.rows.n, hidden.shape[-1]), hidden.dtype, hidden.device)
         if needs.weight:
@@ -32,7 +32,7 @@ class Gradients:
             self._bias = torch.zeros(weight.shape[0], dtype=p.wide, device=hidden.device)
 
     def add(self, chunk: Chunk, hidden: Tensor, first: int, gradient: Tensor) -> None:
-        """One tile: hidden (R, D), and the gradient of its logits (R, C), the classes from `first` on."""
+        """Adds a tile: hidden (R, D), and the gradient of its logits (R, C), for the classes from `first` on."""
         if self._bias is not None:
             part = self._bias[first : first + gradient.shape[1]]
             part.add_(gradient.sum(0, dtype=part.dtype), alpha=self._p.student.scale)
@@ -75,7 +75,7 @@ class Gradients:
                 into.add_(gradient[:, columns] @ weight, alpha=head.scale)
 
     def end(self, chunk: Chunk) -> None:
-        """After the last tile of a chunk."""
+        """Finishes a chunk, after its last tile."""
         self._started = True
         if self._of_chunk is not None:
             assert self._hidden is not None
@@ -83,7 +83,7 @@ class Gradients:
             self._of_chunk = None
 
     def found(self, ignored: Tensor | None) -> Found:
-        """In the inputs' shapes and dtypes. ignored (N,): rows whose gradient is 0."""
+        """The gradients in the inputs' shapes and dtypes. ignored (N,): rows whose gradient is 0."""
         rows, weight, bias = self._hidden, self._weight, self._bias
         if rows is not None:
             if ignored is not None:

@@ -1,4 +1,4 @@
-"""The last layers of student and teacher: what a call holds, and how logits of some classes come from hidden states."""
+"""The last layers of student and teacher: the arguments of a call, and the logits of some classes."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ class Head(NamedTuple):
     bias: Tensor | None  # (>= V,)
     scale: float
     softcap: float | None
-    block: int  # classes whose weights are widened at a time
+    block: int  # number of classes whose weights are converted at a time
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the logits, and of the products that make them.
+        """Dtype of the logits, and of the products that compute them.
 
-        16-bit weights are widened on the CPU: the f32 product is more accurate, and several times faster wherever the
-        processor has no matrix unit for them.
+        On the CPU, 16-bit weights are converted to f32: the product is more accurate, and several times faster if the
+        processor has no matrix unit for 16 bits.
         """
         narrow = self.weight.dtype.itemsize == 2 and self.weight.device.type == "cpu"
         return torch.float32 if narrow else self.weight.dtype
 
     @property
     def widens(self) -> bool:
-        """Whether the weights are widened, a block of classes at a time."""
+        """Whether the weights are converted to f32, a block of classes at a time."""
         return self.dtype != self.weight.dtype
 
     def blocks(self, first: int, last: int) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of the classes [first, last): where they lie in that range, and their weights (block, D)."""
+        """Blocks of the classes [first, last): their positions in that range, and their weights (block, D)."""
         step = self.block if self.widens else max(1, last - first)
         for begin in range(first, last, step):
             end = min(begin + step, last)
@@ -57,29 +57,29 @@ class Head(NamedTuple):
             out.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def uncap(self, gradient: Tensor, logits: Tensor) -> None:
-        """From the gradient of capped logits (R, C) to that of uncapped ones, in place; the logits are spent."""
+        """Converts the gradient of capped logits (R, C) to that of uncapped logits, in place; overwrites the logits."""
         if self.softcap is not None:
             torch.ops.aten.tanh_backward.grad_input(gradient, logits.div_(self.softcap), grad_input=gradient)
 
 
 class Problem(NamedTuple):
-    """One call, checked."""
+    """The checked arguments of a call."""
 
     rows: Rows  # with hidden states (..., D) as its logits, and as its target unless `teacher` is None
     student: Head
     teacher: Head | None  # None: rows.target are logits (..., >= V), or there is no teacher
     options: CUDOptions | DUSOptions
     linear: LinearOptions
-    shard: Shard | None = None  # when other ranks hold more of the classes
+    shard: Shard | None = None  # if other ranks hold more classes
 
     @property
     def heads(self) -> tuple[Head, ...]:
-        """The layers that make logits."""
+        """The layers that compute logits."""
         return (self.student,) if self.teacher is None else (self.student, self.teacher)
 
     @property
     def wide(self) -> torch.dtype:
-        """In which sums over tiles are held."""
+        """The dtype of sums over tiles."""
         return torch.promote_types(self.linear.accumulate_dtype, self.student.weight.dtype)
 
 
@@ -91,7 +91,7 @@ def problem(
     linear: LinearOptions,
     shard: Shard | None = None,
 ) -> Problem:
-    """From weights and biases."""
+    """The arguments of a call, from weights and biases."""
 
     def head(layer: tuple[Tensor, Tensor | None], scale: float, softcap: float | None) -> Head:
         block = max(64, linear.bytes // 16 // (4 * layer[0].shape[1]))
@@ -108,7 +108,7 @@ def problem(
 
 
 class Tensors(NamedTuple):
-    """Every tensor of a call that autograd should keep an eye on, or an op takes."""
+    """All tensors of a call that autograd has to track or that an op takes."""
 
     hidden: Tensor
     weight: Tensor
@@ -147,7 +147,7 @@ def problem_of(
     linear: LinearOptions,
     shard: Shard | None = None,
 ) -> Problem:
-    """Inverse of `tensors_of`, with everything else."""
+    """Inverse of `tensors_of`, with all other arguments."""
     return problem(
         Rows(x.hidden, x.target, x.labels, x.row_weight, x.per_row, scalar, num_items, classes, constraints),
         (x.weight, x.bias),
@@ -159,7 +159,7 @@ def problem_of(
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted."""
+    """Which gradients are needed."""
 
     hidden: bool
     weight: bool

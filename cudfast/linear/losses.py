@@ -19,28 +19,28 @@ if TYPE_CHECKING:
 
 
 class FusedLinearCUDLoss(nn.Module):
-    """`CUDLoss` (Eq. 9) of the last hidden states and the class weights: the logits never exist all at once.
+    """`CUDLoss` (Eq. 9) from the last hidden states and the class weights, without storing the logits of all rows.
 
     With s = student_hidden @ student_weight.T + student_bias and t likewise, the loss and the gradients of the
     student's hidden states, weight and bias are those of ``CUDLoss`` on s and t. Chunks of rows (and, for very large V,
-    tiles of classes) pass through buffers that fit `memory_budget`; ignored rows never do.
+    tiles of classes) are processed in buffers that fit `memory_budget`; ignored rows are left out.
 
     Args:
         temperature, kd_weight, ce_weight, calibration, ignore_index, unlabeled_index, reduction, num_classes, backend,
             check_finite: as in `CUDLoss`.
-        save: "gradient": the gradients are made in forward, four products in all. "state": in backward, six products;
-            nothing is kept but the row states. "auto": "gradient" for scalar reductions, "state" for reduction="none"
-            and for float16.
+        save: "gradient": the gradients are computed in forward, with four products. "state": in backward, with six
+            products; only the row states are kept. "auto": "gradient" for scalar reductions, "state" for
+            reduction="none" and for float16.
         memory_budget: bytes that a call may take beyond its inputs and the gradients it returns; "auto": 256 MiB.
         accumulate_dtype: in which weight gradients are summed over chunks, if wider than the weight. Default float32.
         student_logit_scale, teacher_logit_scale: factors of the logits, > 0 (Cohere). Default 1.0.
         student_logit_softcap, teacher_logit_softcap: c of c tanh(z / c), > 0 (Gemma); None: no cap. Default None.
-        process_group, class_offset: as in `CUDLoss`, for heads whose classes are spread over ranks: weights (V_r, D),
-            biases and teacher_logits are this rank's, all else is whole. The gradient of the hidden states is summed
-            over the ranks, once: do not do it again. Always six products. `Projection` is refused.
-        sequence_sharded: with process_group, hidden states of both sides are (S_r, ..., D): cut along the first axis
-            over the ranks in their order. They are gathered, and each rank gets the gradient of its own; labels stay
-            whole.
+        process_group, class_offset: as in `CUDLoss`, for classes that are sharded over ranks: weights (V_r, D), biases
+            and teacher_logits are this rank's shards. The gradient of the hidden states is already summed over the
+            ranks: do not sum it again. Always six products. `Projection` raises an error.
+        sequence_sharded: with process_group, hidden states of both sides are (S_r, ..., D), sharded along the first
+            axis over the ranks in their order. They are gathered, and each rank gets the gradient of its own part.
+            Labels are not sharded.
 
     Shapes:
         student_hidden (..., Ds), student_weight (V, Ds), labels (...), student_bias (V,), teacher_hidden (..., Dt),
@@ -153,7 +153,7 @@ class FusedLinearCUDLoss(nn.Module):
 
 
 class FusedLinearDUSLoss(nn.Module):
-    """`DUSLoss` (Eq. 3) of the last hidden states and the class weights of the teacher that is being fine-tuned.
+    """`DUSLoss` (Eq. 3) from the last hidden states and the class weights of the teacher that is fine-tuned.
 
     Args:
         ce_weight, focal_weight, entropy_weight, gamma, alpha, gate_threshold, gate_scale, gate_power,

@@ -1,6 +1,6 @@
-"""The work itself: chunks of rows, the logits of a tile in buffers that are used again, and their gradients.
+"""The computation: chunks of rows, the logits of a tile in reused buffers, and their gradients.
 
-for each chunk of the rows that count
+for each chunk of the rows that are not ignored
     student = hidden @ weight.T                      a product
     teacher = teacher_hidden @ teacher_weight.T      a product, unless logits were given
     student = loss(student, teacher)                 its gradient, in place of the student's logits
@@ -33,25 +33,25 @@ from .layers import Needs, Problem
 
 _CALL = 256  # bytes a row of the call: packed states, losses, labels, weights
 _MERGE = 1024  # bytes a row of a tile while states merge, in f64
-_REFERENCE = 14  # (R, C) matrices of the compute dtype that PyTorch makes where there is no kernel, at most
+_REFERENCE = 14  # largest number of temporary (R, C) matrices of the compute dtype, where PyTorch replaces a kernel
 
 
 class Swept(NamedTuple):
-    """What a sweep finds."""
+    """The results of a sweep."""
 
-    losses: Tensor | None  # (N,) in the compute dtype, 0 in rows that do not count; None when the states were given
+    losses: Tensor | None  # (N,) in the compute dtype, 0 in ignored rows; None if the states were given
     state: State  # of all N rows
     gradients: Found
 
 
 @functools.lru_cache(maxsize=256)
 def _per_row(options: CUDOptions | DUSOptions) -> CUDOptions | DUSOptions:
-    """The options of a chunk: what a reduction divides by comes with its rows."""
+    """The options of a chunk: the divisors are part of its rows."""
     return dataclasses.replace(options, reduction="none", num_classes=None)
 
 
 def cost(p: Problem, needs: Needs, backend: Backend, *, compacted: bool) -> tiles.Cost:
-    """What memory a tile takes."""
+    """The memory that a tile needs."""
     weight, target = p.student.weight, p.rows.target
     logit = sum(head.dtype.itemsize for head in p.heads)
     if p.teacher is None and target is not None and (compacted or flat(target) is None):
@@ -73,7 +73,7 @@ def cost(p: Problem, needs: Needs, backend: Backend, *, compacted: bool) -> tile
 
 
 class _Buffers:
-    """Memory for the logits of a tile, the same for every tile."""
+    """Memory for the logits of a tile, shared by all tiles."""
 
     def __init__(self, p: Problem, tile: tiles.Tile, needs: Needs) -> None:
         self._p, device = p, p.rows.logits.device
@@ -99,7 +99,7 @@ class _Buffers:
 
 
 def _hidden(chunk: Chunk, p: Problem) -> tuple[Tensor, Tensor | None]:
-    """Student's hidden states (R, Ds) and the teacher's (R, Dt), or its logits, as the products read them."""
+    """The student's hidden states (R, Ds) and the teacher's (R, Dt) or its logits, as inputs of the products."""
     other = None if p.rows.target is None else chunk.matrix(p.rows.target)
     if other is not None and p.teacher is not None:
         other = other.to(p.teacher.dtype)
@@ -112,7 +112,7 @@ def _packed(chunk: Chunk, state: State) -> State:
 
 
 def _no_gradients(p: Problem, needs: Needs) -> Found:
-    """Of a rank without classes."""
+    """The gradients of a rank without classes."""
     tensors = (p.rows.logits, p.student.weight, p.student.bias)
     hidden, weight, bias = (
         None if x is None or not wanted else torch.zeros_like(x) for x, wanted in zip(tensors, needs)
@@ -123,7 +123,7 @@ def _no_gradients(p: Problem, needs: Needs) -> Found:
 def _chunk(
     work: Work, packed: State | None, upstream: Tensor, *, cut: bool, statistics: bool, wanted: bool
 ) -> tuple[Tensor | None, State, Iterable[tuple[int, Filled]]]:
-    """Losses (R,) unless the states are given, states, and the tiles with their gradients where those are wanted."""
+    """Losses (R,) unless the states are given, states, and the tiles with their gradients if those are needed."""
     loss = None
     if cut:
         if packed is None:
@@ -147,8 +147,8 @@ def sweep(
     """Losses, states and gradients; or, given the states of an earlier sweep, gradients for `upstream` () or (N,).
 
     Raises:
-        ValueError: a label, weight, temperature or alpha out of range; a budget that is too small; and what a backend
-            refuses.
+        ValueError: a label, weight, temperature or alpha out of range; a budget that is too small; and errors of the
+            backend.
     """
     options, device = _per_row(p.options), p.rows.logits.device
     backend = backends.choose(options.backend, device)

@@ -1,28 +1,29 @@
-"""How much of the logits exists at a time: a tile of rows and classes whose buffers fit a budget of bytes.
+"""The size of a tile, the rows and classes whose logits are in memory at a time, for a budget of bytes.
 
-Tiles of whole rows come first: four products in all, and the loss kernel reads a tile once. They hold as many rows as
-fit, since every chunk of rows reads the weights anew and adds to their gradient: on the machine of the README (2 cores,
-f32, D = 512, V = 65,536) the four products of a row take 2.20 ms in chunks of 32 rows, 1.38 of 64, 1.06 of 128, 1.07 of
-256, 0.91 of 512 and 0.86 in one of 1,024. Where fewer than FEW rows fit, tiles of some classes and of many rows are
-cheaper although the logits are then made twice, once for the row states and once for the gradient: six products.
+Tiles of whole rows are preferred: they need four products, and the loss kernel reads a tile once. They have as many
+rows as fit, since every chunk of rows reads the weights again and adds to their gradient: on the machine of
+docs/linear.md (2 cores, f32, D = 512, V = 65,536) the four products of a row take 2.20 ms in chunks of 32 rows, 1.38 of
+64, 1.06 of 128, 1.07 of 256, 0.91 of 512 and 0.86 in one of 1,024. If fewer than FEW rows fit, tiles of some classes
+and of many rows are cheaper, although the logits are then computed twice, once for the row states and once for the
+gradient: six products.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-FEW = 32  # rows in a chunk of whole rows: below, 4 products wait longer for memory than 6 take
-OTHERS = 64  # one part in so many is left to buffers of the products themselves: 2 of 256 MiB were seen in use
-NARROW = 2048  # classes of a tile: below, products of any number of rows lose
+FEW = 32  # least rows in a chunk of whole rows: below, 4 products are slower than 6 with many rows, because of memory
+OTHERS = 64  # this part of the budget is left for internal buffers of the products: 2 of 256 MiB were measured
+NARROW = 2048  # least classes of a tile: below, products of any number of rows are slower
 
 
 class Cost(NamedTuple):
-    """What memory a tile takes, in bytes."""
+    """The memory that a tile needs, in bytes."""
 
     logit: int  # per row and class
     row: int  # per row
-    fixed: int  # whatever the tile
-    carried: int  # for what one chunk of rows hands to the next
+    fixed: int  # independent of the tile
+    carried: int  # for sums that are passed from one chunk of rows to the next
 
 
 class Tile(NamedTuple):
@@ -31,7 +32,7 @@ class Tile(NamedTuple):
 
 
 def _even(count: int, most: int) -> int:
-    """Size of equal parts of `count`, none above `most`: a multiple of 16, as products like it, if that fits."""
+    """Size of equal parts of `count`, at most `most`: a multiple of 16, which is fast for products, if that fits."""
     most = max(1, min(count, most))
     parts = -(-count // most)
     size = -(-count // parts)
@@ -39,10 +40,10 @@ def _even(count: int, most: int) -> int:
 
 
 def choose(rows: int, classes: int, cost: Cost, budget: int, *, whole: bool) -> Tile:
-    """The tile for `rows` x `classes` logits. whole: rows may not be cut.
+    """The tile for `rows` x `classes` logits. whole: rows must not be split.
 
     Raises:
-        ValueError: not even the smallest tile fits; it names the budget that does.
+        ValueError: the smallest tile does not fit; the message states the budget that is needed.
     """
 
     room = budget - budget // OTHERS

@@ -1,8 +1,8 @@
-"""The losses in plain PyTorch: the mirror of csrc/row.
+"""The losses in plain PyTorch, with the same functions as csrc/row.
 
-Every function here has a twin of the same name in csrc/row (`student_merge` is `merge` of StudentState there), in the
-same order and under the same equation tags; tests/test_mirrors.py walks them pair by pair. Tensors are (N,) where the
-C++ has a scalar and (N, V) where it has a sweep. Nothing here is differentiated: gradients are written out.
+Every function has a counterpart of the same name in csrc/row (`student_merge` is `merge` of StudentState there), in the
+same order and with the same equation tags; tests/test_mirrors.py compares the pairs. Tensors are (N,) where the C++ has
+a scalar and (N, V) where it has a sweep. Autograd is not used: gradients are explicit formulas.
 """
 
 from .element import student_element, teacher_element

@@ -1,4 +1,4 @@
-"""csrc/row/state.h: what a row of logits is reduced to, and how two parts of a row become one."""
+"""csrc/row/state.h: the state that a row of logits is reduced to, and the merge of two parts of a row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NOTHING = -torch.inf
 
 
 def first_top1(logits: Tensor) -> Tensor:
-    """(N,) int64: the largest of every row (N, V), the first of equals on every device."""
+    """(N,) int64: index of the largest value of every row (N, V); the lowest index of equal values, on every device."""
     return (logits == logits.amax(-1, keepdim=True)).to(torch.int8).argmax(-1)
 
 
@@ -61,7 +61,7 @@ def student_fold(dt: Tensor, ds: Tensor, inv_tau: Tensor) -> StudentSums:
 
 
 def _down(m: Tensor, to: Tensor) -> Tensor:
-    """Distance from a part's maximum to the new one; an empty part has nothing to rescale."""
+    """Distance from a part's maximum to the new one; 0 for an empty part."""
     return torch.where(m == NOTHING, 0, m - to)
 
 

@@ -1,4 +1,4 @@
-"""csrc/row/target.h: which coordinates of the teacher change, and to what."""
+"""csrc/row/target.h: the teacher's logits that change, and their new values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TargetSums(NamedTuple):
 
 
 def replace(state: StudentState, clip: Clip, inv_tau: Tensor) -> TargetSums:
-    """The teacher's sums after the clip: two contributions leave, two come in.                           [replace]"""
+    """The teacher's sums after the clip: two contributions are replaced.                                [replace]"""
     moves = clip.r > 0
     w_k, w_y = (state.s_k - state.m_s) * inv_tau, (state.s_y - state.m_s) * inv_tau
     blocked = moves & ((w_k == NOTHING) | (w_y == NOTHING))
@@ -53,14 +53,14 @@ def replace(state: StudentState, clip: Clip, inv_tau: Tensor) -> TargetSums:
 
 
 class Masses(NamedTuple):
-    """Of the target on N, on W and on the rest, as logarithms; which bounds bind, and which cannot be met. [masses]"""
+    """Log masses of the target on N, W and the rest; which bounds are active, and which cannot be met.    [masses]"""
 
     near: Tensor  # (N,)
     wrong: Tensor  # (N,)
     rest: Tensor  # (N,)
     near_binds: Tensor  # (N,) bool
     wrong_binds: Tensor  # (N,) bool
-    no_near: Tensor  # (N,) bool, a mass is wanted on classes that have none
+    no_near: Tensor  # (N,) bool, a mass is required on classes that have none
     all_wrong: Tensor  # (N,) bool, all mass is on classes that may not have it
 
 
@@ -74,7 +74,7 @@ def masses(near: Tensor, wrong: Tensor, rest: Tensor, low: Tensor, high: Tensor)
     low, high = torch.where(no_near, 0, low), torch.where(all_wrong, 1, high)  # the nearest that can be met
     log_low, log_high, left, lost = low.log(), high.log(), torch.log1p(-low), torch.log1p(-high)
     wrong_over, near_under = w > log_high, n < log_low
-    n_alone, w_alone = n + (lost - not_wrong), w + (left - not_near)  # when only the other bound binds
+    n_alone, w_alone = n + (lost - not_wrong), w + (left - not_near)  # if only the other bound is active
     wrong_binds = torch.where(near_under, ~(w_alone <= log_high), wrong_over)
     near_binds = torch.where(wrong_over, ~(n_alone >= log_low), near_under)
     only_wrong, only_near = wrong_binds & ~near_binds, near_binds & ~wrong_binds
@@ -106,11 +106,11 @@ class TemperedSums(NamedTuple):
     v: Tensor
 
 
-NEVER = -1e8  # a class this far below the largest of its set never happens, however near beta comes to 0
+NEVER = -1e8  # a class this far below the largest of its set is impossible, however near beta is to 0
 
 
 def tempered_fold(x: Tensor, beta: Tensor) -> TemperedSums:
-    """Sums over the last axis of x = t - m (N, V); beta (N, 1). Where it is 0, a class that can happen weighs 1."""
+    """Sums over the last axis of x = t - m (N, V); beta (N, 1). With beta 0, every possible class has weight 1."""
     there = x > NEVER
     p = torch.where(beta == 0, there.to(x.dtype), (beta * x).exp())
     x = torch.where(there, x, 0)
@@ -118,7 +118,7 @@ def tempered_fold(x: Tensor, beta: Tensor) -> TemperedSums:
 
 
 def log_mass(state: TemperedState, beta: Tensor) -> Tensor:
-    """log sum exp(beta t); -inf for a set without classes that can happen."""
+    """log sum exp(beta t); -inf for a set without possible classes."""
     return torch.where(state.z > 0, beta * state.m + state.z.log(), NOTHING)
 
 
@@ -130,8 +130,8 @@ class Entropy(NamedTuple):
 def entropy(sets: tuple[TemperedState, ...], target: Masses, beta: Tensor) -> Entropy:
     """H = sum M (h - log M) over N, W and the rest, h the entropy within.                              [entropy]
 
-    Its slope with respect to beta^2 is minus half a variance of t: within a set whose mass is bound, and over the union
-    of the sets that share what is left.
+    Its slope with respect to beta^2 is minus half a variance of t: within a set whose bound is active, and over the
+    union of the other sets.
     """
     value, variance, shared, mean = (torch.zeros_like(beta) for _ in range(4))
     parts = []
@@ -153,20 +153,21 @@ def entropy(sets: tuple[TemperedState, ...], target: Masses, beta: Tensor) -> En
 
 
 class End(NamedTuple):
-    """An end of a bracket around the temperature that is looked for."""
+    """An end of the bracket around the temperature."""
 
     beta: Tensor  # (N,)
     value: Tensor  # (N,) entropy
-    slope: Tensor  # (N,) NaN where nobody has summed it
+    slope: Tensor  # (N,) NaN where it has not been summed
 
 
 def temper(low: End, high: End, wanted: Tensor) -> Tensor:
     """The next beta between two ends, the entropy above `wanted` at `low`, below it at `high`.          [temper]
 
-    Over beta^2 the entropy of normal logits is a straight line. So the first choice is the cubic through both ends,
-    beta^2 as a function of the entropy, wherever its slopes say that it is monotone; without the one at `high`, a
-    parabola. Else a Newton step that stays in its end's half of the bracket, from the end whose entropy is nearer if it
-    does: in log(H - H_high) where that is small, since entropy dies exponentially, else in log(beta). Else the middle.
+    For normally distributed logits the entropy is linear in beta^2. Therefore the first choice is the cubic through
+    both ends, beta^2 as a function of the entropy, if its slopes show that it is monotone; without the slope at `high`,
+    a parabola. The second choice is a Newton step that stays in its end's half of the bracket, preferably from the end
+    whose entropy is nearer: in log(H - H_high) if that is small, since the entropy decays exponentially, otherwise in
+    log(beta). The last choice is the middle.
     """
     drop, left = low.value - high.value, wanted - high.value
     above = drop - left
@@ -193,6 +194,6 @@ def temper(low: End, high: End, wanted: Tensor) -> Tensor:
 
 
 def spread(low: End, high: End, step: Tensor, share: float) -> Tensor:
-    """Another place to look in the same sweep as `step`, when steps do not arrive: shares of log(beta).    [spread]"""
+    """Another point for the same sweep as `step`, if steps do not converge: shares of log(beta).           [spread]"""
     least = torch.where(low.beta > 0, low.beta, torch.minimum(high.beta / 16, step / 4))
     return least * (high.beta / least) ** share

@@ -1,7 +1,7 @@
 """The CUDA C++ kernels, opt-in: NVIDIA GPUs from compute capability 7.5.
 
-Nothing of a call is read on the host, as in the Triton backend: a label that is no class, a weight or a temperature out
-of range makes its row's loss NaN.
+As in the Triton backend, the host reads no values: a label that is not a class, or a weight or temperature out of
+range, makes the loss of its row NaN.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OLDEST = (7, 5)
 
 
 def emulated() -> bool:
-    """Whether CUDFAST_CUDA_EMULATE=1 runs the kernels on CPU tensors, thread after thread."""
+    """Whether CUDFAST_CUDA_EMULATE=1 runs the kernels on CPU tensors, one thread after another."""
     return os.environ.get("CUDFAST_CUDA_EMULATE") == "1"
 
 
@@ -51,7 +51,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 def _divisors(rows: Rows, options: CUDOptions | DUSOptions, calls: Kernels) -> Tensor:
-    """(2,) f64 on the device: of the KD term, of the label terms. Rows are counted in one launch."""
+    """(2,) f64 on the device: divisors of the KD term and of the label terms. One launch counts the rows."""
     if rows.num_items is not None or options.reduction != "mean":
         return divisors_of(rows, options)
     found = torch.empty(2, dtype=torch.float64, device=rows.logits.device)

@@ -1,4 +1,4 @@
-"""The CUDA kernels as machine code: what nvcc made of the main loops, from the module that was built."""
+"""The machine code of the CUDA kernels: nvcc's main loops, read from the module that was built."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def _kernels(target: str) -> dict[str, _Kernel]:
 
 
 def _paths(code: Code) -> list[list[str]]:
-    """Of every innermost loop that reads 16 bytes at a time: its shortest way round with such a read.
+    """The shortest path with a 16-byte read through each innermost loop that has such reads.
 
-    That is the way of a chunk of whole lines which raises no maximum and holds no -inf; with a copy and a write, where
-    there are any.
+    This is the path of a chunk of whole lines that raises no maximum and contains no -inf, including a copy and a write
+    if there are any.
     """
     texts = dict(code.instructions)
     addresses = [at for at, _ in code.instructions]
@@ -122,6 +122,6 @@ def kernels_of(symbol: str, target: str) -> list[tuple[dict[str, int], tuple[Loo
 
 
 def machine(variant: Variant, dtype: str, target: str) -> Machine:
-    """Of a kernel in the module. Its main loops are the fold and the map."""
+    """The machine code of a kernel in the module. Its main loops are the sums and the gradient."""
     ((usage, loops),) = kernels_of(variant.symbol.format(DTYPES[dtype]), target)
     return Machine(usage["REG"], usage["STACK"] + usage["LOCAL"], HEADER, THREADS, loops)

@@ -1,7 +1,8 @@
 """The Triton kernels: NVIDIA, AMD and Intel GPUs.
 
-Nothing of a call is read on the host, so that launches queue up and CUDA graphs can hold them. What the other backends
-refuse row by row, a label that is no class, a weight or a temperature out of range, gives that row a loss of NaN here.
+The host reads no values, so launches are queued without synchronisation and CUDA graphs can contain them. A label that
+is not a class, or a weight or temperature out of range, raises an error on the CPU; here it makes the loss of its row
+NaN.
 """
 
 from __future__ import annotations

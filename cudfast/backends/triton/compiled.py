@@ -1,4 +1,4 @@
-"""The kernels as machine code, for devices that need not be there: what the compiler made of the main loops."""
+"""The machine code of the kernels' main loops, also for devices that are not present."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}  # bytes
 
 
 class Variant(NamedTuple):
-    """A kernel with its constants and the arguments that are absent; all others are there."""
+    """A kernel with its constants, and the arguments that are None; all others are given."""
 
     name: str
     kernel: Any
@@ -36,9 +36,9 @@ class Variant(NamedTuple):
     exponentials: int  # that the method takes per element
     rows_read: int  # arrays of N V elements that the main loops read in all
     rows_written: int
-    looks: int  # main loops: how often a row is walked
+    looks: int  # main loops: number of passes over a row
     types: dict[str, str]  # of arguments; "*logits" points to logits, what is not named is an i32
-    threads: int = 0  # of a program; 0 leaves it to the plan
+    threads: int = 0  # of a program; 0: the plan decides
 
 
 _TYPES = dict.fromkeys(("s_ptr", "t_ptr", "z_ptr", "g_ptr"), "*logits")
@@ -109,9 +109,9 @@ def compile(variant: Variant, dtype: str, target: str, classes: int = 32_000) ->
 
 
 def _loops(code: list[tuple[int, str]], jumps: Iterable[tuple[int, int]], exponential: str) -> list[list[str]]:
-    """Bodies of the innermost loops with exponentials, without what they mostly skip; `jumps` are (from, to).
+    """Bodies of the innermost loops with exponentials, without code that is mostly skipped; `jumps` are (from, to).
 
-    A loop inside them is mostly skipped, too: over the few members of a set.
+    A loop inside them, over the few members of a set, is mostly skipped as well.
     """
     jumps = list(jumps)
     kept: list[tuple[int, int]] = []
@@ -133,7 +133,7 @@ def _loops(code: list[tuple[int, str]], jumps: Iterable[tuple[int, int]], expone
 
 
 def nvidia(compiled: Any) -> Machine:
-    """From the cubin."""
+    """The machine code in the cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -160,7 +160,7 @@ def _amd_loop(body: list[str]) -> Loop:
 
 
 def amd(compiled: Any) -> Machine:
-    """From the assembly."""
+    """The machine code in the assembly."""
     labels: dict[str, int] = {}
     code: list[tuple[int, str]] = []
     jumps: list[tuple[int, str]] = []
@@ -183,10 +183,10 @@ def amd(compiled: Any) -> Machine:
 
 
 def machine(variant: Variant, dtype: str, target: str, classes: int = 32_000) -> Machine:
-    """Compiles, and reads the machine code.
+    """Compiles a kernel and reads its machine code.
 
-    Main loops are those whose accesses are all 16 bytes wide: the gathers of a set are not, and one that lost its width
-    would be missed in `loops`. The search for a temperature has a second one for its last sweeps, left out.
+    Main loops are those whose accesses are all 16 bytes wide. The gathers of a set are not, and a main loop that lost
+    its width would be missing in `loops`. The second loop of the temperature search, for its last sweeps, is left out.
     """
     compiled = compile(variant, dtype, target, classes)
     found = amd(compiled) if TARGETS[target].backend == "hip" else nvidia(compiled)

@@ -1,4 +1,4 @@
-"""How a call becomes launches: block sizes, parts of long rows, and the kernels' arguments."""
+"""The launches of a call: block sizes, parts of long rows, and the arguments of the kernels."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _COUNT_BLOCK = 1024
 
 
 class Plan(NamedTuple):
-    """How the columns of a row are cut."""
+    """How the columns of a row are divided."""
 
-    block: int  # columns that one program holds at a time
+    block: int  # columns that one program processes at a time
     threads: int
     parts: int  # programs that share a row
     chunk: int  # columns of a part, a multiple of block
@@ -31,8 +31,9 @@ class Plan(NamedTuple):
 def plan(n: int, classes: int, wide: bool, processors: int, *, whole: bool = False) -> Plan:
     """8 columns a thread (16 bytes of bf16; of f64: 2), up to 256 threads.
 
-    Keyed by V's power of two, so that nothing recompiles when N changes. Programs share a row when there are fewer rows
-    than could be in flight, as long as each has 4 blocks of it, unless they are to stay whole.
+    The plan depends on V's power of two, so that nothing is compiled again when N changes. Programs share a row if
+    there are fewer rows than the GPU can process at once, as long as each has at least 4 blocks of it, unless rows must
+    not be split.
 
     Example:
         >>> plan(8192, 32_000, wide=False, processors=132)
@@ -50,7 +51,7 @@ def plan(n: int, classes: int, wide: bool, processors: int, *, whole: bool = Fal
 
 @functools.lru_cache(maxsize=16)
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a device; a few where the interpreter stands in for one."""
+    """Number of multiprocessors of a device; a small number in the interpreter."""
     if device.type == "cpu":
         return 4
     found = torch.get_device_module(device).get_device_properties(device)
@@ -65,22 +66,22 @@ def lanes(device: torch.device) -> int:
     return int(getattr(torch.get_device_module(device).get_device_properties(device), "warp_size", 32))
 
 
-# For kernels that would take more than 128 registers a thread when nobody asks: two programs on a multiprocessor.
+# For kernels that use more than 128 registers a thread without a limit: two programs on a multiprocessor.
 TWO_PROGRAMS: dict[str, dict[str, object]] = {"cuda": {"maxnreg": 128}, "hip": {"waves_per_eu": 4}}
 
 
 def compiler(device: torch.device) -> str:
-    """Triton's name of what compiles for a device."""
+    """Triton's name of the compiler backend of a device."""
     return "hip" if device.type == "cuda" and torch.version.hip else device.type
 
 
 def warps(plan: Plan, device: torch.device) -> int:
-    """Of a program."""
+    """Number of warps of a program."""
     return max(1, plan.threads // lanes(device))
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Launches go to this device, on its current stream."""
+    """Context in which launches use this device and its current stream."""
     if device.type == "cpu":
         return contextlib.nullcontext()
     context: contextlib.AbstractContextManager[object] = torch.get_device_module(device).device(device)
@@ -88,14 +89,14 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 def layout(logits: Tensor) -> tuple[int, int, int]:
-    """Of logits that `dense` has passed."""
+    """Layout of logits that `dense` has accepted."""
     found = row_layout(logits)
     assert found is not None
     return found
 
 
 def scale(gradient: Tensor, upstream: Tensor) -> None:
-    """gradient (..., V) times upstream () or (N,), in its own memory."""
+    """gradient (..., V) times upstream () or (N,), in place."""
     wide, columns = gradient.dtype == torch.float64, gradient.shape[-1]
     n = row_count(gradient)
     cut = plan(n, columns, wide, processors(gradient.device))
@@ -107,7 +108,7 @@ def scale(gradient: Tensor, upstream: Tensor) -> None:
 
 
 class Call(NamedTuple):
-    """Everything that the kernels of one call share."""
+    """The arguments that all kernels of a call share."""
 
     rows: Rows
     options: CUDOptions | DUSOptions
@@ -129,7 +130,7 @@ class Call(NamedTuple):
 
     @property
     def special(self) -> tuple[int, int]:
-        """ignore_index and unlabeled_index, the latter the former where there is none."""
+        """ignore_index and unlabeled_index; the first one twice if there is no second."""
         unlabeled = self.options.unlabeled_index
         return self.options.ignore_index, self.options.ignore_index if unlabeled is None else unlabeled
 
@@ -145,7 +146,7 @@ class Call(NamedTuple):
         )
 
     def divisors(self) -> Tensor:
-        """(2,) f64 on the device: of the KD term, of the label terms. Rows are counted in one launch."""
+        """(2,) f64 on the device: divisors of the KD term and of the label terms. One launch counts the rows."""
         rows = self.rows
         if rows.num_items is not None or self.options.reduction != "mean":
             return divisors_of(rows, self.options)
@@ -185,7 +186,7 @@ class Call(NamedTuple):
         statistics: bool = False,
         fold: bool = False,
     ) -> None:
-        """One launch of the row kernel. fold: from the logits; with `parts`: from theirs; else from `state`."""
+        """One launch of the row kernel. fold: from the logits; with `parts`: from their sums; else from `state`."""
         rows, options, plan = self.rows, self.options, self.plan
         merge = parts is not None
         whole = fold or merge
@@ -223,7 +224,7 @@ class Call(NamedTuple):
     def _projected(
         self, state: State, loss: Tensor | None, gradient: Tensor | None, upstream: Tensor | None, fold: bool
     ) -> None:
-        """The launches of `sweep` where the target meets constraints: one, or more where they bound the entropy."""
+        """The launches of `sweep` for a target with constraints: one, or more if they bound the entropy."""
         rows, options = self.rows, self.options
         assert isinstance(options, CUDOptions)
         assert rows.constraints is not None
@@ -258,7 +259,7 @@ class Call(NamedTuple):
                 launch(False, False, True)
 
     def constraints(self, state: State) -> tuple[Tensor | None, ...]:
-        """Bounds, and both sets' offsets and indices. Without sets of its own, N(y) is found among the labels."""
+        """Bounds, and offsets and indices of both sets. Without given sets, N(y) is the label."""
         rows, c = self.rows, self.rows.constraints
         assert c is not None
         some = state.top1 if rows.labels is None else rows.labels
@@ -271,7 +272,7 @@ class Call(NamedTuple):
         return int(self.rows.scalar) if self.rows.per_row is None and self.rows.scalar in (1, 2, 4) else 0
 
     def ones(self, statistics: bool) -> int:
-        """Which sums at temperature 1 are wanted: see `row.student_fold`."""
+        """Which sums at temperature 1 are needed: see `row.student_fold`."""
         assert isinstance(self.options, CUDOptions)
         return 2 if statistics else 1 if self.options.ce_weight > 0 else 0
 
