@@ -207,11 +207,11 @@ def test_the_choice_of_a_tile() -> None:
 
 def test_budget_too_small() -> None:
     x = Batch(torch.float32)
-    with pytest.raises(ValueError, match=r"memory_budget=1,000 bytes do not hold one row of 2,048 logits") as error:
+    with pytest.raises(ValueError, match=r"memory_budget=1,000 bytes are too few for one row of 2,048 logits") as error:
         x.fused(budget=1000)
     smallest = int(str(error.value).split("works here is ")[1].split()[0].replace(",", ""))
     assert x.fused(budget=smallest).isfinite()
-    message = r"one row of 5,000 logits and what goes with it \(calibration=Projection\(\.\.\.\) needs whole rows\)"
+    message = r"one row of 5,000 logits and its buffers \(calibration=Projection\(\.\.\.\) needs whole rows\)"
     with pytest.raises(ValueError, match=message):
         x.fused(budget=smallest, calibration=Projection(min_near_mass=0.2))
 

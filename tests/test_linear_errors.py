@@ -103,12 +103,12 @@ ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     ),
     (
         ValueError,
-        "inplace=True has no meaning here: there are no logits to overwrite; leave it out",
+        "inplace=True is not supported here: there are no logits to overwrite; leave it out",
         {"options": CUDOptions(inplace=True)},
     ),
     (
         ValueError,
-        "save='gradient' does not go with reduction='none'",
+        "save='gradient' cannot be combined with reduction='none'",
         {"options": CUDOptions(save="gradient", reduction="none")},
     ),
     (

@@ -31,7 +31,7 @@ class Place:
         self.dims = [i for i, placement in enumerate(self.placements) if placement.is_shard(self.classes)]
         if len(self.dims) > 1:
             raise ValueError(
-                f"{name} has placements {self.placements}: expected its classes cut by one dimension at most"
+                f"{name} has placements {self.placements}: expected at most one dimension that shards the classes"
             )
 
     def shard(self, width: int) -> Shard | None:
@@ -91,7 +91,7 @@ def localized_heads(
     if place.mesh.ndim != 1 or not place.dims:
         raise ValueError(
             f"{name} has placements {place.placements} on a mesh of {place.mesh.ndim} dimensions: expected (Shard(0),) "
-            "on that of the classes, mesh['tp'] as FSDP2 hands weights to a layer; where it is whole pass .to_local()"
+            "on the mesh dimension of the classes, such as mesh['tp']; if every rank has all of it, pass .to_local()"
         )
     found = [_local(first), *(place.same(x, other) for other, x in others)]
     cut, local = [], []
@@ -106,6 +106,6 @@ def localized_heads(
             cut.append(False)
         local.append(_local(x) if is_dtensor(x) else x)
     if len(set(cut)) > 1:
-        raise ValueError(f"{' and '.join(hidden)} lie differently: expected all of them whole, or all cut along axis 0")
+        raise ValueError(f"{' and '.join(hidden)} have different placements: expected Replicate() for all, or Shard(0)")
     whole = [x.full_tensor() if is_dtensor(x) else x for x in rows]
     return local, found, whole, place.shard(first.shape[0]), cut[0]

@@ -66,7 +66,7 @@ def spread(hidden: Tensor, shard: Shard | None, sequence_sharded: bool) -> Tenso
         return hidden
     group, wanted = shard.process_group, hidden.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
-        raise RuntimeError("the fused losses over a process group do not trace: call them outside of torch.compile")
+        raise RuntimeError("the fused losses over a process group cannot be traced: call them outside of torch.compile")
     if not sequence_sharded:
         return cast(Tensor, _Whole.apply(hidden, group)) if wanted else hidden  # type: ignore[no-untyped-call]
     sizes = sizes_of(hidden, shard)

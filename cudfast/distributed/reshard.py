@@ -42,7 +42,7 @@ def reshard(logits: Tensor, width: int, process_group: Any) -> Tensor:
     with telling(shard):
         logits = logits_of(logits, "logits", empty=True)
         if isinstance(width, bool) or not isinstance(width, int) or width < 0:
-            raise ValueError(f"width={width!r}: expected how many classes this rank is to have, an int >= 0")
+            raise ValueError(f"width={width!r}: expected the number of classes of this rank, an int >= 0")
     alike = {"leading shape": list(logits.shape[:-1]), "dtype": str(logits.dtype)}
     have = ask(shard, logits.device, {"classes": logits.shape[-1], **alike}).wait().sizes
     want = ask(shard, logits.device, {"classes": width, **alike}).wait().sizes

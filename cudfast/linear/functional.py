@@ -41,11 +41,11 @@ def _options(options: CUDOptions | DUSOptions, kind: type, linear: LinearOptions
     if not isinstance(linear, LinearOptions):
         raise TypeError(f"linear: expected LinearOptions, got {type(linear).__name__}")
     if options.inplace:
-        raise ValueError("inplace=True has no meaning here: there are no logits to overwrite; leave it out")
+        raise ValueError("inplace=True is not supported here: there are no logits to overwrite; leave it out")
     if options.save == "gradient" and options.reduction == "none":
         raise ValueError(
-            "save='gradient' does not go with reduction='none': gradients of the weights are sums over rows, whose "
-            "upstream gradients arrive with backward; use save='auto' or 'state'"
+            "save='gradient' cannot be combined with reduction='none': gradients of the weights are sums over rows, "
+            "whose upstream gradients are known only in backward; use save='auto' or 'state'"
         )
 
 

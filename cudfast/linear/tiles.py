@@ -73,6 +73,6 @@ def choose(rows: int, classes: int, cost: Cost, budget: int, *, whole: bool) -> 
     least += (least - 1) // (OTHERS - 1)
     why = " (calibration=Projection(...) needs whole rows)" if whole and classes > NARROW else ""
     raise ValueError(
-        f"memory_budget={budget:,} bytes do not hold one row of {least_columns:,} logits and what goes with it{why}: "
+        f"memory_budget={budget:,} bytes are too few for one row of {least_columns:,} logits and its buffers{why}: "
         f"the smallest budget that works here is {least:,} bytes"
     )
