@@ -51,6 +51,16 @@ ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
         "student_weight has strides (12, 2): expected dense rows or columns; call .contiguous() first",
         {"student_weight": torch.randn(7, 12)[:, ::2]},
     ),
+    *(
+        (
+            ValueError,
+            f"{name} has shape (0,): DeepSpeed ZeRO-3 has partitioned this parameter and not gathered it here (FSDP "
+            "leaves the same of some); call the loss and backward within deepspeed.zero.GatheredParameters([weight, "
+            "bias]), or use CUDLoss or DUSLoss, which take logits",
+            {name: torch.nn.Parameter(torch.empty(0), requires_grad=name.startswith("student"))},
+        )
+        for name in ("student_weight", "student_bias", "teacher_weight", "teacher_bias")
+    ),
     (ValueError, "student_bias has shape (6,): expected (7,), as student_weight", {"student_bias": X.b[:6]}),
     (TypeError, "student_bias: expected a torch.Tensor (V,) or None, got float", {"student_bias": 1.0}),
     (
@@ -155,3 +165,9 @@ def test_teacher_loss_needs_labels() -> None:
         fused_linear_dus_loss(X.h, X.w, None)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"torch\.func transforms"):
         torch.func.grad(lambda h: fused_linear_dus_loss(h, X.w.detach(), X.labels.clamp(min=0)))(X.h.detach())
+
+
+def test_a_head_of_the_teacher_that_was_not_gathered() -> None:
+    for weight, bias, name in ((torch.empty(0), None, "head_weight"), (X.w, torch.empty(0), "head_bias")):
+        with pytest.raises(ValueError, match=rf"{name} has shape \(0,\): DeepSpeed ZeRO-3 .*GatheredParameters"):
+            FusedLinearDUSLoss()(X.h, weight, X.labels, head_bias=bias)

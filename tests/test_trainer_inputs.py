@@ -199,6 +199,26 @@ def test_each_model_reads_a_column_of_its_own(form: str, read: Any, taught: Any,
     assert seen[1] == ({"image"} if taught is Image else {"input_ids", "image"})
 
 
+@FORMS
+def test_a_column_of_the_teacher_alone(form: str, tmp_path: Path) -> None:
+    data, student, before = pictures(), Text(), Text()
+    before.load_state_dict(student.state_dict())
+    teacher = Image().eval()
+    args = arguments(tmp_path)
+    if form == "hook":
+        trainer = trainer_of(form, student, teacher, CUDLoss(), args=args, train_dataset=data)
+        with pytest.raises(ValueError, match=r"Image, was given no input .*image.*remove_unused_columns=False"):
+            trainer.train()
+        trainer.compute_loss_func.handle.remove()
+        args.remove_unused_columns = False
+    trainer_of(form, student, teacher, CUDLoss(), args=args, train_dataset=data).train()
+    batch = batch_of(data)
+    target = teacher(batch["image"]).detach()
+    CUDLoss()(before(batch["input_ids"])["logits"], target, batch["labels"]).backward()
+    torch.optim.SGD(before.parameters(), 0.1).step()
+    close(student, before)
+
+
 def test_labels_that_only_the_loss_reads(tmp_path: Path) -> None:
     """The teacher names `labels` and the student does not: the loss has them, in training and in evaluation."""
     data = sentences().remove_columns("attention_mask").rename_column("label", "labels")

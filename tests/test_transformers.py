@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -29,8 +30,6 @@ from .trainers import (  # noqa: E402
     CLASSES,
     FORMS,
     VOCAB,
-    Image,
-    Text,
     arguments,
     batch_of,
     bert,
@@ -229,27 +228,6 @@ def test_trains_the_teacher(task: str, tmp_path: Path) -> None:
     close(model, wanted)
 
 
-@FORMS
-def test_a_column_of_the_teacher_alone(form: str, tmp_path: Path) -> None:
-    data = sentences().remove_columns("attention_mask").add_column("image", torch.randn(16, 3).tolist())
-    student, before = Text(), Text()
-    before.load_state_dict(student.state_dict())
-    teacher = Image().eval()
-    args = arguments(tmp_path)
-    if form == "hook":
-        trainer = trainer_of(form, student, teacher, CUDLoss(), args=args, train_dataset=data)
-        with pytest.raises(ValueError, match=r"Image, was given no input .*image.*remove_unused_columns=False"):
-            trainer.train()
-        trainer.compute_loss_func.handle.remove()
-        args.remove_unused_columns = False
-    trainer_of(form, student, teacher, CUDLoss(), args=args, train_dataset=data).train()
-    batch = batch_of(data)
-    target = teacher(batch["image"]).detach()
-    CUDLoss()(before(batch["input_ids"])["logits"], target, batch["labels"]).backward()
-    torch.optim.SGD(before.parameters(), 0.1).step()
-    close(student, before)
-
-
 def test_refuses() -> None:
     student, teacher = bert(0), bert(1).eval()
     cases: list[tuple[type[Exception], str, Any]] = [
@@ -339,6 +317,28 @@ def test_hidden_states_that_do_not_give_the_logits(tmp_path: Path) -> None:
     loss = FusedLinearCUDLoss(student_logit_scale=0.25)
     trainer_of("subclass", student, teacher, loss, args=arguments(tmp_path), train_dataset=data).train()
     close(student, wanted, 2e-6)
+
+
+@pytest.mark.parametrize("when", ["made", "run"])
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_a_last_layer_that_was_not_gathered(name: str, when: str, tmp_path: Path) -> None:
+    """DeepSpeed's ZeRO-3 leaves an empty parameter."""
+    student, teacher, data = qwen(0), qwen(1).eval(), texts()
+    layer = (student if name == "student" else teacher).lm_head
+
+    def train() -> None:
+        form = trainer_of("hook", student, teacher, FusedLinearCUDLoss(), args=arguments(tmp_path), train_dataset=data)
+        if when == "run":
+            layer.register_forward_hook(lambda *_: partition())
+        form.train()
+
+    def partition() -> None:
+        layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    if when == "made":
+        partition()
+    with pytest.raises(ValueError, match=rf"{name}: the weight of its last layer has shape \(0,\): DeepSpeed ZeRO-3"):
+        train()
 
 
 def test_imports_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,23 @@ def test_label_smoothing_is_refused(trainer: Any, loss: Any, tmp_path: Path) -> 
         made(trainer, loss, "sampled", qwen(0), qwen(1).eval(), data, tmp_path, label_smoothing_factor=0.1)
 
 
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_a_last_layer_that_was_not_gathered(name: str, tmp_path: Path) -> None:
+    """DeepSpeed's ZeRO-3 leaves an empty parameter."""
+    student, teacher = qwen(0), qwen(1).eval()
+    data = chats().map(lambda row: {"prompt": row["messages"][:1]}, remove_columns="messages")
+    found = made(DistillationTrainer, FusedLinearCUDLoss(), "teacher", student, teacher, data, tmp_path)
+    inner = found._compute_loss
+
+    def partitioned(*args: Any) -> Any:
+        (student if name == "student" else teacher).lm_head.weight = torch.nn.Parameter(torch.empty(0))
+        return inner(*args)
+
+    found._compute_loss = partitioned
+    with pytest.raises(ValueError, match=rf"{name}: the weight of its last layer has shape \(0,\): DeepSpeed ZeRO-3"):
+        found.train()
+
+
 def test_example() -> None:
     example = pytest.importorskip("examples.trainer_trl", reason="needs the source tree")
     assert 0 < example.main(steps=2) < 10

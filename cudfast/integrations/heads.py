@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from ..linear.checks import autocast_dtype
+from ..linear.checks import autocast_dtype, check_gathered
 from .inputs import Inputs, unwrapped
 
 
@@ -25,7 +25,8 @@ class Head:
             model's config hold.
 
     Raises:
-        TypeError: a model that is not made like that. ValueError (from `hidden`): logits that are made otherwise.
+        TypeError: a model that is not made like that. ValueError: a last layer that ZeRO-3 has partitioned, and (from
+            `taken`) logits that are made otherwise.
     """
 
     def __init__(self, model: nn.Module, name: str, scale: float, softcap: float | None) -> None:
@@ -39,8 +40,9 @@ class Head:
                 "logits_to_keep argument of forward; use CUDLoss, which takes logits"
             )
         self.layer: nn.Linear = layer
-        config = inner.config.get_text_config()
         self.name = name
+        self._check_gathered()
+        config = inner.config.get_text_config()
         self.scale: float = (getattr(config, "logit_scale", None) or 1.0) if scale == 1.0 else scale
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None) if softcap is None else softcap
         self.hidden: Tensor | None = None
@@ -71,10 +73,16 @@ class Head:
         """The hidden states (B, S, D) that gave these logits (B, K, V) of the last K positions; once."""
         hidden, self.hidden = self.hidden, None
         assert hidden is not None
+        self._check_gathered()
         if not self._checked:
             self._check(hidden[:, -1], logits[:, -1])
             self._checked = True
         return hidden
+
+    def _check_gathered(self) -> None:
+        for part, given in (("weight", self.layer.weight), ("bias", self.layer.bias)):
+            remedy = "use CUDLoss, which takes logits, or ZeRO-2"
+            check_gathered(given, f"{self.name}: the {part} of its last layer", remedy)
 
     @torch.no_grad()
     def _check(self, hidden: Tensor, logits: Tensor) -> None:

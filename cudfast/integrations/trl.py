@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..linear import FusedLinearCUDLoss, fused_linear_cud_loss, fused_linear_dus_loss
+from ..linear.checks import check_gathered
 from ..losses import CUDLoss
 from ..options import CUDOptions, DUSOptions
 from .distillation import check_arguments, check_loss
@@ -43,8 +44,8 @@ def cud_trainer(trainer: type[Any], loss: CUDLoss | FusedLinearCUDLoss, *, label
     Raises:
         TypeError: another trainer, or the other loss. ValueError: other labels; an unlabeled_index=None where labels is
             None; options that trainers cannot honour; and, when the trainer is made, a label_smoothing_factor, and GOLD
-            with use_uld_loss=True, whose loss is another. RuntimeError, in training: a last layer that FSDP2 has
-            sharded.
+            with use_uld_loss=True, whose loss is another. In training, RuntimeError for a last layer that FSDP2 has
+            sharded, and ValueError for one that ZeRO-3 has partitioned.
 
     Example:
         >>> from trl.experimental.gkd import GKDTrainer
@@ -141,9 +142,9 @@ def _divergence(
     the student's entropies in nats (at temperature 1, from a product of its own) and the number of tokens."""
     if isinstance(student_lm_head_weight, torch.distributed.tensor.DTensor):
         raise RuntimeError("the last layer is sharded by FSDP2, and FusedLinearCUDLoss needs it whole: use DDP instead")
-    student = _layer(student_hidden_states, student_lm_head_weight, student_lm_head_bias)
+    student = _layer("student", student_hidden_states, student_lm_head_weight, student_lm_head_bias)
     bias = None if teacher_lm_head_bias is None else teacher_lm_head_bias.detach()
-    teacher = _layer(teacher_hidden_states, teacher_lm_head_weight.detach(), bias)
+    teacher = _layer("teacher", teacher_hidden_states, teacher_lm_head_weight.detach(), bias)
     linear = dataclasses.replace(
         loss.linear,
         scale=student_logit_scale,
@@ -179,8 +180,10 @@ def _divergence(
     return value, stats.entropy[counts].sum(), counts.sum()
 
 
-def _layer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _layer(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states, weight (V, D) and bias (V,) in one dtype, that of the hidden states."""
+    for part, given in (("weight", weight), ("bias", bias)):
+        check_gathered(given, f"{name}: the {part} of its last layer", "use ZeRO-2, which leaves parameters whole")
     return hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
 
 

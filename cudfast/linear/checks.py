@@ -55,6 +55,20 @@ def _checked(value: Tensor, name: str) -> Tensor:
     return value
 
 
+def check_gathered(
+    value: Tensor | None,
+    name: str,
+    remedy: str = "call the loss and backward within deepspeed.zero.GatheredParameters([weight, bias]), or use CUDLoss "
+    "or DUSLoss, which take logits",
+) -> None:
+    """DeepSpeed's ZeRO-3 leaves an empty (0,) of a parameter, except where it is gathered."""
+    if value is not None and value.dim() == 1 and value.shape[0] == 0:
+        raise ValueError(
+            f"{name} has shape (0,): DeepSpeed ZeRO-3 has partitioned this parameter and not gathered it here (FSDP "
+            f"leaves the same of some); {remedy}"
+        )
+
+
 def layer_of(
     weight: object, bias: object, hidden: Tensor, names: tuple[str, str, str], *, empty: bool = False
 ) -> Layer:
@@ -63,6 +77,7 @@ def layer_of(
     if not isinstance(weight, Tensor):
         raise TypeError(f"{w_name}: expected a torch.Tensor (V, D), as nn.Linear has it, got {type(weight).__name__}")
     weight = _checked(weight, w_name)
+    check_gathered(weight, w_name)
     if weight.dim() != 2 or (weight.shape[0] == 0 and not empty):
         raise ValueError(f"{w_name} has shape {tuple(weight.shape)}: expected (V, D) with at least one class")
     if weight.shape[1] != hidden.shape[-1]:
@@ -79,6 +94,7 @@ def layer_of(
     elif not isinstance(bias, Tensor):
         raise TypeError(f"{b_name}: expected a torch.Tensor (V,) or None, got {type(bias).__name__}")
     elif (bias := local(bias, b_name)).shape != weight.shape[:1]:
+        check_gathered(bias, b_name)
         raise ValueError(f"{b_name} has shape {tuple(bias.shape)}: expected {tuple(weight.shape[:1])}, as {w_name}")
     for name, x in ((w_name, weight), (b_name, bias)):
         if not isinstance(x, Tensor):
