@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -23,11 +23,37 @@ def changed(options: LossOptions | LinearOptions) -> str:
     return ", ".join(f"{name}={value!r}" for name, value, default in fields if value != default)
 
 
-def split_alpha(alpha: float | Tensor) -> tuple[float, Tensor | None]:
-    """The focal scale as an option, and as one per class (V,) where it is a tensor of that."""
-    if isinstance(alpha, Tensor) and alpha.dim() > 0:
-        return 1.0, alpha.detach()
-    return float(alpha), None
+class FocalLoss(nn.Module):
+    """A loss with a focal scale: a number is an option, one per class (V,) is a buffer that the state dict holds."""
+
+    alpha: Tensor | None
+    _version = 2  # of the state dict; 1, that of cudfast 0.1.0, has no alpha
+
+    def register_alpha(self, alpha: float | Tensor) -> float:
+        """Keeps a scale per class, and returns the scale that is an option."""
+        per_class = alpha.detach() if isinstance(alpha, Tensor) and alpha.dim() > 0 else None
+        self.register_buffer("alpha", per_class)
+        return float(alpha) if per_class is None else 1.0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._non_persistent_buffers_set.discard("alpha")  # as 0.1.0 pickled it
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if local_metadata.get("version", 1) < 2 and prefix + "alpha" in missing_keys:
+            missing_keys.remove(prefix + "alpha")
 
 
 class CUDLoss(nn.Module):
@@ -144,7 +170,7 @@ class CUDLoss(nn.Module):
         return changed(self.options)
 
 
-class DUSLoss(nn.Module):
+class DUSLoss(FocalLoss):
     """Teacher loss of Calibrated Uncertainty Distillation (difficulty-aware uncertainty shaping), Eq. 3.
 
     A drop-in for `torch.nn.CrossEntropyLoss` when fine-tuning the teacher. With p = softmax(logits)::
@@ -158,7 +184,7 @@ class DUSLoss(nn.Module):
         ce_weight, focal_weight: weights of the terms, >= 0. Default 1.0 and 1.0 (ours; the paper leaves them open).
         entropy_weight: weight of the gated entropy in nats, >= 0. Default 0.1 (paper).
         gamma: focal exponent, >= 0. Default 10 (paper).
-        alpha: focal scale > 0: a number or a tensor (V,). Default 1.0 (paper).
+        alpha: focal scale > 0: a number, or a tensor (V,), which the state dict holds. Default 1.0 (paper).
         gate_threshold, gate_scale, gate_power: the gate. Default 0.5, 1.0, 1.0 (ours; the paper leaves them open).
         differentiate_gate: let the gradient flow through the gate's ramp. Default False (the gate is a weight).
         ignore_index, reduction, num_classes, save, inplace, backend, check_finite, process_group, class_offset: as in
@@ -176,8 +202,6 @@ class DUSLoss(nn.Module):
         >>> logits = torch.randn(8, 77, requires_grad=True)
         >>> loss(logits, torch.randint(77, (8,))).backward()
     """
-
-    alpha: Tensor | None
 
     def __init__(
         self,
@@ -203,14 +227,12 @@ class DUSLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.shard = Shard.of(process_group, class_offset)
-        scalar, per_class = split_alpha(alpha)
-        self.register_buffer("alpha", per_class, persistent=False)
         self.options = DUSOptions(
             ce_weight=ce_weight,
             focal_weight=focal_weight,
             entropy_weight=entropy_weight,
             gamma=gamma,
-            alpha=scalar,
+            alpha=self.register_alpha(alpha),
             gate_threshold=gate_threshold,
             gate_scale=gate_scale,
             gate_power=gate_power,

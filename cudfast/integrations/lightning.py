@@ -20,7 +20,8 @@ class DistillationModule(LightningModule):
     """Trains a student with `CUDLoss` under a frozen teacher, or a teacher with `DUSLoss`, in Lightning's Trainer.
 
     The teacher runs in eval mode under ``torch.no_grad()`` and follows the module to its device and dtype. It is no
-    submodule: ``state_dict``, checkpoints, ``parameters()`` and ``train()`` know the student alone.
+    submodule: ``parameters()`` and ``train()`` reach the student alone, and ``state_dict`` and checkpoints hold the
+    student and the loss's alpha where it is one per class.
 
     Training logs ``train_loss`` and, each step, the means of the loss's statistics over the rows that have them:
     ``train_teacher_confidence``, ``train_moved_mass``, ``train_label_prob``, ``train_label_prob_calibrated``,

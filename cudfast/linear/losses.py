@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.group import Shard
-from ..losses import changed, split_alpha
+from ..losses import FocalLoss, changed
 from ..options import BackendName, CUDOptions, DUSOptions, LinearOptions, Reduction, Save, WClip
 from ..projection import Projection
 from ..statistics import StudentStatistics, TeacherStatistics
@@ -152,7 +152,7 @@ class FusedLinearCUDLoss(nn.Module):
         return ", ".join(filter(None, (changed(self.options), changed(self.linear))))
 
 
-class FusedLinearDUSLoss(nn.Module):
+class FusedLinearDUSLoss(FocalLoss):
     """`DUSLoss` (Eq. 3) from the last hidden states and the class weights of the teacher that is fine-tuned.
 
     Args:
@@ -176,8 +176,6 @@ class FusedLinearDUSLoss(nn.Module):
         >>> layer.weight.grad.shape
         torch.Size([30522, 16])
     """
-
-    alpha: Tensor | None
 
     def __init__(
         self,
@@ -208,14 +206,12 @@ class FusedLinearDUSLoss(nn.Module):
         super().__init__()
         self.shard = Shard.of(process_group, class_offset)
         self.sequence_sharded = sequence_sharded
-        scalar, per_class = split_alpha(alpha)
-        self.register_buffer("alpha", per_class, persistent=False)
         self.options = DUSOptions(
             ce_weight=ce_weight,
             focal_weight=focal_weight,
             entropy_weight=entropy_weight,
             gamma=gamma,
-            alpha=scalar,
+            alpha=self.register_alpha(alpha),
             gate_threshold=gate_threshold,
             gate_scale=gate_scale,
             gate_power=gate_power,
