@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import time
 import traceback
@@ -14,10 +15,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PATIENCE = 120.0  # seconds that a collective of the cases may take on a machine that is busy with other things
+PATIENCE = 300.0  # seconds that a collective may take on a machine that is busy with other things
+LIMIT = 600.0  # seconds after which processes hang; less than pytest's own limit
 
 
-def start(rank: int, ranks: int, folder: Path, patience: float = PATIENCE) -> None:
+def start(rank: int, ranks: int, folder: Path) -> None:
     """In a spawned process: joins the group."""
     torch.set_num_threads(1)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -27,19 +29,30 @@ def start(rank: int, ranks: int, folder: Path, patience: float = PATIENCE) -> No
         init_method=f"file://{folder / 'store'}",
         rank=rank,
         world_size=ranks,
-        timeout=datetime.timedelta(seconds=patience),
+        timeout=datetime.timedelta(seconds=PATIENCE),
     )
 
 
-def spawn(target: Callable[..., None], ranks: int, limit: float, *args: object) -> list[int | None]:
-    """Exit codes of `target(rank, ranks, *args)` in so many processes; those that still run after `limit` s are killed
+def leave() -> None:
+    """Ends a process's share in its group, once its models are out of scope.
+
+    DDP would wait for a process that is gone. A thread of the group that outlives the interpreter ends the process with
+    SIGABRT: "terminate called without an active exception".
+    """
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def spawn(target: Callable[..., None], ranks: int, *args: object) -> list[int | None]:
+    """Exit codes of `target(rank, ranks, *args)` in so many processes; those that still run after LIMIT s are killed
     (None). They are forked from a server that has imported torch and has done nothing else."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["cudfast"])
     processes: list[BaseProcess] = [context.Process(target=target, args=(r, ranks, *args)) for r in range(ranks)]
     for process in processes:
         process.start()
-    end = time.monotonic() + limit
+    end = time.monotonic() + LIMIT
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
     late = [process.is_alive() for process in processes]
@@ -50,7 +63,7 @@ def spawn(target: Callable[..., None], ranks: int, limit: float, *args: object) 
 
 
 def run_cases(
-    rank: int, ranks: int, folder: Path, cases: dict[str, Callable[[], None]], last: Callable[[], None] | None = None
+    rank: int, ranks: int, folder: Path, cases: dict[str, Callable[[], None]], last: Callable[[], None]
 ) -> None:
     """Every case in turn, in all ranks at once; what went wrong lies in folder/NAME.RANK. The first failure ends it.
 
@@ -71,9 +84,6 @@ def run_cases(
         said: list[str] = [""] * ranks
         dist.all_gather_object(said, run(case))
         if any(said):
-            return
-    if last is None:
-        dist.destroy_process_group()
-    else:
-        run(last)
-        os._exit(0)  # nothing can be torn down any more
+            return leave()
+    run(last)
+    os._exit(0)  # nothing can be torn down any more

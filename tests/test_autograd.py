@@ -353,6 +353,7 @@ def _in_child(queue: multiprocessing.Queue[float]) -> None:
     queue.put(CUDLoss()(student, teacher, labels).item())
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is what is tested")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_after_fork() -> None:
@@ -366,7 +367,7 @@ def test_after_fork() -> None:
     child = context.Process(target=_in_child, args=(queue,))
     child.start()
     try:
-        assert queue.get(timeout=60) == expected
+        assert queue.get() == expected
     finally:
         child.join(10)
         torch.set_num_threads(os.cpu_count() or 1)
@@ -380,7 +381,8 @@ class _Distilled(torch.utils.data.Dataset[float]):
         return CUDLoss()(torch.ones(2, 40_000), torch.ones(2, 40_000), torch.tensor([1, index])).item()
 
 
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_in_dataloader_workers() -> None:
-    loader = torch.utils.data.DataLoader(_Distilled(), num_workers=2, timeout=60)
+    loader = torch.utils.data.DataLoader(_Distilled(), num_workers=2)
     assert len(set(torch.cat(list(loader)).tolist())) == 1

@@ -337,10 +337,13 @@ def test_ctrl_c_in_a_run(tmp_path: Path) -> None:
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a background job is born deaf to it
     ) as process:
         assert process.stdout is not None
-        while "Search" not in process.stdout.readline():
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        try:
+            while "Search" not in process.stdout.readline():
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate()
+        finally:
+            process.kill()  # if it hangs: leaving the block waits for it
     assert process.returncode == 130
     assert errors == "Interrupted: no file was left half-written.\n"
     assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,11 @@ from cudfast import CUDLoss, DUSLoss, FusedLinearCUDLoss, calibrate
 
 lightning = pytest.importorskip("lightning")
 
+from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
+
 from cudfast.integrations.lightning import DistillationModule  # noqa: E402
+
+from .ranks import leave  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:lightning")
 ROWS, FEATURES, CLASSES = 16, 6, 5
@@ -191,12 +195,21 @@ def test_validation(tmp_path: Path, reduction: Any) -> None:
     assert metrics["val_accuracy"] == pytest.approx(right[labelled].float().mean().item(), abs=1e-6)
 
 
+class TwoProcesses(DDPStrategy):
+    """Leaves the process group, which Lightning's own strategy does for NCCL alone."""
+
+    def teardown(self) -> None:
+        super().teardown()
+        leave()
+
+
+@pytest.mark.processes
 def test_validation_in_two_processes(tmp_path: Path) -> None:
     """7 rows count in one process and 8 in the other."""
     x = Setup()
     x.labels[3] = -100
     module = x.module()
-    trainer = trainer_in(tmp_path, strategy="ddp_spawn", devices=2)
+    trainer = trainer_in(tmp_path, strategy=TwoProcesses(start_method="spawn"), devices=2)
     [metrics] = trainer.validate(module, x.batches(4), verbose=False)
     wanted = CUDLoss()(x.student(x.x), x.teacher.eval()(x.x), x.labels)
     assert metrics["val_loss"] == pytest.approx(wanted.item(), rel=1e-5)
@@ -283,7 +296,7 @@ def test_errors() -> None:
     ],
 )
 def test_without_lightning(script: str, message: str) -> None:
-    run = subprocess.run([sys.executable, "-c", f"import sys; {script}"], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", f"import sys; {script}"], capture_output=True, text=True)
     assert message in run.stderr
     assert run.returncode == (1 if message else 0)
 

@@ -20,11 +20,12 @@ RANKS = 4
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where every case has left what went wrong."""
     folder = tmp_path_factory.mktemp("ranks")
-    codes = spawn(sharded_cases.main, RANKS, 240, folder)
+    codes = spawn(sharded_cases.main, RANKS, folder)
     (folder / "codes").write_text(str(codes))
     return folder
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", [*sharded_cases.CASES, "rank_dies"])
 def test_in_every_rank(outcome: Path, name: str) -> None:
     for rank in [r for r in range(RANKS) if r != 2] if name == "rank_dies" else range(RANKS):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import importlib
 import os
 import socket
@@ -25,7 +24,7 @@ from transformers import Trainer  # noqa: E402
 from cudfast import CUDLoss, DUSLoss, FusedLinearCUDLoss, FusedLinearDUSLoss  # noqa: E402
 from cudfast.integrations.transformers import DistillationTrainer, TrainerLoss  # noqa: E402
 
-from .ranks import spawn  # noqa: E402
+from .ranks import leave, spawn  # noqa: E402
 from .trainers import (  # noqa: E402
     CLASSES,
     FORMS,
@@ -118,10 +117,10 @@ def two_ranks(rank: int, ranks: int, folder: Path) -> None:
 
     for form in ("hook", "subclass"):
         train(form)
-    gc.collect()  # a model in DDP that outlives its group may wait for the other process, which is gone
-    torch.distributed.destroy_process_group()
+    leave()
 
 
+@pytest.mark.processes
 def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
     """Though half of the rows has more labels than the other: the divisor is that of all processes."""
     data = texts()
@@ -129,7 +128,7 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (tmp_path / "port").write_text(str(free.getsockname()[1]))
-    assert spawn(two_ranks, 2, 120, tmp_path) == [0, 0]
+    assert spawn(two_ranks, 2, tmp_path) == [0, 0]
     wanted = by_hand(qwen(0), qwen(1).eval(), CUDLoss(), data)
     for form in ("hook", "subclass"):
         for rank in range(2):
