@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 HEADER = 1024  # bytes of a header: the options as text, and what the arguments are
-_PATIENCE = 0.5  # seconds for a broken connection to show
+_PATIENCE = 5.0  # seconds, at most, until a broken connection shows
 
 
 def _resolved(name: str) -> Any:
@@ -137,8 +137,9 @@ def lost(group: Any, device: torch.device, error: Exception) -> RuntimeError:
                 )
             except RuntimeError:
                 gone.append(rank)
-        if not gone:
-            time.sleep(_PATIENCE)
+        end = time.monotonic() + _PATIENCE
+        while not gone and time.monotonic() < end:
+            time.sleep(0.05)
             gone = [rank for rank, work in pending.items() if work.is_completed()]
     names = ", ".join(_name(group, rank) for rank in gone)
     who = (
