@@ -341,7 +341,7 @@ def test_from_several_threads(batch: tuple[Tensor, ...]) -> None:
     for w in workers:
         w.start()
     for w in workers:
-        w.join(60)
+        w.join()
     for got, wanted in zip(results, expected):
         assert got is not None
         assert torch.equal(got, wanted)
