@@ -135,7 +135,7 @@ def check(name: str, there: Mapping[str, str]) -> Row:
     home.mkdir(parents=True)
     label = nearest(version.python, there)
     python = home / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--progress-bar", "on", "--quiet"]
+    pip = [python, "-m", "pip", "install", "--progress-bar", "on"]
     index = ["--index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
     (home / "build.cfg").write_text(f"[build]\nbuild_base = {home / 'build'}\n[egg_info]\negg_base = {home}\n")
     built = {"DIST_EXTRA_CONFIG": str(home / "build.cfg"), "CUDFAST_REQUIRE_NATIVE": "1"}
@@ -147,7 +147,8 @@ def check(name: str, there: Mapping[str, str]) -> Row:
     ):
         if run(command, ROOT, **built):
             return Row(name, label, installed_in(python) if python.exists() else {}, wrong=step)
-    shutil.copytree(ROOT / "tests", home / "suite" / "tests")
+    for folder in ("tests", "examples"):  # one of the examples is a test
+        shutil.copytree(ROOT / folder, home / "suite" / folder)
     shutil.copy(ROOT / "pyproject.toml", home / "suite")
     report = home / "report.xml"
     files = [f"tests/{file}" for file in SUITE]
