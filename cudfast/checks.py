@@ -96,9 +96,12 @@ def _misplaced(vector: Tensor, name: str, logits: Tensor, logits_name: str) -> V
             "other logits)"
         )
     if vector.shape != shape[:-1]:
+        hint = ""
+        if logits_name.endswith("logits") and vector.shape == shape[1:]:
+            hint = f"; if its classes are the first axis, pass {logits_name}.movedim(0, -1)"
         return ValueError(
-            f"{name} has shape {tuple(vector.shape)}: expected {tuple(logits.shape[:-1])}, that of {logits_name} "
-            "without its last axis"
+            f"{name} has shape {tuple(vector.shape)}: expected {tuple(shape[:-1])}, that of {logits_name} without its "
+            f"last axis{hint}"
         )
     return ValueError(f"{name} is on {vector.device} and {logits_name} on {logits.device}: move them to one device")
 

@@ -7,6 +7,7 @@ the call; what makes two losses different is a field here.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import json
 import math
@@ -38,7 +39,8 @@ def _number(owner: object, name: str, low: float, high: float = math.inf, *, ope
     if not inside:
         left = "(" if open_low else "["
         right = f"{high:g}]" if math.isfinite(high) else "inf)"
-        raise ValueError(f"{kind}({name}={value}): expected a finite number in {left}{low:g}, {right}")
+        hint = "; for cross-entropy alone, pass kd_weight=0" if name == "temperature" and value == 0 else ""
+        raise ValueError(f"{kind}({name}={value}): expected a finite number in {left}{low:g}, {right}{hint}")
     if not isinstance(value, (int, float)):  # numpy's numbers, which JSON does not know
         object.__setattr__(owner, name, float(value))
 
@@ -46,7 +48,11 @@ def _number(owner: object, name: str, low: float, high: float = math.inf, *, ope
 def _choice(owner: object, name: str, allowed: tuple[str, ...]) -> None:
     value = getattr(owner, name)
     if value not in allowed:
-        raise ValueError(f"{type(owner).__name__}({name}={value!r}): expected one of {', '.join(map(repr, allowed))}")
+        near = difflib.get_close_matches(str(value), allowed, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"{type(owner).__name__}({name}={value!r}): expected one of {', '.join(map(repr, allowed))}{hint}"
+        )
 
 
 def _integer(owner: object, name: str) -> None:

@@ -236,7 +236,16 @@ def refuse_label(rows: Rows, options: CUDOptions | DUSOptions, row: int, label: 
     special = f"ignore_index={options.ignore_index}"
     if options.unlabeled_index is not None:
         special += f" or unlabeled_index={options.unlabeled_index}"
-    return ValueError(f"labels[{row_name(rows, row)}] = {label}: expected a class in [0, {rows.classes}), {special}")
+    hint = ""
+    if label == rows.classes:
+        hint = "; if the labels are 1-based, pass labels - 1"
+    elif label == -100:
+        hint = "; to ignore rows with label -100, pass ignore_index=-100"
+    elif label == -1:
+        hint = f"; to ignore rows without a label, give them the label {options.ignore_index}"
+    return ValueError(
+        f"labels[{row_name(rows, row)}] = {label}: expected a class in [0, {rows.classes}), {special}{hint}"
+    )
 
 
 def refuse_value(rows: Rows, options: CUDOptions | DUSOptions, name: str, row: int, value: float) -> ValueError:

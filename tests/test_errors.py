@@ -93,7 +93,8 @@ CASES: list[tuple[type[Exception], str, Callable[[], object]]] = [
     ),
     (
         ValueError,
-        "labels[3] = 7: expected a class in [0, 7), ignore_index=-100 or unlabeled_index=-1",
+        "labels[3] = 7: expected a class in [0, 7), ignore_index=-100 or unlabeled_index=-1; if the labels are "
+        "1-based, pass labels - 1",
         lambda: cud_loss(S, T, torch.tensor([0, 1, -1, 7])),
     ),
     (
@@ -103,7 +104,8 @@ CASES: list[tuple[type[Exception], str, Callable[[], object]]] = [
     ),
     (
         ValueError,
-        "labels[2] = 6: expected a class in [0, 6), ignore_index=-100 or unlabeled_index=-1",
+        "labels[2] = 6: expected a class in [0, 6), ignore_index=-100 or unlabeled_index=-1; if the labels are "
+        "1-based, pass labels - 1",
         lambda: cud_loss(S, T, torch.tensor([0, 1, 6, 2]), CUDOptions(num_classes=6)),
     ),
     (
@@ -243,7 +245,35 @@ CASES: list[tuple[type[Exception], str, Callable[[], object]]] = [
         "inplace=True and grad_out were both given: the gradient can go to one place only",
         lambda: cud_loss(S * 1, T, Y, CUDOptions(inplace=True), grad_out=torch.empty(4, 7)),
     ),
-    (ValueError, "CUDOptions(temperature=0): expected a finite number in [0.0001, 10000]", lambda: CUDLoss(0)),
+    (
+        ValueError,
+        "CUDOptions(temperature=0): expected a finite number in [0.0001, 10000]; for cross-entropy alone, pass "
+        "kd_weight=0",
+        lambda: CUDLoss(0),
+    ),
+    (
+        ValueError,
+        "CUDOptions(reduction='maen'): expected one of 'none', 'sum', 'mean'; did you mean 'mean'?",
+        lambda: CUDLoss(reduction="maen"),
+    ),
+    (
+        ValueError,
+        "labels[0] = -1: expected a class in [0, 7), ignore_index=-100; to ignore rows without a label, give them the "
+        "label -100",
+        lambda: dus_loss(S, Y - 1),
+    ),
+    (
+        ValueError,
+        "labels[0] = -100: expected a class in [0, 7), ignore_index=0 or unlabeled_index=-1; to ignore rows with label "
+        "-100, pass ignore_index=-100",
+        lambda: cud_loss(S, T, torch.full((4,), -100), CUDOptions(ignore_index=0)),
+    ),
+    (
+        ValueError,
+        "labels has shape (7,): expected (4,), that of student_logits without its last axis; if its classes are the "
+        "first axis, pass student_logits.movedim(0, -1)",
+        lambda: cud_loss(S, T, torch.zeros(7, dtype=torch.int64)),
+    ),
     (
         ValueError,
         "CUDOptions(temperature=nan): expected a finite number in [0.0001, 10000]",
