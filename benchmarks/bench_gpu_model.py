@@ -10,7 +10,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from cudfast.bench.result import Table
-from cudfast.gpu_model import Estimate
+from cudfast.inspect.gpu_model import Estimate
 
 from .rounds import QUICK
 

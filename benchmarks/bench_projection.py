@@ -12,7 +12,7 @@ from cudfast.bench.contestants import CUD, Contestant
 from cudfast.bench.gate import Errors, gate, truth
 from cudfast.bench.shapes import SHAPES
 from cudfast.functional import cud_loss
-from cudfast.projection import BOUNDS
+from cudfast.targets.projection import BOUNDS
 
 from .conftest import Runner
 from .rounds import ROUNDS

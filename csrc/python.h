@@ -55,14 +55,14 @@ inline int64_t size_at(const py::object& shape, Py_ssize_t axis) {
 }
 inline int64_t width(const py::object& shape) { return size_at(shape, PyTuple_GET_SIZE(shape.ptr()) - 1); }
 
-// cudfast.rows.DTYPES, in the order of DType.
+// cudfast.rows.call.DTYPES, in the order of DType.
 inline DType dtype_of(py::handle tensor) {
-  static PyObject* const known = py::object(py::module_::import("cudfast.rows").attr("DTYPES")).release().ptr();
+  static PyObject* const known = py::object(py::module_::import("cudfast.rows.call").attr("DTYPES")).release().ptr();
   const py::object dtype = checked(PyObject_GetAttr(tensor.ptr(), CUDFAST_NAME(dtype)));
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(known); ++i) {
     if (PyTuple_GET_ITEM(known, i) == dtype.ptr()) return static_cast<DType>(i);
   }
-  throw py::type_error("a dtype that is not in cudfast.rows.DTYPES");
+  throw py::type_error("a dtype that is not in cudfast.rows.call.DTYPES");
 }
 
 // (..., V) logits whose last axis is dense; None is absent.
@@ -74,20 +74,20 @@ inline Matrix matrix(py::handle tensor) {
   if (called(tensor, CUDFAST_NAME(is_contiguous)).ptr() == Py_True) {
     m.outer_stride = width(shape_of(tensor));
   } else {
-    const py::object layout = py::module_::import("cudfast.rows").attr("row_layout")(tensor);
+    const py::object layout = py::module_::import("cudfast.rows.call").attr("row_layout")(tensor);
     if (layout.is_none()) throw NoLayout();
     std::tie(m.inner, m.outer_stride, m.inner_stride) = layout.cast<std::tuple<int64_t, int64_t, int64_t>>();
   }
   return m;
 }
 
-// cudfast.sets.ClassSets, or None.
+// cudfast.classes.sets.ClassSets, or None.
 inline ClassSets make_sets(py::handle sets) {
   if (sets.is_none()) return {};
   return {address<const int64_t>(sets.attr("offsets")), address<const int64_t>(sets.attr("indices"))};
 }
 
-// cudfast.rows.Constraints, field by field.
+// cudfast.rows.call.Constraints, field by field.
 inline Constraints make_constraints(py::handle fields) {
   const auto field = [&](int i) { return py::handle(PyTuple_GET_ITEM(fields.ptr(), i)); };
   Constraints c;
@@ -107,7 +107,7 @@ inline void require_memory(const void* data, py::handle tensor, const char* name
                         "that it has not gathered); gather it, or pass a copy");
 }
 
-// cudfast.rows.Rows, field by field.
+// cudfast.rows.call.Rows, field by field.
 inline Rows make_rows(const py::tuple& fields, int64_t ignore_index, int64_t unlabeled_index, int threads) {
   const auto field = [&](int i) { return py::handle(PyTuple_GET_ITEM(fields.ptr(), i)); };
   Rows rows;
@@ -136,7 +136,7 @@ inline Rows make_rows(const py::tuple& fields, int64_t ignore_index, int64_t unl
   return rows;
 }
 
-// cudfast.rows.State, or None.
+// cudfast.rows.call.State, or None.
 inline void set_state(Outputs& out, const py::object& state) {
   if (state.is_none()) return;
   out.state = address<void>(PyTuple_GET_ITEM(state.ptr(), 0));

@@ -2,13 +2,13 @@
 
 from . import functional
 from ._version import __version__
-from .calibration import calibrate
+from .autograd.memory import empty_cache
+from .classes.sets import ClassSets
 from .linear import FusedLinearCUDLoss, FusedLinearDUSLoss
 from .losses import CUDLoss, DUSLoss
-from .memory import empty_cache
 from .options import CUDOptions, DUSOptions, LinearOptions, WClip
-from .projection import Projection
-from .sets import ClassSets
+from .targets.calibration import calibrate
+from .targets.projection import Projection
 
 __all__ = [
     "CUDLoss",

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(reason := load("triton"), str):
             print(reason, file=sys.stderr)
             return 2
-        from .gpu_model import main as model_main
+        from .inspect.gpu_model import main as model_main
 
         try:
             print(model_main(asked.json, asked.gpu))
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return 2
         return 0
-    from .info import describe, report
+    from .inspect.info import describe, report
 
     found = report()
     print(json.dumps(found, indent=2) if asked.json else describe(found))

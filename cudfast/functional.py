@@ -7,8 +7,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .autograd import Call, evaluate
-from .checks import (
+from .autograd.node import Call, evaluate
+from .distributed.dtensors import localized
+from .distributed.group import Shard, telling
+from .options import CUDOptions, DUSOptions, cross_entropy
+from .rows.call import Rows
+from .rows.checks import (
     alpha_of,
     check_call,
     classes_of,
@@ -19,13 +23,9 @@ from .checks import (
     temperature_of,
     weight_of,
 )
-from .distributed.dtensors import localized
-from .distributed.group import Shard, telling
-from .options import CUDOptions, DUSOptions, cross_entropy
-from .projection import Projection
-from .rows import Rows
+from .rows.tensors import is_dtensor
 from .statistics import StudentStatistics, TeacherStatistics, student_statistics, teacher_statistics
-from .tensors import is_dtensor
+from .targets.projection import Projection
 
 
 @overload

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from .distributed.group import Shard
 from .functional import cud_loss, dus_loss
 from .options import BackendName, CUDOptions, DUSOptions, LinearOptions, LossOptions, Reduction, Save, WClip
-from .projection import Projection
 from .statistics import StudentStatistics, TeacherStatistics
+from .targets.projection import Projection
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 import torch
 
-from .projection import Projection
+from .targets.projection import Projection
 
 Reduction = Literal["none", "sum", "mean"]
 Save = Literal["auto", "state", "gradient"]

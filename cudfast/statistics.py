@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .options import CUDOptions, DUSOptions, WClip
-from .rows import STUDENT_COLUMNS, Rows, State, columns_of, masks
+from .rows.call import STUDENT_COLUMNS, Rows, State, columns_of, masks
 
 
 class StudentStatistics(NamedTuple):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cudfast import ClassSets, CUDLoss, CUDOptions, DUSLoss, DUSOptions, Projection
-from cudfast.autograd import row_gradient_op, row_state_op
-from cudfast.checks import constraints_of
+from cudfast.autograd.node import row_gradient_op, row_state_op
 from cudfast.functional import cud_loss, dus_loss
+from cudfast.rows.checks import constraints_of
 
 from .truth import cud_rows, gradient
 

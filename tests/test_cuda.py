@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from cudfast import CUDLoss, CUDOptions, DUSLoss, backends, machine
+from cudfast import CUDLoss, CUDOptions, DUSLoss, backends
 from cudfast.functional import cud_loss
-from cudfast.info import describe, report
+from cudfast.inspect import machine
+from cudfast.inspect.info import describe, report
 
 from .truth import cud_rows, dus_rows, gradient
 
@@ -193,8 +194,8 @@ def test_main_loops(machines: list[tuple[Any, str, str, Any]]) -> None:
 @built
 def test_the_model_reads_a_long_row_once() -> None:
     """On an H100 a bf16 row of 128,256 classes is held by a cluster of 4 blocks; two sweeps read it twice."""
-    from cudfast import gpu_model
     from cudfast.backends.cuda import compiled
+    from cudfast.inspect import gpu_model
 
     if not {"sm_80", "sm_90"} <= set(compiled.targets()):
         pytest.skip("CUDFAST_CUDA_ARCHS left one of them out")

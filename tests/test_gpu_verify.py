@@ -76,8 +76,8 @@ def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", gpu_verify.LAID_OUT)
 def test_layouts_are_what_they_say(dtype: torch.dtype) -> None:
     """As the model lays rows out; and whether rows are shared, as the kernels' host code says."""
-    from cudfast import gpu_model
     from cudfast.backends import cuda
+    from cudfast.inspect import gpu_model
 
     if "90" not in cuda.ARCHITECTURES.split():
         pytest.skip("needs the kernels of sm_90")

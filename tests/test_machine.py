@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from cudfast import gpu_model
 from cudfast.__main__ import main
+from cudfast.inspect import gpu_model
 
 # Kernels are either interpreted or compiled in a process, so this is another one.
 CODE = """

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cudfast
+from cudfast.autograd.memory import LARGE, empty
 from cudfast.backends.native import _native
-from cudfast.memory import LARGE, empty
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -143,7 +143,7 @@ def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[s
 LIMITED = """
 import torch
 from cudfast.backends.native import _native
-from cudfast.memory import empty
+from cudfast.autograd.memory import empty
 x = empty((8 << 20,), torch.float32, torch.device("cpu"))
 del x
 print(_native.pooled_bytes())
@@ -164,7 +164,7 @@ def test_a_limit_that_is_no_number() -> None:
 
 FORKED = """
 import os, torch
-from cudfast.memory import empty
+from cudfast.autograd.memory import empty
 torch.set_num_threads(1)  # a forked child cannot use the threads of its parent
 make = lambda: empty((4, 1 << 20), torch.float32, torch.device("cpu"))
 kept, waiting = make().fill_(1), make().fill_(2)

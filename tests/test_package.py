@@ -20,9 +20,10 @@ import pytest
 import torch
 
 import cudfast
-from cudfast import CUDLoss, DUSLoss, info
+from cudfast import CUDLoss, DUSLoss
 from cudfast.__main__ import main
 from cudfast.backends import native
+from cudfast.inspect import info
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

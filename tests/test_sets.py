@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cudfast import sets as module
-from cudfast.sets import ClassSets
+from cudfast.classes import sets as module
+from cudfast.classes.sets import ClassSets
 
 relaxed = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cudfast import Projection, calibrate
-from cudfast.calibration import project
-from cudfast.rows import Constraints
+from cudfast.rows.call import Constraints
+from cudfast.targets.calibration import project
 
 f64 = torch.float64
 

@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 
-from ..rows import Backend, vector_dtype
+from ..rows.call import Backend, vector_dtype
 
 NAMES = ("native", "triton", "cuda", "reference")
 GPUS = ("cuda", "xpu")  # as torch names them; ROCm is "cuda", too

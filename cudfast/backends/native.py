@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..calibration import refuse_row
 from ..options import CUDOptions, DUSOptions
-from ..rows import Rows, State, columns_of, compute_dtype, refuse_label, refuse_value
+from ..rows.call import Rows, State, columns_of, compute_dtype, refuse_label, refuse_value
+from ..targets.calibration import refuse_row
 from .packed import copied, kernels
 from .reference import scale as scale
 
@@ -83,7 +83,7 @@ def row_state(
     keep: bool,
     gradient: Tensor | None,
 ) -> tuple[Tensor, State | None]:
-    """See `cudfast.rows.Backend`."""
+    """See `cudfast.rows.call.Backend`."""
     calls = kernels(_native, options)
     dtype = compute_dtype(rows)
     loss = torch.empty_like(_SCALARS[dtype]) if calls.scalar else torch.empty(rows.n, dtype=dtype, device=_CPU)
@@ -136,7 +136,7 @@ def row_gradient(
     upstream: Tensor,
     gradient: Tensor,
 ) -> None:
-    """See `cudfast.rows.Backend`."""
+    """See `cudfast.rows.call.Backend`."""
     calls = kernels(_native, options)
     fault, row = calls.gradient(
         rows,

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..calibration import Projected, project, refuse_relaxed
 from ..options import CUDOptions, DUSOptions
 from ..reference import (
     NOTHING,
@@ -27,7 +26,8 @@ from ..reference import (
     teacher_finish,
     teacher_fold,
 )
-from ..rows import STUDENT_COLUMNS, Rows, State, check_vectors, compute_dtype, divisors_of, vector_dtype
+from ..rows.call import STUDENT_COLUMNS, Rows, State, check_vectors, compute_dtype, divisors_of, vector_dtype
+from ..targets.calibration import Projected, project, refuse_relaxed
 
 
 def _flat(logits: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -194,7 +194,7 @@ def _write(rows: Rows, marks: Marks, values: Tensor, gradient: Tensor) -> None:
 
 
 def scale(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """See `cudfast.rows.Backend`."""
+    """See `cudfast.rows.call.Backend`."""
     if upstream.dim():
         upstream = upstream.reshape(*gradient.shape[:-1], 1)
     elif upstream.is_cpu and upstream.item() == 1:
@@ -212,7 +212,7 @@ def row_state(
     keep: bool,
     gradient: Tensor | None,
 ) -> tuple[Tensor, State | None]:
-    """See `cudfast.rows.Backend`. Statistics have no extra cost here."""
+    """See `cudfast.rows.call.Backend`. Statistics have no extra cost here."""
     dtype = compute_dtype(rows)
     check_vectors(rows, options)
     marks = mark(rows, options)
@@ -244,7 +244,7 @@ def row_gradient(
     upstream: Tensor,
     gradient: Tensor,
 ) -> None:
-    """See `cudfast.rows.Backend`."""
+    """See `cudfast.rows.call.Backend`."""
     check_vectors(rows, options)
     marks = mark(rows, options)
     columns = state.sums.unbind(-1)

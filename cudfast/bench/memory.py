@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..memory import empty_cache
+from ..autograd.memory import empty_cache
 
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 

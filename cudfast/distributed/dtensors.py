@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..tensors import is_dtensor, waited
+from ..rows.tensors import is_dtensor, waited
 from .group import Shard
 
 

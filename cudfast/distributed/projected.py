@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backends.reference import Marks
-from ..calibration import Alone, Factors, Projected, factored, groups_of, project, refuse_relaxed
 from ..reference import NOTHING, first_top1
-from ..rows import PROJECTED_COLUMNS, STUDENT_COLUMNS, Rows, State, compute_dtype
+from ..rows.call import PROJECTED_COLUMNS, STUDENT_COLUMNS, Rows, State, compute_dtype
+from ..targets.calibration import Alone, Factors, Projected, factored, groups_of, project, refuse_relaxed
 from .group import as_bytes, from_bytes, gather, reduce
 
 TOPS = ("near_top", "wrong_top")  # columns of a packed state after those of `columns_of`: maxima of two sets

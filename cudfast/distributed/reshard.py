@@ -8,9 +8,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import logits_of
 from ..reference import NOTHING
-from ..rows import row_count
+from ..rows.call import row_count
+from ..rows.checks import logits_of
 from .group import Shard, ask, lost, telling
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.parts import Span, Whole, finished, inverse_temperature, merge, state_of, swept, write_gradient
 from ..backends.reference import mark
 from ..options import CUDOptions, DUSOptions
-from ..parts import Span, Whole, finished, inverse_temperature, merge, state_of, swept, write_gradient
 from ..reference import StudentState
-from ..rows import Backend, Rows, State, check_vectors, compute_dtype, divisors_of, masks, vector_dtype
+from ..rows.call import Backend, Rows, State, check_vectors, compute_dtype, divisors_of, masks, vector_dtype
 from .group import Layout, Shard, as_bytes, ask, from_bytes, gather
 from .projected import again, calibrated
 from .projected import packed as with_target
@@ -41,7 +41,7 @@ class Sharded:
         keep: bool,
         gradient: Tensor | None,
     ) -> tuple[Tensor, State | None]:
-        """See `cudfast.rows.Backend`. The divisors of the state are followed by this rank's first class."""
+        """See `cudfast.rows.call.Backend`. The divisors of the state are followed by this rank's first class."""
         agreement = ask(self._shard, rows.logits.device, given_to(rows, options))
         layout = None
         if options.num_classes is not None or rows.constraints is not None:
@@ -79,7 +79,7 @@ class Sharded:
         upstream: Tensor,
         gradient: Tensor,
     ) -> None:
-        """See `cudfast.rows.Backend`: of this rank's classes."""
+        """See `cudfast.rows.call.Backend`: of this rank's classes."""
         first: Any = state.divisors[2].to(torch.int64)
         if options.num_classes is not None or rows.constraints is not None:
             first = int(first)
@@ -95,7 +95,7 @@ class Sharded:
         write_gradient(Span(rows, first), options, marks, self._inner, state, upstream, gradient)
 
     def scale(self, gradient: Tensor, upstream: Tensor) -> Tensor:
-        """See `cudfast.rows.Backend`."""
+        """See `cudfast.rows.call.Backend`."""
         return self._inner.scale(gradient, upstream)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..options import Reduction, WClip
-from ..projection import Projection
+from ..targets.projection import Projection
 from .require import require
 
 register_mid_level_loss = require("torchdistill.losses.registry", "torchdistill").register_mid_level_loss

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows import DTYPES
-from ..tensors import direct, local
+from ..rows.call import DTYPES
+from ..rows.tensors import direct, local
 
 Layer = tuple[Tensor, Tensor | None]
 """Weight (V, D) and bias (V,)."""

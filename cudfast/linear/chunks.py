@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..rows import Part, Rows
+from ..rows.call import Part, Rows
 
 
 def flat(x: Tensor) -> Tensor | None:

@@ -8,10 +8,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ..backends.parts import Span, Whole, finished, inverse_temperature, merge, state_of, swept, write_gradient
 from ..backends.reference import mark
 from ..options import CUDOptions, DUSOptions
-from ..parts import Span, Whole, finished, inverse_temperature, merge, state_of, swept, write_gradient
-from ..rows import Backend, Rows, State, compute_dtype
+from ..rows.call import Backend, Rows, State, compute_dtype
 
 
 class Filled(NamedTuple):

@@ -7,8 +7,13 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..autograd import Call
-from ..checks import (
+from ..autograd.node import Call
+from ..distributed.dtensors import localized_heads
+from ..distributed.group import Shard, telling
+from ..distributed.heads import spread, spread_teacher
+from ..options import CUDOptions, DUSOptions, LinearOptions, cross_entropy
+from ..rows.call import Rows, State
+from ..rows.checks import (
     alpha_of,
     check_call,
     check_mode,
@@ -20,14 +25,9 @@ from ..checks import (
     temperature_of,
     weight_of,
 )
-from ..distributed.dtensors import localized_heads
-from ..distributed.group import Shard, telling
-from ..distributed.heads import spread, spread_teacher
-from ..options import CUDOptions, DUSOptions, LinearOptions, cross_entropy
-from ..projection import Projection
-from ..rows import Rows, State
+from ..rows.tensors import is_dtensor
 from ..statistics import StudentStatistics, TeacherStatistics, student_statistics, teacher_statistics
-from ..tensors import is_dtensor
+from ..targets.projection import Projection
 from .autograd import evaluate
 from .checks import Layer, autocast, check_alike, check_frozen, hidden_of, layer_of
 from .layers import Problem, problem

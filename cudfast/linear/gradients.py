@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..memory import empty
+from ..autograd.memory import empty
 from .chunks import Chunk
 from .layers import Needs, Problem
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..distributed.group import Shard
 from ..options import CUDOptions, DUSOptions, LinearOptions
-from ..rows import Constraints, Rows
+from ..rows.call import Constraints, Rows
 
 
 class Head(NamedTuple):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..distributed.group import Shard
 from ..losses import FocalLoss, changed
 from ..options import BackendName, CUDOptions, DUSOptions, LinearOptions, Reduction, Save, WClip
-from ..projection import Projection
 from ..statistics import StudentStatistics, TeacherStatistics
+from ..targets.projection import Projection
 from .functional import fused_linear_cud_loss, fused_linear_dus_loss
 
 if TYPE_CHECKING:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..autograd import check_finite
+from ..autograd.memory import empty
+from ..autograd.node import check_finite
 from ..distributed.group import telling
 from ..distributed.sharded import agreed, cut, over_ranks
-from ..memory import empty
 from ..options import CUDOptions, DUSOptions
-from ..rows import Backend, State, check_vectors, columns_of, compute_dtype, divisors_of, masks
+from ..rows.call import Backend, State, check_vectors, columns_of, compute_dtype, divisors_of, masks
 from . import tiles
 from .chunks import Chunk, chunks, flat
 from .columns import Filled, Work, gradients, merged_state, part_state

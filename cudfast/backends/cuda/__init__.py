@@ -12,9 +12,9 @@ import os
 import torch
 from torch import Tensor
 
-from ...calibration import refuse_unmet
 from ...options import CUDOptions, DUSOptions
-from ...rows import Rows, State, columns_of, compute_dtype, divisors_of
+from ...rows.call import Rows, State, columns_of, compute_dtype, divisors_of
+from ...targets.calibration import refuse_unmet
 from ..packed import Kernels, copied, kernels
 from ..reference import scale as by_torch
 
@@ -68,7 +68,7 @@ def row_state(
     keep: bool,
     gradient: Tensor | None,
 ) -> tuple[Tensor, State | None]:
-    """See `cudfast.rows.Backend`."""
+    """See `cudfast.rows.call.Backend`."""
     strict = rows.constraints is not None and not rows.constraints.relax
     needs_state = keep or strict
     calls, device, dtype = kernels(_cuda, options), rows.logits.device, compute_dtype(rows)
@@ -103,7 +103,7 @@ def row_gradient(
     upstream: Tensor,
     gradient: Tensor,
 ) -> None:
-    """See `cudfast.rows.Backend`."""
+    """See `cudfast.rows.call.Backend`."""
     calls, device = kernels(_cuda, options), rows.logits.device
     with _on(device):
         done = calls.gradient(
@@ -115,7 +115,7 @@ def row_gradient(
 
 
 def scale(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """See `cudfast.rows.Backend`."""
+    """See `cudfast.rows.call.Backend`."""
     if gradient.numel():
         dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
         by = upstream.to(dtype).reshape(-1).contiguous()

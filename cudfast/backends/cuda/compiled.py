@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import cudfast._cuda as _cuda
 
-from ...machine import Code, Loop, Machine, listings, loop_of, resources, run
+from ...inspect.machine import Code, Loop, Machine, listings, loop_of, resources, run
 
 DTYPES = {"fp32": 0, "bf16": 2, "fp16": 3}  # csrc/launch.h
 HEADER: int = _cuda.HEADER  # bytes of shared memory besides staged rows

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...calibration import refuse_unmet
 from ...options import CUDOptions, DUSOptions
-from ...rows import Rows, State
+from ...rows.call import Rows, State
+from ...targets.calibration import refuse_unmet
 
 OLDEST = (3, 4)
 
@@ -43,7 +43,7 @@ def row_state(
     keep: bool,
     gradient: Tensor | None,
 ) -> tuple[Tensor, State | None]:
-    """See `cudfast.rows.Backend`."""
+    """See `cudfast.rows.call.Backend`."""
     call = Call.of(rows, options)
     device = rows.logits.device
     strict = rows.constraints is not None and not rows.constraints.relax
@@ -70,7 +70,7 @@ def row_gradient(
     upstream: Tensor,
     gradient: Tensor,
 ) -> None:
-    """See `cudfast.rows.Backend`."""
+    """See `cudfast.rows.call.Backend`."""
     if not rows.n:
         return
     with on(rows.logits.device):
@@ -78,7 +78,7 @@ def row_gradient(
 
 
 def scale(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """See `cudfast.rows.Backend`."""
+    """See `cudfast.rows.call.Backend`."""
     if gradient.numel():
         with on(gradient.device):
             launch.scale(gradient, upstream.reshape(-1).contiguous() if upstream.dim() else upstream)

@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ...machine import Loop, Machine, listings, loop_of, resources
+from ...inspect.machine import Loop, Machine, listings, loop_of, resources
 from . import projected, search, student, teacher
 from .launch import TWO_PROGRAMS, plan
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...options import CUDOptions, DUSOptions, WClip
-from ...rows import Rows, State, columns_of, compute_dtype, dense, divisors_of, row_count, row_layout
+from ...rows.call import Rows, State, columns_of, compute_dtype, dense, divisors_of, row_count, row_layout
 from . import projected, search, student, teacher
 from .pieces import count, scale_rows
 

@@ -109,7 +109,7 @@ def student_fold_columns(
 
 @triton.jit
 def student_pack(sums, top1, row, columns, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, k):
-    """Columns in the order of `cudfast.rows.STUDENT_COLUMNS`."""
+    """Columns in the order of `cudfast.rows.call.STUDENT_COLUMNS`."""
     at = sums + row * columns
     tl.store(at + 0, m_t)
     tl.store(at + 1, s_k)

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .options import NUMBERS, TEMPERATURES
-from .projection import BOUNDS, Projection
-from .rows import DTYPES, Constraints, Rows, check_items, row_count, row_layout, vector_dtype
-from .sets import ClassSets
+from ..classes.sets import ClassSets
+from ..options import NUMBERS, TEMPERATURES
+from ..targets.projection import BOUNDS, Projection
+from .call import DTYPES, Constraints, Rows, check_items, row_count, row_layout, vector_dtype
 from .tensors import addressable, direct, local
 
 if TYPE_CHECKING:
-    from .autograd import Call
-    from .distributed.group import Shard
+    from ..autograd.node import Call
+    from ..distributed.group import Shard
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from .. import backends
 
 LARGE = 4 << 20  # bytes; malloc reuses smaller memory itself
 

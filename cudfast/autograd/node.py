@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
-from .distributed.group import Shard
-from .distributed.projected import TOPS
-from .distributed.sharded import Sharded
-from .memory import LARGE, empty
-from .options import CUDOptions, DUSOptions, cross_entropy, parse
-from .rows import (
+from .. import backends
+from ..distributed.group import Shard
+from ..distributed.projected import TOPS
+from ..distributed.sharded import Sharded
+from ..options import CUDOptions, DUSOptions, cross_entropy, parse
+from ..rows.call import (
     Backend,
     Constraints,
     Rows,
@@ -32,7 +31,8 @@ from .rows import (
     row_name,
     vector_dtype,
 )
-from .tensors import addressable, direct
+from ..rows.tensors import addressable, direct
+from .memory import LARGE, empty
 
 
 class Call(NamedTuple):

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
-from .arrays import progress
-from .backends import load
-from .backends.triton.compiled import DTYPES, TARGETS, VARIANTS, Variant, machine
+from ..backends import load
+from ..backends.triton.compiled import DTYPES, TARGETS, VARIANTS, Variant, machine
+from ..classes.arrays import progress
 from .machine import Machine
 
 
@@ -107,7 +107,7 @@ def _cuda(dtype: str, classes: int, name: str) -> Iterator[Estimate]:
     """The fused kernels in CUDA C++, when they were built for this GPU: rows staged where they fit, else two sweeps."""
     if isinstance(load("cuda"), str):
         return
-    from .backends.cuda import compiled as cuda
+    from ..backends.cuda import compiled as cuda
 
     gpu = GPUS[name]
     if gpu.target not in cuda.targets():

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from .sets import ClassSets
+from ..classes.sets import ClassSets
 
 OnInfeasible = Literal["error", "relax"]
 BOUNDS = ("min_near_mass", "max_wrong_mass", "min_entropy", "max_entropy")

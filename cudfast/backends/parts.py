@@ -14,10 +14,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .backends.reference import Marks, placed, student_rows, teacher_rows
-from .options import CUDOptions, DUSOptions
-from .reference import NOTHING, StudentState, TeacherState, student_merge, teacher_merge
-from .rows import Backend, Rows, State, columns_of, compute_dtype, vector_dtype
+from ..options import CUDOptions, DUSOptions
+from ..reference import NOTHING, StudentState, TeacherState, student_merge, teacher_merge
+from ..rows.call import Backend, Rows, State, columns_of, compute_dtype, vector_dtype
+from .reference import Marks, placed, student_rows, teacher_rows
 
 Whole = StudentState | TeacherState
 """State of rows, in `vector_dtype`."""

@@ -10,10 +10,10 @@ from typing import Any
 import numpy
 import torch
 
-from . import backends
-from ._version import __version__
-from .functional import cud_loss
-from .options import CUDOptions
+from .. import backends
+from .._version import __version__
+from ..functional import cud_loss
+from ..options import CUDOptions
 
 # One row: student (0, 1, 2), teacher (3, 1, 0), label 1, temperature 2. The value is Eq. 9 worked out in 50 digits.
 _KNOWN_LOSS = 1.3487058729273549

@@ -8,10 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import classes_of, constraints_of, labels_of, logits_of
-from .options import CUDOptions, WClip
-from .projection import BOUNDS, Projection
-from .reference import (
+from ..options import CUDOptions, WClip
+from ..reference import (
     NOTHING,
     End,
     Entropy,
@@ -26,7 +24,9 @@ from .reference import (
     tempered_fold,
     wclip,
 )
-from .rows import Constraints, Rows, State, compute_dtype, masks, refuse_label, row_name
+from ..rows.call import Constraints, Rows, State, compute_dtype, masks, refuse_label, row_name
+from ..rows.checks import classes_of, constraints_of, labels_of, logits_of
+from .projection import BOUNDS, Projection
 
 SWEEPS = 12
 STEPS = 8  # sweeps, after which each further one evaluates several points

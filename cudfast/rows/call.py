@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .options import TEMPERATURES, CUDOptions, DUSOptions
-from .sets import ClassSets
+from ..classes.sets import ClassSets
+from ..options import TEMPERATURES, CUDOptions, DUSOptions
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

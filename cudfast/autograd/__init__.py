@@ -1,0 +1,1 @@
+"""From two sweeps to a differentiable loss."""

@@ -1,0 +1,1 @@
+"""Sets of classes for every class, and the files that hold them."""

@@ -1,0 +1,1 @@
+"""What is installed, the machine, and what GPU kernels should take."""

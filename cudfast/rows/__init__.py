@@ -1,0 +1,1 @@
+"""What a backend is given: the rows of a call, checked."""
