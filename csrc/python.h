@@ -55,14 +55,14 @@ inline int64_t size_at(const py::object& shape, Py_ssize_t axis) {
 }
 inline int64_t width(const py::object& shape) { return size_at(shape, PyTuple_GET_SIZE(shape.ptr()) - 1); }
 
-// cudfast.rows.call.DTYPES, in the order of DType.
+// cudfast.rows.layout.DTYPES, in the order of DType.
 inline DType dtype_of(py::handle tensor) {
-  static PyObject* const known = py::object(py::module_::import("cudfast.rows.call").attr("DTYPES")).release().ptr();
+  static PyObject* const known = py::object(py::module_::import("cudfast.rows.layout").attr("DTYPES")).release().ptr();
   const py::object dtype = checked(PyObject_GetAttr(tensor.ptr(), CUDFAST_NAME(dtype)));
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(known); ++i) {
     if (PyTuple_GET_ITEM(known, i) == dtype.ptr()) return static_cast<DType>(i);
   }
-  throw py::type_error("a dtype that is not in cudfast.rows.call.DTYPES");
+  throw py::type_error("a dtype that is not in cudfast.rows.layout.DTYPES");
 }
 
 // (..., V) logits whose last axis is dense; None is absent.
@@ -74,7 +74,7 @@ inline Matrix matrix(py::handle tensor) {
   if (called(tensor, CUDFAST_NAME(is_contiguous)).ptr() == Py_True) {
     m.outer_stride = width(shape_of(tensor));
   } else {
-    const py::object layout = py::module_::import("cudfast.rows.call").attr("row_layout")(tensor);
+    const py::object layout = py::module_::import("cudfast.rows.layout").attr("row_layout")(tensor);
     if (layout.is_none()) throw NoLayout();
     std::tie(m.inner, m.outer_stride, m.inner_stride) = layout.cast<std::tuple<int64_t, int64_t, int64_t>>();
   }

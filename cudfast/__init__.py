@@ -1,5 +1,7 @@
 """Calibrated Uncertainty Distillation in one pass over the logits."""
 
+import sys
+
 from . import functional
 from ._version import __version__
 from .autograd.memory import empty_cache
@@ -9,6 +11,10 @@ from .losses import CUDLoss, DUSLoss
 from .options import CUDOptions, DUSOptions, LinearOptions, WClip
 from .targets.calibration import calibrate
 from .targets.projection import Projection
+
+# Objects pickled by 0.1.0 name the modules in which their classes were then.
+sys.modules["cudfast.sets"] = sys.modules["cudfast.classes.sets"]
+sys.modules["cudfast.projection"] = sys.modules["cudfast.targets.projection"]
 
 __all__ = [
     "CUDLoss",

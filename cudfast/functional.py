@@ -7,11 +7,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .autograd.node import Call, evaluate
+from .autograd.node import evaluate
 from .distributed.dtensors import localized
-from .distributed.group import Shard, telling
+from .distributed.group import telling
 from .options import CUDOptions, DUSOptions, cross_entropy
-from .rows.call import Rows
+from .rows.call import Call, Rows
 from .rows.checks import (
     alpha_of,
     check_call,
@@ -23,6 +23,7 @@ from .rows.checks import (
     temperature_of,
     weight_of,
 )
+from .rows.shard import Shard
 from .rows.tensors import is_dtensor
 from .statistics import StudentStatistics, TeacherStatistics, student_statistics, teacher_statistics
 from .targets.projection import Projection

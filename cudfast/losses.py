@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .distributed.group import Shard
 from .functional import cud_loss, dus_loss
 from .options import BackendName, CUDOptions, DUSOptions, LinearOptions, LossOptions, Reduction, Save, WClip
+from .rows.shard import Shard
 from .statistics import StudentStatistics, TeacherStatistics
 from .targets.projection import Projection
 

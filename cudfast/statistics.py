@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import reference
 from .options import CUDOptions, DUSOptions, WClip
-from .rows.call import STUDENT_COLUMNS, Rows, State, columns_of, masks
+from .rows.call import STUDENT_COLUMNS, Rows, State, columns_of
+from .rows.vectors import masks
 
 
 class StudentStatistics(NamedTuple):

@@ -8,40 +8,21 @@ from the saved state.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..distributed.group import Shard
 from ..distributed.projected import TOPS
 from ..distributed.sharded import Sharded
 from ..options import CUDOptions, DUSOptions, cross_entropy, parse
-from ..rows.call import (
-    Backend,
-    Constraints,
-    Rows,
-    State,
-    check_items,
-    columns_of,
-    compute_dtype,
-    masks,
-    row_count,
-    row_name,
-    vector_dtype,
-)
+from ..rows.call import Backend, Call, Constraints, Rows, State, columns_of, compute_dtype, vector_dtype
+from ..rows.layout import row_count
+from ..rows.shard import Shard
 from ..rows.tensors import addressable, direct
+from ..rows.vectors import check_items, masks, row_name
 from .memory import LARGE, empty
-
-
-class Call(NamedTuple):
-    """What a call asks for beyond its rows."""
-
-    options: CUDOptions | DUSOptions
-    statistics: bool
-    grad_out: Tensor | None  # where the gradient goes, instead of fresh memory
-    shard: Shard | None = None  # when other ranks hold more classes of the same rows
 
 
 def keeps_gradient(rows: Rows, options: CUDOptions | DUSOptions) -> bool:

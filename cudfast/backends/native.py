@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..options import CUDOptions, DUSOptions
-from ..rows.call import Rows, State, columns_of, compute_dtype, refuse_label, refuse_value
+from ..rows.call import Rows, State, columns_of, compute_dtype
+from ..rows.vectors import refuse_label, refuse_value
 from ..targets.calibration import refuse_row
 from .packed import copied, kernels
 from .reference import scale as scale

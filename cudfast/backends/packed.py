@@ -8,7 +8,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from ..options import CUDOptions, DUSOptions, WClip
-from ..rows.call import Rows, dense
+from ..rows.call import Rows
+from ..rows.layout import dense
 
 _REDUCTION_CODES = {"none": 0, "sum": 1, "mean": 2}
 

@@ -26,7 +26,8 @@ from ..reference import (
     teacher_finish,
     teacher_fold,
 )
-from ..rows.call import STUDENT_COLUMNS, Rows, State, check_vectors, compute_dtype, divisors_of, vector_dtype
+from ..rows.call import STUDENT_COLUMNS, Rows, State, compute_dtype, vector_dtype
+from ..rows.vectors import check_vectors, divisors_of
 from ..targets.calibration import Projected, project, refuse_relaxed
 
 

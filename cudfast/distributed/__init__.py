@@ -1,6 +1,6 @@
 """The losses over a process group whose ranks hold consecutive classes."""
 
-from .group import Shard
+from ..rows.shard import Shard
 from .reshard import reshard
 
 __all__ = ["Shard", "reshard"]

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..rows.shard import Shard
 from ..rows.tensors import is_dtensor, waited
-from .group import Shard
 
 
 class Place:

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .group import Shard, ask, gather, reduce, scattered
+from ..rows.shard import Shard
+from .group import ask, gather, reduce, scattered
 
 
 class _Whole(torch.autograd.Function):

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..reference import NOTHING
-from ..rows.call import row_count
 from ..rows.checks import logits_of
-from .group import Shard, ask, lost, telling
+from ..rows.layout import row_count
+from ..rows.shard import Shard
+from .group import ask, lost, telling
 
 
 def reshard(logits: Tensor, width: int, process_group: Any) -> Tensor:

@@ -17,8 +17,10 @@ from ..backends.parts import Span, Whole, finished, inverse_temperature, merge, 
 from ..backends.reference import mark
 from ..options import CUDOptions, DUSOptions
 from ..reference import StudentState
-from ..rows.call import Backend, Rows, State, check_vectors, compute_dtype, divisors_of, masks, vector_dtype
-from .group import Layout, Shard, as_bytes, ask, from_bytes, gather
+from ..rows.call import Backend, Rows, State, compute_dtype, vector_dtype
+from ..rows.shard import Shard
+from ..rows.vectors import check_vectors, divisors_of, masks
+from .group import Layout, as_bytes, ask, from_bytes, gather
 from .projected import again, calibrated
 from .projected import packed as with_target
 

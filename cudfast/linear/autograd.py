@@ -15,8 +15,10 @@ from torch import Tensor
 from .. import backends
 from ..autograd.node import Once, items_tensor, keeps_gradient, packed_of, parsed_of, save, saved, upstream_of
 from ..options import CUDOptions, parse_linear
-from ..rows.call import Constraints, State, check_items, columns_of, compute_dtype, row_count, vector_dtype
+from ..rows.call import Constraints, State, columns_of, compute_dtype, vector_dtype
+from ..rows.layout import row_count
 from ..rows.tensors import direct
+from ..rows.vectors import check_items
 from .gradients import Found
 from .layers import NOTHING_NEEDED, Needs, Problem, Tensors, problem_of, tensors_of
 from .sweep import sweep

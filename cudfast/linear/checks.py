@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows.call import DTYPES
+from ..rows.layout import DTYPES
 from ..rows.tensors import direct, local
 
 Layer = tuple[Tensor, Tensor | None]

@@ -7,12 +7,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..autograd.node import Call
 from ..distributed.dtensors import localized_heads
-from ..distributed.group import Shard, telling
+from ..distributed.group import telling
 from ..distributed.heads import spread, spread_teacher
 from ..options import CUDOptions, DUSOptions, LinearOptions, cross_entropy
-from ..rows.call import Rows, State
+from ..rows.call import Call, Rows, State
 from ..rows.checks import (
     alpha_of,
     check_call,
@@ -25,6 +24,7 @@ from ..rows.checks import (
     temperature_of,
     weight_of,
 )
+from ..rows.shard import Shard
 from ..rows.tensors import is_dtensor
 from ..statistics import StudentStatistics, TeacherStatistics, student_statistics, teacher_statistics
 from ..targets.projection import Projection

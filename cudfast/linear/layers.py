@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed.group import Shard
 from ..options import CUDOptions, DUSOptions, LinearOptions
 from ..rows.call import Constraints, Rows
+from ..rows.shard import Shard
 
 
 class Head(NamedTuple):

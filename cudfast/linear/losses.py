@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from ..distributed.group import Shard
 from ..losses import FocalLoss, changed
 from ..options import BackendName, CUDOptions, DUSOptions, LinearOptions, Reduction, Save, WClip
+from ..rows.shard import Shard
 from ..statistics import StudentStatistics, TeacherStatistics
 from ..targets.projection import Projection
 from .functional import fused_linear_cud_loss, fused_linear_dus_loss

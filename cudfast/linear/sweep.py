@@ -24,7 +24,8 @@ from ..autograd.node import check_finite
 from ..distributed.group import telling
 from ..distributed.sharded import agreed, cut, over_ranks
 from ..options import CUDOptions, DUSOptions
-from ..rows.call import Backend, State, check_vectors, columns_of, compute_dtype, divisors_of, masks
+from ..rows.call import Backend, State, columns_of, compute_dtype
+from ..rows.vectors import check_vectors, divisors_of, masks
 from . import tiles
 from .chunks import Chunk, chunks, flat
 from .columns import Filled, Work, gradients, merged_state, part_state

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import functools
-import math
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..classes.sets import ClassSets
-from ..options import TEMPERATURES, CUDOptions, DUSOptions
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from ..options import CUDOptions, DUSOptions
+from .layout import row_count
+from .shard import Shard
 
 # Fields of a packed state, in the order of csrc/row/state.h; the teacher's top-1 travels beside them as an int64.
 STUDENT_COLUMNS = ("m_t", "s_k", "m_s", "z_tau", "s_tau", "a", "s_one", "z_one", "t_y", "s_y", "impossible")
@@ -56,11 +53,6 @@ class Constraints(NamedTuple):
         bounds = next(rest)
         near, wrong = (ClassSets.trusted(next(rest), next(rest)) if name in given else None for name in _SETS)
         return cls(near, wrong, "top1" in given, bounds, "relax" in given, "entropy" in given)
-
-
-def row_count(logits: Tensor) -> int:
-    """N of (..., V). Not by Size.numel(), for which a traced graph holds for one number of rows; V may be 0."""
-    return math.prod(logits.shape[:-1])
 
 
 class Part(NamedTuple):
@@ -157,141 +149,10 @@ def _has_f64(device: torch.device) -> bool:
     return bool(torch.get_device_module(device).get_device_properties(device).has_fp64)
 
 
-def masks(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[Tensor, Tensor]:
-    """(N,) bool: the row counts; it has a label, too."""
-    n = math.prod(rows.logits.shape[:-1])  # not rows.n: torch 2.8 cannot trace properties of named tuples
-    counts = torch.ones(n, dtype=torch.bool, device=rows.logits.device)
-    if rows.weight is not None:
-        counts = rows.weight != 0
-    if rows.labels is None:
-        return counts, torch.zeros_like(counts)
-    counts = counts & (rows.labels != options.ignore_index)
-    labelled = counts
-    if options.unlabeled_index is not None:
-        labelled = counts & (rows.labels != options.unlabeled_index)
-    return counts, labelled
+class Call(NamedTuple):
+    """What a call asks for beyond its rows."""
 
-
-def divisors_of(rows: Rows, options: CUDOptions | DUSOptions) -> Tensor:
-    """(2,) f64: what the distillation term and the label terms of a row are divided by."""
-    dtype, device = vector_dtype(rows.logits.device), rows.logits.device
-    if rows.num_items is not None:
-        items: Tensor = torch.as_tensor(rows.num_items, dtype=dtype, device=device)
-        return items.expand(2).clone()
-    if options.reduction != "mean":
-        return torch.ones(2, dtype=dtype, device=device)
-    weight = rows.weight if rows.weight is not None else torch.ones(rows.n, dtype=dtype, device=device)
-    return torch.stack([torch.where(mask, weight, 0).sum() for mask in masks(rows, options)])
-
-
-def row_layout(logits: Tensor) -> tuple[int, int, int] | None:
-    """How rows of (..., V) lie in memory: (inner rows, outer stride, inner stride) in elements.
-
-    Row i starts at (i // inner) * outer + (i % inner) * inner_stride. None when the leading axes do not reduce to two
-    strides or the last axis is not dense: such logits need a copy.
-    """
-    if logits.is_contiguous():
-        return 1, logits.shape[-1], 0
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        return None
-    axes: list[tuple[int, int]] = []  # (size, stride), adjacent axes joined where they can be
-    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1]):
-        if size == 1:
-            continue
-        if axes and axes[-1][1] == size * stride:
-            axes[-1] = (axes[-1][0] * size, stride)
-        else:
-            axes.append((size, stride))
-    if len(axes) > 2:
-        return None
-    inner, inner_stride = axes[-1] if axes else (1, 0)
-    return max(inner, 1), axes[0][1] if len(axes) == 2 else 0, inner_stride
-
-
-def dense(logits: Tensor, name: str) -> Tensor:
-    """(..., V) logits whose rows the kernels can walk: as they are, or copied."""
-    if row_layout(logits) is not None:
-        return logits
-    size = logits.numel() * logits.element_size()
-    warnings.warn(
-        f"cudfast: {name} of shape {tuple(logits.shape)} and strides {logits.stride()} has no dense last axis or "
-        f"too many leading strides; it is copied once per call ({size:,} bytes). Pass a tensor whose last axis is "
-        "contiguous to avoid that.",
-        stacklevel=2,
-    )
-    return logits.contiguous()
-
-
-def row_name(rows: Rows, row: int) -> str:
-    """Index of flat row `row` as the caller wrote it: "3", or "1, 3"."""
-    shape = rows.logits.shape[:-1]
-    if rows.part is not None:
-        row, shape = int(rows.part.rows[row]), rows.part.shape
-    index = np.unravel_index(row, shape or (1,))
-    return ", ".join(str(int(i)) for i in index)
-
-
-def refuse_label(rows: Rows, options: CUDOptions | DUSOptions, row: int, label: int) -> ValueError:
-    """The error for a label that is neither a class nor one of the special values."""
-    special = f"ignore_index={options.ignore_index}"
-    if options.unlabeled_index is not None:
-        special += f" or unlabeled_index={options.unlabeled_index}"
-    hint = ""
-    if label == rows.classes:
-        hint = "; if the labels are 1-based, pass labels - 1"
-    elif label == -100:
-        hint = "; to ignore rows with label -100, pass ignore_index=-100"
-    elif label == -1:
-        hint = f"; to ignore rows without a label, give them the label {options.ignore_index}"
-    return ValueError(
-        f"labels[{row_name(rows, row)}] = {label}: expected a class in [0, {rows.classes}), {special}{hint}"
-    )
-
-
-def refuse_value(rows: Rows, options: CUDOptions | DUSOptions, name: str, row: int, value: float) -> ValueError:
-    """The error for a weight, temperature or alpha out of range. `name` is "weight" or "per_row"."""
-    if name == "weight":
-        return ValueError(f"weight[{row_name(rows, row)}] = {value}: expected a finite number >= 0")
-    if isinstance(options, CUDOptions):
-        low, high = TEMPERATURES
-        return ValueError(f"temperature[{row_name(rows, row)}] = {value}: expected a number in [{low:g}, {high:g}]")
-    return ValueError(f"alpha of the label of row {row_name(rows, row)} is {value}: expected a finite number > 0")
-
-
-def check_vectors(rows: Rows, options: CUDOptions | DUSOptions) -> None:
-    """Raises for the first label, weight, temperature or alpha out of range, before any sweep; the host waits."""
-
-    def first(bad: Tensor) -> int | None:
-        return int(bad.nonzero()[0]) if bool(bad.any()) else None
-
-    if rows.labels is not None:
-        _, labelled = masks(rows._replace(weight=None), options)
-        outside = labelled & ((rows.labels < 0) | (rows.labels >= rows.classes))
-        if (row := first(outside)) is not None:
-            raise refuse_label(rows, options, row, int(rows.labels[row]))
-    low, high = TEMPERATURES if isinstance(options, CUDOptions) else (5e-324, torch.finfo(torch.float64).max)
-    limits = {"weight": (0.0, torch.finfo(torch.float64).max), "per_row": (low, high)}
-    for name, values in (("weight", rows.weight), ("per_row", rows.per_row)):
-        if values is None:
-            continue
-        good = (values >= limits[name][0]) & (values <= limits[name][1])
-        if (row := first(~good)) is not None:
-            raise refuse_value(rows, options, name, row, float(values[row]))
-
-
-def check_items(rows: Rows, options: CUDOptions | DUSOptions) -> None:
-    """Raises for a num_items on the host that no sum over rows can be divided by."""
-    items = rows.num_items
-    if items is None or (isinstance(items, Tensor) and (items.dim() > 0 or not items.is_cpu)):
-        return
-    value = float(items)
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"num_items={value:g}: expected a finite number >= 0")
-    if value == 0 and rows.logits.is_cpu:
-        counts, labelled = masks(rows, options)
-        bad = counts if isinstance(options, CUDOptions) else labelled
-        if bool(bad.any()):
-            raise ValueError(
-                f"num_items=0, and row {row_name(rows, int(bad.nonzero()[0]))} counts: expected the number of labels "
-                "that are not ignore_index, in all the batches that one step accumulates"
-            )
+    options: CUDOptions | DUSOptions
+    statistics: bool
+    grad_out: Tensor | None  # where the gradient goes, instead of fresh memory
+    shard: Shard | None = None  # when other ranks hold more classes of the same rows

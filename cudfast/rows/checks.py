@@ -13,12 +13,14 @@ from torch.autograd import forward_ad
 from ..classes.sets import ClassSets
 from ..options import NUMBERS, TEMPERATURES
 from ..targets.projection import BOUNDS, Projection
-from .call import DTYPES, Constraints, Rows, check_items, row_count, row_layout, vector_dtype
+from .call import Constraints, Rows, vector_dtype
+from .layout import DTYPES, row_count, row_layout
 from .tensors import addressable, direct, local
+from .vectors import check_items
 
 if TYPE_CHECKING:
-    from ..autograd.node import Call
-    from ..distributed.group import Shard
+    from .call import Call
+    from .shard import Shard
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 

@@ -24,8 +24,9 @@ from ..reference import (
     tempered_fold,
     wclip,
 )
-from ..rows.call import Constraints, Rows, State, compute_dtype, masks, refuse_label, row_name
+from ..rows.call import Constraints, Rows, State, compute_dtype
 from ..rows.checks import classes_of, constraints_of, labels_of, logits_of
+from ..rows.vectors import masks, refuse_label, row_name
 from .projection import BOUNDS, Projection
 
 SWEEPS = 12

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ...options import CUDOptions, DUSOptions
-from ...rows.call import Rows, State, columns_of, compute_dtype, divisors_of
+from ...rows.call import Rows, State, columns_of, compute_dtype
+from ...rows.vectors import divisors_of
 from ...targets.calibration import refuse_unmet
 from ..packed import Kernels, copied, kernels
 from ..reference import scale as by_torch

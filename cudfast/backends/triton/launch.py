@@ -12,7 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...options import CUDOptions, DUSOptions, WClip
-from ...rows.call import Rows, State, columns_of, compute_dtype, dense, divisors_of, row_count, row_layout
+from ...rows.call import Rows, State, columns_of, compute_dtype
+from ...rows.layout import dense, row_count, row_layout
+from ...rows.vectors import divisors_of
 from . import projected, search, student, teacher
 from .pieces import count, scale_rows
 

@@ -16,7 +16,7 @@ PAIRS = tl.constexpr(not knobs.runtime.interpret)
 
 @triton.jit
 def row_start(row, inner, outer, stride):
-    """Where row i of (..., V) starts: see `cudfast.rows.call.row_layout`."""
+    """Where row i of (..., V) starts: see `cudfast.rows.layout.row_layout`."""
     return (row // inner) * outer + (row % inner) * stride
 
 
