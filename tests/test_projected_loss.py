@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -299,3 +300,20 @@ def test_a_label_without_mass(backend: str) -> None:
     loss = CUDLoss(calibration=projection, backend=backend)
     _, statistics = loss(torch.zeros(1, 4), teacher, torch.tensor([2]), return_stats=True)
     assert statistics.label_prob_calibrated == 0
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda include: ClassSets.from_lists([[1], [2], [0]], include_label=include),
+        lambda include: ClassSets.from_groups([0, 1, 1], include_label=include),
+        lambda include: ClassSets.from_confusion([[0, 1, 0], [0, 0, 1], [1, 0, 0]], 1, include_label=include),
+    ],
+)
+def test_wrong_sets_that_hold_the_label(made: Callable[[bool], ClassSets]) -> None:
+    """As constructors make them by default; with near sets this was an overlap, without a word of the label."""
+    alone = ClassSets.from_lists([[], [], []])
+    for near in (None, alone):
+        with pytest.raises(ValueError, match=r"class 0 is in its own .*include_label=False"):
+            Projection(near=near, wrong=made(True))
+        Projection(near=near, wrong=made(False))

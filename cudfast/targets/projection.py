@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from ..classes.arrays import first
 from ..classes.sets import ClassSets
 
 OnInfeasible = Literal["error", "relax"]
@@ -29,15 +30,16 @@ class Projection:
 
     Args:
         near: N(y) for every class y, which must contain y; None: N(y) = {y}.
-        wrong: W(y) for every class y, disjoint from N(y); "top1": the teacher's top-1 where it is not in N(y) (the
-            paper's operational set); None: no wrong classes. Default "top1".
+        wrong: W(y) for every class y, disjoint from N(y), so made with include_label=False; "top1": the teacher's
+            top-1 where it is not in N(y) (the paper's operational set); None: no wrong classes. Default "top1".
         min_near_mass, max_wrong_mass: in [0, 1]; numbers, or tensors of the labels' shape with one value per row.
         min_entropy, max_entropy: in nats, >= 0; likewise.
         on_infeasible: "error": a row that cannot meet its bounds raises ValueError with the row, the bound and the
             value that can be reached. "relax": the nearest feasible bound is used. Default "error".
 
     Raises:
-        TypeError, ValueError: a field of the wrong type or out of range; N(y) without y; N(y) and W(y) overlap.
+        TypeError, ValueError: a field of the wrong type or out of range; N(y) without y; W(y) with y; N(y) and W(y)
+            overlap.
 
     Example:
         >>> Projection(min_near_mass=0.6, max_wrong_mass=0.1)
@@ -75,17 +77,16 @@ class Projection:
 
     def _check_sets(self) -> None:
         near, wrong = self.near, self.wrong
-        if near is not None and not bool(near.contains_label().all()):
-            y = int((~near.contains_label()).nonzero()[0])
+        if near is not None and (y := first(~near.contains_label())) is not None:
             raise ValueError(f"Projection(near=...): the set of class {y} does not hold {y}; use include_label=True")
         if not isinstance(wrong, ClassSets):
             return
+        if (y_own := first(wrong.contains_label())) is not None:
+            raise ValueError(
+                f"Projection(wrong=...): class {y_own} is in its own set of wrong classes, where ClassSets.from_lists "
+                "and the other constructors put it by default: pass include_label=False to the one that made these sets"
+            )
         if near is None:
-            if bool(wrong.contains_label().any()):
-                y = int(wrong.contains_label().nonzero()[0])
-                raise ValueError(
-                    f"Projection(wrong=...): class {y} is in its own set of wrong classes; use include_label=False"
-                )
             return
         if near.num_classes != wrong.num_classes:
             raise ValueError(
