@@ -363,6 +363,8 @@ def fused_linear_dus_loss(
 
 def _evaluated(p: Problem, statistics: bool) -> tuple[Tensor, State]:
     check_call(p.rows, "hidden", Call(p.options, statistics, None))
-    check_mode(*(x for head in p.heads for x in (head.weight, head.bias)))
+    for head in (p.student, p.teacher):  # not p.heads: torch 2.8 cannot trace properties of named tuples
+        if head is not None:
+            check_mode(head.weight, head.bias)
     loss, state = evaluate(p, statistics=statistics)
     return (loss.reshape(p.rows.logits.shape[:-1]) if p.options.reduction == "none" else loss), state

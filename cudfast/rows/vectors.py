@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..options import TEMPERATURES, CUDOptions, DUSOptions
 from .call import Rows, vector_dtype
+from .layout import row_count
 
 
 def masks(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[Tensor, Tensor]:
     """(N,) bool: the row counts; it has a label, too."""
-    n = math.prod(rows.logits.shape[:-1])  # not rows.n: torch 2.8 cannot trace properties of named tuples
+    n = row_count(rows.logits)  # not rows.n: torch 2.8 cannot trace properties of named tuples
     counts = torch.ones(n, dtype=torch.bool, device=rows.logits.device)
     if rows.weight is not None:
         counts = rows.weight != 0
