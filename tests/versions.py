@@ -43,19 +43,24 @@ PROMISED = {
 }
 TOOLS = ("cmake", "hypothesis", "pytest", "pytest-timeout", "safetensors")
 
-# Native kernels, Triton's interpreter, autograd, compile, export, gloo, imports, copies and files.
+# What depends on torch: autograd, compile, export, gloo, tensors without memory, files; and Triton's interpreter, the
+# native kernels and the import, for the sake of Python, numpy and triton.
 SUITE = (
     "test_autograd.py",
-    "test_errors.py",
+    "test_derivatives.py",
+    "test_dynamic.py",
     "test_export.py",
     "test_files.py",
-    "test_linear_training.py",
-    "test_losses.py",
+    "test_linear_training.py::test_compile_gives_the_numbers_of_eager",
+    "test_linear_training.py::test_opcheck",
     "test_native.py",
     "test_options.py",
     "test_package.py",
-    "test_projected_loss.py",
+    "test_projected_loss.py::test_compile",
+    "test_projected_loss.py::test_every_option_reaches_the_compiled_graph",
+    "test_projected_loss.py::test_linear_compile",
     "test_sharded.py",
+    "test_tensors.py",
     "test_triton.py",
 )
 SHOWN = ("torch", "triton", "numpy")
@@ -151,8 +156,8 @@ def check(name: str, there: Mapping[str, str]) -> Row:
         shutil.copytree(ROOT / folder, home / "suite" / folder)
     shutil.copy(ROOT / "pyproject.toml", home / "suite")
     report = home / "report.xml"
-    files = [f"tests/{file}" for file in SUITE]
-    run([python, "-m", "pytest", *files, "--tb=short", f"--junit-xml={report}"], home / "suite", OMP_NUM_THREADS="1")
+    tests = [f"tests/{name}" for name in SUITE]
+    run([python, "-m", "pytest", *tests, "--tb=short", f"--junit-xml={report}"], home / "suite", OMP_NUM_THREADS="1")
     if not report.exists():
         return Row(name, label, installed_in(python), wrong="pytest did not run")
     return Row(name, label, installed_in(python), *tally(report))
