@@ -1,10 +1,12 @@
 ## make demo        train two teachers and six students on real data; the report is demo_results/report.html (QUICK=1: short)
 ## make test        run every test (JOBS=2: number of processes; each uses one thread and about 1.5 GB)
+## make test-all    run test and what takes longer: slow tests, multi-process tests REPEAT=5 times, aarch64
 ## make quick       run a part of the tests that takes about a minute
 ## make check       run the linters and the type checker, and count the instructions of the kernels
 ## make bench       time the losses beside PyTorch and other libraries, write docs/benchmarks.md (QUICK=1, LARGE=1, COMPARE=OLD.json)
 ## make ablation    measure what each part of the method adds (DATA=babel|geonames|wordnet, SEEDS=3, QUICK=1)
-## make core        build and run the C++ tests
+## make core        build and run the C++ tests, with g++ and with clang++ where they are installed
+## make aarch64     build the C++ tests for AArch64 and run them under emulation
 ## make sanitize    build and run the C++ tests with sanitizers
 ## make versions    run the tests on every torch that is promised (ONLY="2.8 2.11", TORCH_INDEX, KEEP; see docs/versions.md)
 ## make gpu-verify  check and time the Triton and CUDA kernels on this machine's GPU; the report is gpu_verify/report.md
@@ -16,11 +18,13 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 JOBS ?= 2
+REPEAT ?= 5
+COMPILERS ?= g++ clang++
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo ablation test quick core sanitize check bench versions gpu-verify clean
+.PHONY: help demo ablation test test-slow test-all quick core aarch64 sanitize check bench versions gpu-verify clean
 
 help: # the first target, so that make alone runs it
 	@sed -n 's/^## \?//p' $(firstword $(MAKEFILE_LIST))
@@ -62,28 +66,53 @@ $(WORDNET):
 	mkdir -p $(@D)
 	-cd $(@D) && apt-get download wordnet-base && dpkg-deb -x wordnet-base_*.deb $(@F) && rm wordnet-base_*.deb
 
+# More threads than cores spin against each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
 test: $(VENV)/.cudfast
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal # more threads than cores spin against each other
+	$(PYTEST) -n $(JOBS) --dist worksteal
 	$(MAKE) --no-print-directory core sanitize
 
 # The native and the reference backend, autograd, errors and the documentation; Triton's interpreter takes too long.
 QUICK_TESTS := native reference losses autograd errors linear_errors sets docs
 quick: $(VENV)/.cudfast
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -k "not triton" $(QUICK_TESTS:%=tests/test_%.py)
+	$(PYTEST) -n $(JOBS) --dist worksteal -k "not triton" $(QUICK_TESTS:%=tests/test_%.py)
 
-# The C++ tests of csrc/row, csrc/cpu and csrc/cuda, plain and under sanitizers; no Python in the process.
-core: $(VENV)/.cudfast
-	$(BIN)/cmake -G Ninja -S . -B build/core -DCUDFAST_TESTS=ON -DCUDFAST_WERROR=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja >/dev/null
-	$(BIN)/cmake --build build/core
-	build/core/test_core
-	build/core/test_cuda
+# What `make test` leaves out.
+test-slow: $(VENV)/.cudfast
+	$(PYTEST) -m slow
+	for i in $$(seq $(REPEAT)); do $(PYTEST) -m processes || exit 1; done
+	$(MAKE) --no-print-directory aarch64
+
+test-all: test test-slow
+
+# The C++ tests of csrc/row, csrc/cpu and csrc/cuda, no Python in the process: with every compiler that is here, for
+# AArch64 under emulation, and under sanitizers.
+CONFIGURE := $(BIN)/cmake -G Ninja -S . -DCUDFAST_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
+comma := ,
+AARCH64 := aarch64-linux-gnu-g++ qemu-aarch64
+missing = $(strip $(foreach tool,$(1),$(if $(shell command -v $(tool) 2>/dev/null),,$(tool))))
+
+# In a folder of its own, with options of CMake, run by a program or none.
+define cpp_tests
+$(CONFIGURE) -B $(1) $(2) >/dev/null
+$(BIN)/cmake --build $(1)
+$(3) $(1)/test_core
+$(3) $(1)/test_cuda
+endef
+
+.PHONY: $(COMPILERS:%=core-%)
+core: $(COMPILERS:%=core-%)
+
+$(COMPILERS:%=core-%): core-%: $(VENV)/.cudfast
+	$(if $(call missing,$*),@echo "make core: skipped with $*: it is not installed",$(call cpp_tests,build/$@,-DCMAKE_CXX_COMPILER=$* -DCUDFAST_WERROR=ON))
+
+aarch64: $(VENV)/.cudfast
+	$(if $(call missing,$(AARCH64)),@echo "make aarch64: skipped: not installed: $(call missing,$(AARCH64)) (apt-get install g++-aarch64-linux-gnu qemu-user)",$(call cpp_tests,build/aarch64,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(firstword $(AARCH64)) -DCMAKE_EXE_LINKER_FLAGS=-static -DCUDFAST_WERROR=ON,$(lastword $(AARCH64))))
 
 sanitize: $(VENV)/.cudfast
-	$(BIN)/cmake -G Ninja -S . -B build/sanitize -DCUDFAST_TESTS=ON -DCUDFAST_SANITIZE=address,undefined -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja >/dev/null
-	$(BIN)/cmake --build build/sanitize
-	build/sanitize/test_core
-	build/sanitize/test_cuda
-	$(BIN)/cmake -G Ninja -S . -B build/races -DCUDFAST_TESTS=ON -DCUDFAST_SANITIZE=thread -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja >/dev/null
+	$(call cpp_tests,build/sanitize,-DCUDFAST_SANITIZE=address$(comma)undefined)
+	$(CONFIGURE) -B build/races -DCUDFAST_SANITIZE=thread >/dev/null
 	$(BIN)/cmake --build build/races --target test_cuda
 	build/races/test_cuda
 
