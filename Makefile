@@ -1,6 +1,7 @@
 ## make demo        train two teachers and six students on real data; the report is demo_results/report.html (QUICK=1: short)
 ## make test        run every test (JOBS=2: number of processes; each uses one thread and about 1.5 GB)
-## make test-all    run test and what takes longer: slow tests, multi-process tests REPEAT=5 times, aarch64
+## make test-slow   run what takes longer: slow tests, multi-process tests REPEAT=5 times, aarch64
+## make test-all    run test and test-slow
 ## make quick       run a part of the tests that takes about a minute
 ## make check       run the linters and the type checker, and count the instructions of the kernels
 ## make bench       time the losses beside PyTorch and other libraries, write docs/benchmarks.md (QUICK=1, LARGE=1, COMPARE=OLD.json)
@@ -25,6 +26,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* csrc/*.h cs
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help demo ablation test test-slow test-all quick core aarch64 sanitize check bench versions gpu-verify clean
+.PHONY: $(COMPILERS:%=core-%)
 
 help: # the first target, so that make alone runs it
 	@sed -n 's/^## \?//p' $(firstword $(MAKEFILE_LIST))
@@ -101,7 +103,6 @@ $(3) $(1)/test_core
 $(3) $(1)/test_cuda
 endef
 
-.PHONY: $(COMPILERS:%=core-%)
 core: $(COMPILERS:%=core-%)
 
 $(COMPILERS:%=core-%): core-%: $(VENV)/.cudfast

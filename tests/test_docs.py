@@ -83,7 +83,7 @@ def test_the_index_names_every_page() -> None:
 
 def test_help_lists_every_target() -> None:
     text = read("Makefile")
-    (targets,) = re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)
+    (targets,) = re.findall(r"^\.PHONY: (help .*)$", text, re.MULTILINE)
     listed = re.findall(r"^## make (\S+) ", text, re.MULTILINE)
     assert sorted(["help", *listed]) == sorted(targets.split())
     for command in re.findall(r"`make ([a-z-]+)", read("README.md") + read("CONTRIBUTING.md")):
