@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from cudfast import ClassSets, CUDLoss, CUDOptions, DUSLoss, DUSOptions, Projection, WClip, __version__
-from cudfast.autograd.node import row_state_op
+from cudfast.autograd.ops import row_state_op
 from cudfast.backends import available
 from cudfast.bench.cases import compiled, cud_cases, dus_cases, eager_cud, eager_dus, make, through, with_gradient
 from cudfast.bench.contestants import Contestant

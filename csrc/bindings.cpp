@@ -9,6 +9,7 @@
 #include "launch.h"
 #include "python.h"
 #include "row/element.h"
+#include "row/search.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -16,9 +17,14 @@
 
 namespace {
 
-// (fault, row). A fault is one of launch.h's, or kStrides: some logits' rows are not where a Matrix can find them.
+// (fault, row).
 using Answer = std::pair<int, int64_t>;
-constexpr int kStrides = 4;
+Answer answer(const Check& check) { return {static_cast<int>(check.fault), check.row}; }
+constexpr std::pair<const char*, Fault> kFaults[] = {{"label", Fault::label},
+                                                     {"weight", Fault::weight},
+                                                     {"per_row", Fault::per_row},
+                                                     {"bounds", Fault::bounds},
+                                                     {"strides", Fault::strides}};
 
 enum class Reduction : int { none = 0, sum = 1, mean = 2 };
 
@@ -58,16 +64,16 @@ Answer row_state(const py::tuple& fields, const Options& options, int64_t ignore
 
   const py::gil_scoped_release unlocked;
   const Check fault = check(rows);
-  if (fault.fault != Fault::none) return {static_cast<int>(fault.fault), fault.row};
+  if (fault.fault != Fault::none) return answer(fault);
   const Divisors d = divisors_of(rows, static_cast<Reduction>(reduction), {kd_items, ce_items});
   const Check unmet = state_of(rows, options, statistics, d, out);
   if (divisors) {
     divisors[0] = d.kd;
     divisors[1] = d.ce;
   }
-  return {static_cast<int>(unmet.fault), unmet.row};
+  return answer(unmet);
 } catch (const NoLayout&) {
-  return {kStrides, 0};
+  return answer({Fault::strides, 0});
 }
 
 template <class Options>
@@ -83,11 +89,11 @@ Answer row_gradient(const py::tuple& fields, const Options& options, int64_t ign
 
   const py::gil_scoped_release unlocked;
   const Check fault = check(rows);
-  if (fault.fault != Fault::none) return {static_cast<int>(fault.fault), fault.row};
+  if (fault.fault != Fault::none) return answer(fault);
   gradient_of(rows, options, {divisors[0], divisors[1]}, u, from);
-  return {0, 0};
+  return answer({});
 } catch (const NoLayout&) {
-  return {kStrides, 0};
+  return answer({Fault::strides, 0});
 }
 
 // `bytes` of the pool, as a buffer that torch.frombuffer takes.
@@ -171,6 +177,8 @@ void define_row(py::module_ row) {
         entropy(sets, Masses<double>{m.at(0), m.at(1), m.at(2), m.at(3) != 0, m.at(4) != 0, false, false}, beta);
     return Numbers{found.value, found.slope};
   });
+  row.attr("SEARCH") = std::vector<double>{
+      kSweeps, kSteps, kPlaces, kNats, Search{false}.tolerance(), Search{true}.tolerance(), kHottest};
   static constexpr auto end = [](const Numbers& v) { return End<double>{v.at(0), {v.at(1), v.at(2)}}; };
   row.def("temper",
           [](const Numbers& low, const Numbers& high, double wanted) { return temper(end(low), end(high), wanted); });
@@ -224,7 +232,9 @@ PYBIND11_MODULE(_native, m) {
   m.attr("PROJECTED_COLUMNS") = kProjectedColumns;
   m.attr("TEACHER_COLUMNS") = kTeacherColumns;
   m.attr("BLOCK") = kBlock;
-  m.attr("STRIDES") = kStrides;
+  py::dict faults;  // by name, for an enum of Python's
+  for (const auto& [name, fault] : kFaults) faults[name] = static_cast<int>(fault);
+  m.attr("FAULTS") = faults;
 #if defined(_OPENMP)
   m.attr("OPENMP") = true;
 #else

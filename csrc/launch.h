@@ -100,7 +100,7 @@ constexpr double kLowestTemperature = 1e-4;
 constexpr double kHighestTemperature = 1e4;
 
 // What is wrong with the vectors of a call, before any sweep runs; or with a row's bounds, which only a sweep can tell.
-enum class Fault : int { none = 0, label = 1, weight = 2, per_row = 3, bounds = 5 };
+enum class Fault : int { none, label, weight, per_row, bounds, strides };  // strides: rows that no Matrix can find
 struct Check {
   Fault fault = Fault::none;
   int64_t row = 0;

@@ -6,7 +6,7 @@ STUDENT_COLUMNS: int
 PROJECTED_COLUMNS: int
 TEACHER_COLUMNS: int
 BLOCK: int
-STRIDES: int
+FAULTS: dict[str, int]
 OPENMP: bool
 COMPILER: str
 

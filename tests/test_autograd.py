@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cudfast import ClassSets, CUDLoss, CUDOptions, DUSLoss, DUSOptions, Projection
-from cudfast.autograd.node import row_gradient_op, row_state_op
+from cudfast.autograd.ops import row_gradient_op, row_state_op
 from cudfast.functional import cud_loss, dus_loss
 from cudfast.rows.checks import constraints_of
 

@@ -14,6 +14,7 @@ import torch
 from cudfast import CUDOptions, DUSOptions, WClip, reference
 from cudfast.backends.native import _native
 from cudfast.backends.packed import packed_options
+from cudfast.targets import search
 
 row = _native.row
 f64 = torch.float64
@@ -255,3 +256,14 @@ def test_every_function_has_its_twin() -> None:
     assert native == python
     assert triton == native
     assert len(native) == len(set(native)) >= 14
+
+
+def test_the_search_has_the_same_constants() -> None:
+    assert [
+        search.SWEEPS,
+        search.STEPS,
+        search.PLACES,
+        search.NATS,
+        *search.TOLERANCE.values(),
+        search.HOTTEST,
+    ] == row.SEARCH

@@ -28,6 +28,13 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return memory
 
 
+def gradient_like(logits: Tensor) -> Tensor:
+    """Memory for the gradient of logits, contiguous."""
+    if logits.nbytes < LARGE:
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return empty(logits.shape, logits.dtype, logits.device)
+
+
 def empty_cache() -> None:
     """Returns unused memory of the library's pool to the operating system.
 

@@ -34,7 +34,8 @@ if _native.isa_warning():
 
 _CPU = torch.device("cpu")  # said everywhere: torch.set_default_device may have chosen another
 _SCALARS = {dtype: torch.empty((), dtype=dtype, device=_CPU) for dtype in (torch.float32, torch.float64)}
-_FAULTS = {2: "weight", 3: "per_row"}
+_FAULTS = {number: name for name, number in _native.FAULTS.items()}
+_STRIDES = _native.FAULTS["strides"]
 
 
 def isa() -> str:
@@ -109,7 +110,7 @@ def row_state(
         state,
         gradient,
     )
-    if fault == _native.STRIDES:
+    if fault == _STRIDES:
         rows = copied(rows, calls.logits)
         return row_state(rows, options, statistics=statistics, keep=keep, gradient=gradient)
     if fault:
@@ -119,12 +120,12 @@ def row_state(
 
 def _refusal(rows: Rows, options: CUDOptions | DUSOptions, fault: int, row: int) -> ValueError:
     """The error for a fault that the kernel's check found."""
-    if fault == 1:
+    name = _FAULTS[fault]
+    if name == "label":
         assert rows.labels is not None
         return refuse_label(rows, options, row, int(rows.labels[row]))
-    if fault == 5:
+    if name == "bounds":
         return refuse_row(rows, row)
-    name = _FAULTS[fault]
     values = rows.weight if name == "weight" else rows.per_row
     assert values is not None
     return refuse_value(rows, options, name, row, float(values[row]))
@@ -150,7 +151,7 @@ def row_gradient(
         state,
         gradient,
     )
-    if fault == _native.STRIDES:
+    if fault == _STRIDES:
         row_gradient(copied(rows, calls.logits), options, state, upstream, gradient)
     elif fault:  # memory shared with another library may have changed since the forward pass
         raise _refusal(rows, options, fault, row)

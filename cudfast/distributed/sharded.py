@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..backends.parts import Span, Whole, finished, inverse_temperature, merge, state_of, swept, write_gradient
 from ..backends.reference import mark
 from ..options import CUDOptions, DUSOptions
@@ -99,6 +100,12 @@ class Sharded:
     def scale(self, gradient: Tensor, upstream: Tensor) -> Tensor:
         """See `cudfast.rows.call.Backend`."""
         return self._inner.scale(gradient, upstream)
+
+
+def backend_of(options: CUDOptions | DUSOptions, device: torch.device, shard: Shard | None) -> Backend:
+    """The backend of a call, over a process group where there is a shard."""
+    found = backends.choose(options.backend, device)
+    return found if shard is None else Sharded(found, shard)
 
 
 def agreed(shard: Shard, rows: Rows, options: CUDOptions | DUSOptions) -> int:

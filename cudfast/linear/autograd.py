@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..autograd.node import Once, items_tensor, keeps_gradient, packed_of, parsed_of, save, saved, upstream_of
+from ..autograd.ops import items_tensor, packed_of, parsed_of
+from ..autograd.shared import Once, keeps_gradient, save, saved, upstream_of
 from ..options import CUDOptions, parse_linear
 from ..rows.call import Constraints, State, columns_of, compute_dtype, vector_dtype
 from ..rows.layout import row_count

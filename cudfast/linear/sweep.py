@@ -20,12 +20,11 @@ from torch import Tensor
 
 from .. import backends
 from ..autograd.memory import empty
-from ..autograd.node import check_finite
 from ..distributed.group import telling
 from ..distributed.sharded import agreed, cut, over_ranks
 from ..options import CUDOptions, DUSOptions
 from ..rows.call import Backend, State, columns_of, compute_dtype
-from ..rows.vectors import check_vectors, divisors_of, masks
+from ..rows.vectors import check_finite, check_vectors, divisors_of, masks
 from . import tiles
 from .chunks import Chunk, chunks, flat
 from .columns import Filled, Work, gradients, merged_state, part_state

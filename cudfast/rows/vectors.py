@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..options import TEMPERATURES, CUDOptions, DUSOptions
-from .call import Rows, vector_dtype
+from .call import Rows, State, vector_dtype
 from .layout import row_count
 
 
@@ -113,3 +113,18 @@ def check_items(rows: Rows, options: CUDOptions | DUSOptions) -> None:
                 f"num_items=0, and row {row_name(rows, int(bad.nonzero()[0]))} counts: expected the number of labels "
                 "that are not ignore_index, in all the batches that one step accumulates"
             )
+
+
+def check_finite(rows: Rows, options: CUDOptions | DUSOptions, state: State) -> None:
+    """Raises for the first row that counts and whose loss is NaN; the host waits."""
+    bad = state.sums.isnan().any(-1)
+    for maximum in (0, 2) if isinstance(options, CUDOptions) else (0,):
+        bad = bad | (state.sums[:, maximum] == -torch.inf)
+    counts, labelled = masks(rows, options)
+    bad = bad & (counts if isinstance(options, CUDOptions) else labelled)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"row {row_name(rows, row)} holds NaN, +inf, or nothing but -inf, so its loss is NaN; "
+            "check the model's outputs, or mask the row with ignore_index"
+        )

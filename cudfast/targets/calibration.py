@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,16 +10,12 @@ from torch import Tensor
 from ..options import CUDOptions, WClip
 from ..reference import (
     NOTHING,
-    End,
-    Entropy,
     Masses,
     TemperedState,
     entropy,
     first_top1,
     log_mass,
     masses,
-    spread,
-    temper,
     tempered_fold,
     wclip,
 )
@@ -28,13 +23,9 @@ from ..rows.call import Constraints, Rows, State, compute_dtype
 from ..rows.checks import classes_of, constraints_of, labels_of, logits_of
 from ..rows.vectors import masks, refuse_label, row_name
 from .projection import BOUNDS, Projection
+from .search import TOLERANCE, search
 
-SWEEPS = 12
-STEPS = 8  # sweeps, after which each further one evaluates several points
-PLACES = 4
-NATS = 1e-5  # tolerance of the entropy around its bound
 _SETS = (1, 2, 0)  # near, wrong, the rest, as `groups_of` numbers them
-HOTTEST = 1e6  # T is searched up to this value, and down to its inverse
 
 
 class Factors(NamedTuple):
@@ -101,60 +92,6 @@ def groups_of(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constrain
     return group
 
 
-class Temperature(NamedTuple):
-    """The temperature at which rows meet a bound on their entropy."""
-
-    beta: Tensor  # (N,) 1 / T; 1 without a search
-    missed: Tensor  # (N,) bool, the bound is infeasible
-    limit: Tensor  # (N,) the entropy that can be reached
-    sweeps: int
-
-
-def _temperature(
-    look: Callable[[Tensor], Entropy], free: Entropy, short: Tensor, long: Tensor, wanted: Tensor, tolerance: float
-) -> Temperature:
-    """For rows whose entropy `free` at T = 1 is below (`short`) or above (`long`) the `wanted` bound (N,).
-
-    The same algorithm as csrc/row/search.h.
-    """
-    beta, open_rows = torch.ones_like(wanted), short | long
-    if not bool(open_rows.any()):
-        return Temperature(beta, open_rows, free.value, 1)
-    last = torch.where(short, 1 / HOTTEST, torch.where(long, HOTTEST, 1.0))
-    edge = torch.where(short, 0, last)
-    limit = look(edge)
-    outside = torch.where(short, limit.value <= wanted, limit.value >= wanted) & open_rows
-    missed = outside & ((limit.value - wanted).abs() > NATS)
-    # The native search of a lower bound starts without this slope, which would need a second sum.
-    start = End(beta, free.value, torch.where(short, torch.nan, free.slope))
-    low = End(*(torch.where(short, a, b) for a, b in zip((edge, *limit), start)))
-    high = End(*(torch.where(short, b, a) for a, b in zip((edge, *limit), start)))
-    beta = torch.where(outside, last, beta)
-    open_rows = open_rows & ~outside
-    closest = torch.zeros_like(beta)
-    sweeps = 3 if bool((open_rows & long).any()) else 2
-    while bool(open_rows.any()) and sweeps < SWEEPS:
-        places = [temper(low, high, wanted)]
-        if sweeps >= STEPS:
-            places += [spread(low, high, places[0], i / PLACES) for i in range(1, PLACES)]
-        closest = torch.full_like(beta, torch.inf)
-        for place in places:
-            here = place.clamp(min=1 / HOTTEST)
-            end = End(here, *look(here))
-            missed_by = (end.value - wanted).abs()
-            beta = torch.where(open_rows & ~(missed_by >= closest), here, beta)
-            closest = torch.minimum(closest, missed_by)
-            raises = open_rows & (end.value > wanted) & (here > low.beta)
-            lowers = open_rows & ~(end.value > wanted) & (here < high.beta)
-            low = End(*(torch.where(raises, a, b) for a, b in zip(end, low)))
-            high = End(*(torch.where(lowers, a, b) for a, b in zip(end, high)))
-        sweeps += 1
-        open_rows = open_rows & (closest > tolerance)
-    stuck = open_rows & (closest > NATS)  # not converged: the end that meets the bound
-    beta = torch.where(stuck, torch.where(short, low.beta.clamp(min=1 / HOTTEST), high.beta), beta)
-    return Temperature(beta, missed, limit.value, sweeps)
-
-
 def factored(t: Tensor, group: Tensor, factors: Factors) -> Tensor:
     """(N, V) log q, from teacher logits t (N, V) and the set of every class.
 
@@ -208,11 +145,11 @@ def project(
     states, target, _ = look(beta)
     total_free = _log_total(states, beta)
     start = entropy(states, target, beta)
-    tolerance = 1e-12 if t.dtype == torch.float64 else 1e-6
+    tolerance = TOLERANCE[t.dtype]
     short = labelled & (start.value < floor - tolerance)  # false where there is no bound
     long = labelled & (start.value > ceiling + tolerance)
     wanted = torch.where(short, floor, ceiling)
-    found = _temperature(lambda beta: entropy(*look(beta)), start, short, long, wanted, tolerance)
+    found = search(lambda beta: entropy(*look(beta)), start, short, long, wanted, tolerance)
     if found.sweeps > 1:
         states, target, beta = look(found.beta)
     reachable = torch.where(found.missed, found.limit, start.value)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...targets import search
 from .pieces import SPECIAL, centre, f64, marks, row_start
 from .row import NOTHING, entropy, log_mass, masses, spread, temper, tempered_fold
 from .sets import apart, bounds_of_row, holds, in_thread, member, set_tempered, set_top, sets_of_row
 from .student import COLUMNS as STUDENT
 
-SWEEPS = tl.constexpr(12)  # over the teacher's row
-STEPS = tl.constexpr(8)  # sweeps, after which every further one looks at several places
-PLACES = tl.constexpr(4)
-NATS = tl.constexpr(1e-5)  # how far the entropy may stay from its bound
-HOTTEST = tl.constexpr(1e6)  # T is looked for up to here, down to its inverse
+SWEEPS = tl.constexpr(search.SWEEPS)
+STEPS = tl.constexpr(search.STEPS)
+PLACES = tl.constexpr(search.PLACES)
+NATS = tl.constexpr(search.NATS)
+HOTTEST = tl.constexpr(search.HOTTEST)
+NARROW, WIDE = (tl.constexpr(tolerance) for tolerance in search.TOLERANCE.values())
 
 
 COLUMNS = tl.constexpr(21)  # of a packed state
@@ -35,7 +37,7 @@ WORK = tl.constexpr(46)
 
 @triton.jit
 def entropy_tolerance(R: tl.constexpr):
-    return 1e-12 if tl.float64 == R else 5e-6
+    return WIDE if tl.float64 == R else NARROW
 
 
 @triton.jit

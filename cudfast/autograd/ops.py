@@ -1,0 +1,196 @@
+"""The two sweeps as torch.library ops, which trace with fullgraph=True.
+
+The gradient is always made in backward, from the saved state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..distributed.projected import TOPS
+from ..distributed.sharded import backend_of
+from ..options import CUDOptions, DUSOptions, cross_entropy, parse
+from ..rows.call import Call, Constraints, Rows, State, columns_of, compute_dtype, vector_dtype
+from ..rows.layout import row_count
+from ..rows.shard import Shard
+from ..rows.vectors import check_finite, check_items
+from .memory import gradient_like
+from .shared import save, saved
+
+
+def parsed_of(options: str, target: Tensor | None) -> CUDOptions | DUSOptions:
+    """Of a call: without a target, cross-entropy is what is left of the student loss."""
+    parsed = parse(options)
+    return cross_entropy(parsed) if isinstance(parsed, CUDOptions) and target is None else parsed
+
+
+def packed_of(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[str, list[Tensor], str]:
+    """Options and constraints as an op takes them: a text, tensors, and what those are."""
+    if rows.constraints is None:
+        return options.text, [], ""
+    return options.text, *rows.constraints.packed()
+
+
+@torch.library.custom_op("cudfast::row_state", mutates_args=())
+def row_state_op(
+    logits: Tensor,
+    target: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    per_row: Tensor | None,
+    num_items: Tensor | None,
+    constraints: list[Tensor],
+    scalar: float,
+    classes: int,
+    options: str,
+    flags: str,
+    shard: str,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """First sweep: loss () or (N,), states (N, columns), top-1 (N,), divisors (2,), or (3,) of a shard."""
+    bounds = Constraints.unpacked(constraints, flags)
+    rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes, bounds)
+    parsed = parsed_of(options, target)
+    check_items(rows, parsed)
+    backend = backend_of(parsed, logits.device, Shard.parsed(shard))
+    loss, state = backend.row_state(rows, parsed, statistics=statistics, keep=True, gradient=None)
+    assert state is not None
+    if parsed.check_finite:
+        check_finite(rows, parsed, state)
+    return loss, *state
+
+
+@row_state_op.register_fake
+def _(
+    logits: Tensor,
+    target: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    per_row: Tensor | None,
+    num_items: Tensor | None,
+    constraints: list[Tensor],
+    scalar: float,
+    classes: int,
+    options: str,
+    flags: str,
+    shard: str,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bounds = Constraints.unpacked(constraints, flags)
+    rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes, bounds)
+    parsed = parsed_of(options, target)
+    dtype = compute_dtype(rows)
+    student = isinstance(parsed, CUDOptions)
+    columns = columns_of(rows, parsed) + (TOPS if shard and bounds is not None else ())
+    count = row_count(logits)
+    return (
+        logits.new_empty((count,) if parsed.reduction == "none" else (), dtype=dtype),
+        logits.new_empty((count, len(columns)), dtype=dtype),
+        logits.new_empty((count if student else 0,), dtype=torch.int64),
+        logits.new_empty((3 if shard else 2,), dtype=vector_dtype(logits.device)),
+    )
+
+
+@torch.library.custom_op("cudfast::row_gradient", mutates_args=())
+def row_gradient_op(
+    logits: Tensor,
+    target: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    per_row: Tensor | None,
+    constraints: list[Tensor],
+    scalar: float,
+    classes: int,
+    options: str,
+    flags: str,
+    shard: str,
+    sums: Tensor,
+    top1: Tensor,
+    divisors: Tensor,
+    upstream: Tensor,
+) -> Tensor:
+    """Second sweep: the gradient (..., >= V) for `upstream` () or (N,)."""
+    bounds = Constraints.unpacked(constraints, flags)
+    rows = Rows(logits, target, labels, weight, per_row, scalar, None, classes, bounds)
+    parsed = parsed_of(options, target)
+    backend = backend_of(parsed, logits.device, Shard.parsed(shard))
+    gradient = gradient_like(logits)
+    backend.row_gradient(rows, parsed, State(sums, top1, divisors), upstream, gradient)
+    return gradient
+
+
+@row_gradient_op.register_fake
+def _(
+    logits: Tensor,
+    target: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    per_row: Tensor | None,
+    constraints: list[Tensor],
+    scalar: float,
+    classes: int,
+    options: str,
+    flags: str,
+    shard: str,
+    sums: Tensor,
+    top1: Tensor,
+    divisors: Tensor,
+    upstream: Tensor,
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, labels, weight, per_row, _, constraints, *plain, _ = inputs
+    _, sums, top1, divisors = output
+    ctx.plain = plain
+    save(ctx, logits, target, labels, weight, per_row, sums, top1, divisors, *constraints)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    *tensors, sums, top1, divisors = saved(ctx)[:8]
+    constraints = list(saved(ctx)[8:])
+    gradient = None
+    if upstream is not None:
+        gradient = row_gradient_op(*tensors, constraints, *ctx.plain, sums, top1, divisors, upstream)
+    return (gradient, *(None,) * 5, [None] * len(constraints), *(None,) * 6)
+
+
+row_state_op.register_autograd(_backward, setup_context=_setup)
+
+
+def items_tensor(rows: Rows) -> Tensor | None:
+    """num_items as an op takes it, so that a number which changes makes no new graph."""
+    items, device = rows.num_items, rows.logits.device
+    if items is None:
+        return None
+    if isinstance(items, Tensor):
+        return items.to(device, vector_dtype(device))
+    return torch.ones((), dtype=vector_dtype(device), device=device) * items  # a product is traced with a symbol
+
+
+def evaluate_op(rows: Rows, call: Call) -> tuple[Tensor, State]:
+    if rows.logits.is_meta and call.options.backend != "auto":
+        backends.choose(call.options.backend, rows.logits.device)
+    options, constraints, flags = packed_of(rows, call.options)
+    loss, *state = row_state_op(
+        rows.logits,
+        rows.target,
+        rows.labels,
+        rows.weight,
+        rows.per_row,
+        items_tensor(rows),
+        constraints,
+        rows.scalar,
+        rows.classes,
+        options,
+        flags,
+        "" if call.shard is None else call.shard.text,
+        call.statistics,
+    )
+    return loss, State(*state)
