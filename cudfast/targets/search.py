@@ -13,8 +13,8 @@ from ..reference import End, Entropy, spread, temper
 SWEEPS = 12  # over the teacher's row
 STEPS = 8  # sweeps, after which each further one evaluates several points
 PLACES = 4
-NATS = 1e-5  # how far the entropy may stay from its bound
-TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12}  # the search ends within it, by computing dtype
+NATS = 1e-5  # largest distance of the entropy from its bound
+TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12}  # in nats, where the search ends, by computing dtype
 HOTTEST = 1e6  # T is searched up to this value, and down to its inverse
 
 
