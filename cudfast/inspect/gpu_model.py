@@ -1,10 +1,11 @@
-"""`python -m cudfast gpu-model`: what the kernels should take on GPUs that need not be there. A model.
+"""`python -m cudfast gpu-model`: a model of the kernels' times on GPUs, which need not be present.
 
-Triton's kernels are compiled for the device, those in CUDA C++ were when cudfast was built; bytes, instructions and
-exponentials per element come from the machine code of their main loops. A kernel takes at least the longest of three
-times: its bytes over the memory's bandwidth, its instructions over the rate of float32 instructions, its exponentials
-over that of the special function units. Launches, latencies and the caches' own bandwidth are left out. The second look
-at a row is free while the rows in flight fit in L2, and where they are staged in shared memory.
+Triton's kernels are compiled for the device; those in CUDA C++ were compiled when cudfast was built. Bytes,
+instructions and exponentials per element are counted in the machine code of their main loops. A kernel takes at least
+the longest of three times: its bytes over the memory's bandwidth, its instructions over the rate of float32
+instructions, its exponentials over that of the special function units. Launches, latencies and the caches' own
+bandwidth are not modelled. The second pass over a row costs no memory traffic if the rows in flight fit in L2, or if
+they are staged in shared memory.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from .machine import Machine
 class GPU(NamedTuple):
     """Rates of one GPU, from its vendor's data sheet or architecture white paper."""
 
-    target: str  # what it is compiled for
+    target: str  # the compilation target
     bandwidth: float  # bytes/s
     instructions: float  # float32 instructions of a thread/s: half of the FLOP/s of fused multiply-adds
     exponentials: float  # /s
     processors: int
     cache: float  # bytes of L2; of MI300X the Infinity Cache
     registers: int  # of a processor
-    threads: int  # that a processor holds at most
+    threads: int  # the most that run on a processor
     source: str
 
 
@@ -49,8 +50,8 @@ GPUS = {
 }  # fmt: skip
 
 
-# Bytes of a processor's shared memory, a KiB of which each block pays for itself, and the most blocks of a cluster that
-# every device has: CUDA C++ Programming Guide.
+# Bytes of a processor's shared memory, of which each block reserves a KiB, and the largest cluster, in blocks, that
+# every device supports: CUDA C++ Programming Guide.
 SHARED = {"sm_80": (164 << 10, 1), "sm_90": (228 << 10, 8), "sm_100": (228 << 10, 8)}
 
 
@@ -62,16 +63,17 @@ class Estimate(NamedTuple):
     dtype: str
     classes: int
     registers: int
-    programs: int  # that a processor holds at once
+    programs: int  # that run on a processor at once
     bytes_per_element: float  # to and from memory
     instructions_per_element: float
     exponentials_per_element: float
     picoseconds: float  # per element of (N, V)
-    bound: str  # by what
+    bound: str  # the resource that limits the kernel
 
 
 def programs(found: Machine, gpu: GPU) -> int:
-    """Programs that a processor holds at once, by registers, threads and staged rows; registers come in groups of 8."""
+    """Programs that run on a processor at once, by registers, threads and staged rows; registers come in groups of
+    8."""
     limits = [gpu.registers // (-(-found.registers // 8) * 8 * found.threads), gpu.threads // found.threads]
     if gpu.target in SHARED:
         limits.append(SHARED[gpu.target][0] // (found.shared + 1024))
@@ -81,12 +83,13 @@ def programs(found: Machine, gpu: GPU) -> int:
 def estimate(
     kernel: str, found: Machine, arrays: int, walks: int, dtype: str, classes: int, name: str, cluster: int = 1
 ) -> Estimate:
-    """The model's answer for rows of `classes` columns, N large; walks: how often the arrays are read from memory."""
+    """The model's result for rows of `classes` columns, N large; walks: number of times the arrays are read from
+    memory."""
     gpu, size = GPUS[name], DTYPES[dtype]
     resident = programs(found, gpu)
     in_flight = gpu.processors * resident / cluster * classes * size * arrays
     read = arrays * (1 if in_flight <= gpu.cache else walks)
-    # Per element: a loop's counts over the columns of a thread's iteration, which what it reads gives away.
+    # Per element: a loop's counts over the columns of a thread's iteration, which follow from the bytes that it reads.
     per_element = [arrays * size / (loop.bytes_staged or loop.bytes_read) for loop in found.loops]
     moved = size * read + sum(loop.bytes_written * each for loop, each in zip(found.loops, per_element))
     instructions = sum(loop.instructions * each for loop, each in zip(found.loops, per_element))
@@ -104,7 +107,7 @@ def estimate(
 
 
 def _cuda(dtype: str, classes: int, name: str) -> Iterator[Estimate]:
-    """The fused kernels in CUDA C++, when they were built for this GPU: rows staged where they fit, else two sweeps."""
+    """The fused CUDA C++ kernels, if they were built for this GPU: rows are staged if they fit, else swept twice."""
     if isinstance(load("cuda"), str):
         return
     from ..backends.cuda import compiled as cuda
@@ -128,10 +131,10 @@ def _cuda(dtype: str, classes: int, name: str) -> Iterator[Estimate]:
 
 
 def liger() -> tuple[Variant, ...]:
-    """Liger's kernels of the same kind, with the blocks and threads that it launches; none when it is not installed.
+    """Liger's kernels of the same kind, with the blocks and threads that it launches; none if it is not installed.
 
-    Its divergences take log probabilities, which somebody has to make first: a read and a write of each side. Modelled
-    for NVIDIA only: on AMD its masked accesses are branches, which `compiled` takes for rare ones.
+    Its divergences take log probabilities, which must be computed first: a read and a write of each side. Modelled for
+    NVIDIA only: on AMD its masked accesses are branches, which `compiled` would count as rarely executed code.
     """
     try:
         ops = [importlib.import_module(f"liger_kernel.ops.{name}") for name in ("kl_div", "jsd", "cross_entropy")]
@@ -169,7 +172,7 @@ def _compiled(case: tuple[str, str, str]) -> Machine:
 
 
 def estimates(gpus: Sequence[str] = ()) -> list[Estimate]:
-    """Every kernel on those GPUs, or on all; the compiler runs on every core.
+    """Every kernel on the given GPUs, or on all; the compiler runs on every core.
 
     Raises:
         ValueError: the name of a GPU that is not in GPUS.
@@ -203,7 +206,7 @@ def _triton(variant: Variant, found: Machine, dtype: str, classes: int, name: st
 
 
 def table(found: list[Estimate]) -> str:
-    """Markdown, the sources under it."""
+    """The table in Markdown, with the sources below it."""
     head = (
         "GPU",
         "dtype",
