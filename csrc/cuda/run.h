@@ -1,4 +1,4 @@
-// One launch: by the CUDA runtime, or block after block in the emulation.
+// One launch: by the CUDA runtime, by the header that CUDFAST_LAUNCHER names, or block after block in the emulation.
 #pragma once
 
 #include "launch.h"
@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#elif defined(CUDFAST_LAUNCHER)
+#include CUDFAST_LAUNCHER
 #else
 #include <thread>
 #endif
@@ -113,7 +115,7 @@ const char* find_machine(int device, Machine& found) {
   return nullptr;
 }
 
-#else
+#elif !defined(CUDFAST_LAUNCHER)
 
 template <class Kernel>
 const char* run(const Kernel& kernel, const Grid& grid, void*) {
