@@ -8,9 +8,10 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import itertools
 import os
+import struct
 import subprocess
-import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
@@ -183,9 +184,76 @@ def cuda(interpret: Interpreter, device: Device) -> Iterator[None]:
     """backend="cuda" on CPU tensors is interpreted."""
     from cudfast.backends import cuda as backend
 
-    before = backend._cuda
-    backend._cuda = _Calls(interpret, device)
+    _modules()  # of the module that is there now
+    before, backend._cuda = backend._cuda, _Calls(interpret, device)
     try:
         yield
     finally:
         backend._cuda = before
+
+
+# Triton: its compiler's PTX for sm_90, from a process without TRITON_INTERPRET.
+
+
+class _Utilities:
+    """What Triton asks of a driver."""
+
+    @staticmethod
+    def get_device_properties(device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 << 10, "multiprocessor_count": 4, "warpSize": 32}
+
+    @staticmethod
+    def load_binary(name: str, ptx: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        return None, _parsed(ptx.decode()), 0, 0, 1024
+
+    @staticmethod
+    def unload_module(module: object) -> None: ...
+
+
+def _arguments(module: Module, values: list[tuple[Any, str]]) -> bytes:
+    """As the kernel's parameters lie; what Triton adds (scratch memory) is null."""
+    data = b""
+    parameters = module.entry().parameters
+    for (_, size, alignment), (value, kind) in itertools.zip_longest(parameters, values, fillvalue=(0, "i64")):
+        data += b"\0" * (-len(data) % alignment)
+        if kind.startswith("*"):
+            value, kind = value.data_ptr(), "i64"
+        letter = {"fp32": "f", "fp64": "d"}.get(kind)
+        data += struct.pack("<" + letter, value) if letter else int(value).to_bytes(size, "little", signed=value < 0)
+    return data
+
+
+def _triton_driver(interpret: Interpreter) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    class Launcher:
+        def __init__(self, source: Any, metadata: Any) -> None:
+            self._kinds, self._metadata = list(source.signature.values()), metadata
+
+        def __call__(self, x: int, y: int, z: int, stream: int, module: Module, *rest: Any) -> None:
+            values = rest[4:]  # packed metadata, launch metadata, two hooks
+            given = [(value, kind) for value, kind in zip(values, self._kinds) if kind != "constexpr"]
+            threads, shared = 32 * self._metadata.num_warps, self._metadata.shared
+            interpret(module, "", Launch(_arguments(module, given), (x, y), threads, shared, 1, ranges(values)))
+
+    class Driver:
+        utils, launcher_cls = _Utilities(), Launcher
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device=None: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+
+    return Driver()
+
+
+def triton(interpret: Interpreter) -> None:
+    """backend="triton" on CPU tensors is interpreted, for the rest of a process that has set TRITON_INTERPRET=0."""
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime import driver
+
+    from cudfast.backends import triton as backend
+
+    driver.set_active(_triton_driver(interpret))
+    CUDABackend.make_cubin = lambda self, ptx, *rest: ptx.encode()  # without ptxas, into a cache of its own
+    os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "ptx" / "triton")
+    backend.interpreted = lambda: True
