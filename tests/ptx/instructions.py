@@ -205,7 +205,9 @@ def _insert(kind: str) -> Value:
 
 
 def _look_up(a: Array, b: Array, c: Array, table: Array) -> Array:
-    terms = [(a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c) for i in range(8) if int(table) >> i & 1]
+    terms = [
+        (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c) for i in range(8) if int(table) >> i & 1
+    ]
     return np.bitwise_or.reduce(np.broadcast_arrays(*terms, np.uint32(0)))
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cudfast import ClassSets
 from cudfast.machine import run
 
 from .machine import Launch, Machine
@@ -58,7 +59,9 @@ class Interpreter:
     def __call__(self, module: Module, suffix: str, launch: Launch) -> None:
         entry = module.entry(suffix)
         steps = Machine(self.change(module, entry), entry, launch, self.seed).run()
-        self.ran.append(Ran(suffix or entry.name, launch.grid[0] * launch.grid[1], launch.cluster, launch.threads, steps))
+        self.ran.append(
+            Ran(suffix or entry.name, launch.grid[0] * launch.grid[1], launch.cluster, launch.threads, steps)
+        )
 
 
 def ranges(values: Any) -> tuple[tuple[int, int], ...]:
@@ -66,6 +69,8 @@ def ranges(values: Any) -> tuple[tuple[int, int], ...]:
     if isinstance(values, torch.Tensor):
         storage = values.untyped_storage()
         return ((storage.data_ptr(), storage.data_ptr() + storage.nbytes()),)
+    if isinstance(values, ClassSets):
+        return ranges((values.offsets, values.indices))
     return tuple(pair for each in values for pair in ranges(each)) if isinstance(values, tuple) else ()
 
 
@@ -115,7 +120,12 @@ def _recorder() -> ModuleType:
 
 
 def _compile(sources: list[Path], built: Path) -> None:
-    include = [ROOT / "csrc", ROOT / "tests/ptx", Path(torch.__file__).parent / "include", sysconfig.get_path("include")]
+    include = [
+        ROOT / "csrc",
+        ROOT / "tests/ptx",
+        Path(torch.__file__).parent / "include",
+        sysconfig.get_path("include"),
+    ]
     common = [os.environ.get("CXX", "c++"), "-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden"]
     common += [f"-I{path}" for path in include] + ["-DCUDFAST_X86", '-DCUDFAST_CUDA_ARCHS="90"']
     common += ['-DCUDFAST_LAUNCHER="recorder.h"']

@@ -33,15 +33,26 @@ class Launch(NamedTuple):
 
 
 class _Unit:
-    """Threads that run until all of them wait: by place, deepest in calls first, those that are there."""
+    """Threads that run until all of them wait: by place, deepest in calls first, those that are there.
+
+    A group stalls at an instruction that needs whole warps until the others of its warps are there, too.
+    """
 
     def __init__(self, span: slice) -> None:
         self.span = span
         self.groups: dict[tuple[int, int], Array] = {}
+        self.stalled: dict[tuple[int, int], Array] = {}
 
     def add(self, key: tuple[int, int], mask: Array) -> None:
         if mask.any():
-            self.groups[key] = self.groups[key] | mask if key in self.groups else mask
+            for others in (self.groups, self.stalled):
+                if key in others:
+                    mask = mask | others.pop(key)
+            self.groups[key] = mask
+
+
+class _MissingError(Exception):
+    """Threads of a warp are elsewhere, and may come."""
 
 
 # Where they go on.
@@ -124,6 +135,11 @@ class Machine:
             unit.add((0, self.entry.start), np.ones(unit.span.stop - unit.span.start, bool))
         while self.alive.any():
             ready = [unit for unit in self._units if unit.groups]
+            self._last = not ready
+            if not ready:
+                ready = [unit for unit in self._units if unit.stalled]
+                for unit in ready:
+                    unit.groups, unit.stalled = unit.stalled, {}
             if not ready:
                 raise Hazard("all threads that are left wait at barriers that others have passed")
             unit = self.random.choice(ready) if self.random else ready[0]
@@ -136,7 +152,8 @@ class Machine:
         key = min(unit.groups)
         depth, place = key
         active = Active(unit.span, unit.groups.pop(key))
-        stop = min((p for d, p in unit.groups if d == depth), default=len(self.module.code))
+        others = [p for d, p in (*unit.groups, *unit.stalled) if d == depth and p > place]
+        stop = min(others, default=len(self.module.code))
         began = self.steps
         while place < stop:
             run = self._runs.get(place)
@@ -149,6 +166,9 @@ class Machine:
             self._unit, self._next = unit, (depth, place + 1)
             try:
                 run(active)
+            except _MissingError:
+                unit.stalled[depth, place] = active.mask
+                return self.steps - began
             except Hazard as error:
                 raise Hazard(f"{error}: {self.module.code[place].text}") from None
             if self._next is None:  # a jump or a barrier has placed the threads
@@ -273,12 +293,14 @@ class Machine:
     # Barriers.
 
     def together(self, active: Active) -> None:
-        """Whether whole warps are here."""
+        """Makes sure that whole warps are here."""
         warp = self.shared.warp
         here = np.bincount(warp[active.threads], minlength=warp[-1] + 1)
         alive = np.bincount(warp[self.alive], minlength=warp[-1] + 1)
         if ((here > 0) & (here != alive)).any():
-            raise Hazard("threads of a warp are missing")
+            if self._last:
+                raise Hazard("threads of a warp are missing")
+            raise _MissingError
 
     def _bar(self, instruction: Instruction, frame: Frame) -> Run:
         kind = instruction.name
@@ -348,4 +370,3 @@ class Machine:
             return
         self._joining.append((self._unit, self._next, active))
         self._next = None
-

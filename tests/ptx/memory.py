@@ -131,12 +131,15 @@ class Shared:
         after.time[places] = self.time
 
     def load(self, threads: Array, at: Array, n: int, used: Array | None = None, cluster: bool = False) -> Array:
-        """Elements of n bytes; `used`: for each byte of an access whether it is not padding. One element without it."""
+        """Elements of n bytes; `used`: for each byte of an access whether it is not padding. One element without it.
+
+        A byte by itself may be padding, too, of a structure that is copied: it may be read before it is written.
+        """
         everything = self._places(threads, at, n if used is None else len(used), cluster)
         places = everything if used is None or used.all() else everything[:, used]
         if self._copied[places].any():
             raise Hazard("a read of a copy that was not waited for")
-        if not self._written[places].all():
+        if places.shape[1] > 1 and not self._written[places].all():
             raise Hazard("a read of shared memory that was not written")
         self._check(self._writes, places, threads, "a read after a write")
         self._note(self._reads, places, threads, more=True)
