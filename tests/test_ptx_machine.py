@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from .ptx.machine import Launch, Machine
-from .ptx.memory import Hazard
+from .ptx.memory import HazardError
 from .ptx.parse import Module, parse
 
 HEAD = """
@@ -84,7 +84,7 @@ REMOTE = "mapa.u64 %d5, %d4, %r6;"
 )  # fmt: skip
 def test_hazards(body: str, what: str, seed: int | None) -> None:
     if what:
-        with pytest.raises(Hazard, match=what):
+        with pytest.raises(HazardError, match=what):
             run(body, seed=seed)
     else:
         run(body, seed=seed)
@@ -109,7 +109,7 @@ READS = REMOTE + "ld.u32 %r7, [%d5];"
 )
 def test_hazards_of_a_cluster(body: str, what: str, seed: int | None) -> None:
     if what:
-        with pytest.raises(Hazard, match=what):
+        with pytest.raises(HazardError, match=what):
             run(body, cluster=2, seed=seed)
     else:
         run(body, cluster=2, seed=seed)
@@ -122,7 +122,7 @@ def test_a_block_that_has_ended() -> None:
     for seed in range(8):
         try:
             run(body, cluster=2, seed=seed)
-        except Hazard as error:
+        except HazardError as error:
             found.add(re.sub(":.*", "", str(error)))
     assert found == {"an access to shared memory of a block that has ended"}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .instructions import TYPES, UNSIGNED, Array, size_of
-from .memory import RANK, WINDOW, Hazard
+from .memory import RANK, WINDOW, HazardError
 from .parse import Instruction, vector
 from .registers import Active, Frame
 
@@ -39,7 +39,7 @@ def _shape(instruction: Instruction) -> tuple[str, int]:
 
 def _check_alignment(at: Array, size: int) -> None:
     if (at % np.uint64(size)).any():
-        raise Hazard(f"an access of {size} bytes that is not aligned")
+        raise HazardError(f"an access of {size} bytes that is not aligned")
 
 
 def _split(space: str, at: Array) -> Array:
@@ -160,7 +160,7 @@ def _map(instruction: Instruction, frame: Frame, machine: Machine) -> Run:
     def run(active: Active) -> None:
         block = np.asarray(ranks(active)).astype(TYPES[kind])
         if (active.of(block) >= machine.launch.cluster).any():
-            raise Hazard(f"mapa asks for a block that the cluster of {machine.launch.cluster} does not have")
+            raise HazardError(f"mapa asks for a block that the cluster of {machine.launch.cluster} does not have")
         at = read(active)
         write(active, (at & ~TYPES[kind](0xFF << RANK)) | ((block + TYPES[kind](1)) << TYPES[kind](RANK)))
 

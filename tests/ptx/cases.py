@@ -45,8 +45,10 @@ class Case(NamedTuple):
 
     @property
     def title(self) -> str:
+        blocks = "" if self.cluster == 1 else f", {self.cluster} blocks" if self.cluster else ", two sweeps"
         order = "" if self.seed is None else f", order {self.seed}"
-        return f"{self.name}, {self.n} x {self.v} {str(self.dtype)[6:]}{order}"
+        layout = "" if self.layout == "dense" else f", {self.layout}"
+        return f"{self.name}, {self.n} x {self.v} {str(self.dtype)[6:]}{layout}{blocks}{order}"
 
     @property
     def device(self) -> Device:
@@ -70,25 +72,29 @@ _EITHER = (
     Case("two dtypes", 302, teacher=f16),
     Case("statistics", 301, statistics=True),
     Case("state", 301, save="state", reduction="none"),
-    Case("shifted", 301, layout="shifted"),
-    Case("apart", 301, layout="apart"),
-    Case("padded", 301, f16, layout="padded"),
+    Case("student", 301, layout="shifted"),
+    Case("student", 301, layout="apart"),
+    Case("student", 301, f16, layout="padded"),
     Case("masses", 304, bounds=("min_near_mass", "max_wrong_mass")),
     Case("entropy", 304, f32, bounds=("min_near_mass", "max_wrong_mass", "min_entropy")),
 )
 
 CUDA = (
     *_EITHER,
-    *(Case(f"cluster of {c}", 2500 if c == 8 else 1100, cluster=c, seed=s) for c in (2, 4, 8) for s in (None, 1)),
-    *(Case("cluster of 2", 1101, dtype, cluster=2, layout="shifted") for dtype in (f32, f16)),
-    Case("order", 600, seed=1),
-    Case("order", 600, f32, dus=True, seed=2),
-    Case("two sweeps", 600, cluster=0, seed=3),
-    Case("teacher, cluster of 2", 1101, dus=True, cluster=2),
+    *(Case("student", 2500 if c == 8 else 1100, cluster=c, seed=s) for c in (2, 4, 8) for s in (None, 1)),
+    *(Case("student", 1101, dtype, cluster=2, layout="shifted") for dtype in (f32, f16)),
+    Case("student", 600, seed=1),
+    Case("teacher", 600, f32, dus=True, seed=2),
+    Case("student", 600, cluster=0, seed=3),
+    *(Case("student", 303, dtype, cluster=0) for dtype in (f32, f16)),
+    *(Case("temperature 3", 303, dtype, cluster=c, tau=3.0) for dtype in (f32, bf16, f16) for c in (0, 1)),
+    *(Case("teacher", 303, dtype, cluster=c, dus=True) for dtype in (f32, bf16, f16) for c in (0, 1)),
+    Case("two dtypes", 302, teacher=f32, cluster=0),
+    Case("teacher", 1101, dus=True, cluster=2),
     Case("copies ahead", 20_483, n=1),
     Case("shared by 2 blocks", 32_801, n=1, cluster=0, processors=4),
-    Case("masses, cluster of 2", 1100, cluster=2, bounds=("min_near_mass", "max_wrong_mass")),
-    Case("entropy, two sweeps", 301, cluster=0, bounds=("min_entropy", "max_entropy")),
+    Case("masses", 1100, cluster=2, bounds=("min_near_mass", "max_wrong_mass")),
+    Case("entropy", 301, cluster=0, bounds=("min_entropy", "max_entropy")),
     Case("entropy", 300, f64, n=1, bounds=("min_near_mass", "min_entropy")),
     *(Case("student", v, dtype, cluster=c, seed=s, layout=layout, full=True)
       for v in (2500, 2507) for dtype in (f32, bf16, f16) for c in (0, 1, 2, 4, 8) for s in (None, 7)
@@ -100,8 +106,8 @@ CUDA = (
 
 TRITON = (
     *_EITHER,
-    Case("order", 1000, seed=1),
-    Case("order", 600, f32, dus=True, seed=2),
+    Case("student", 1000, seed=1),
+    Case("teacher", 600, f32, dus=True, seed=2),
     Case("several blocks", 5000, n=8),
     Case("shared by 2 programs", 16_400, n=1),
     *(Case("student", v, dtype, n=8, seed=s, full=True)

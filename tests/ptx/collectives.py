@@ -80,7 +80,7 @@ def _reduce(instruction: Instruction, frame: Frame, machine: Machine) -> Run:
 
 
 def _matrix(instruction: Instruction, frame: Frame, machine: Machine) -> Run:
-    """8 x 8 matrices of 2 bytes: thread 8 i + r has the address of row r of matrix i, thread 4 r + c two of its values."""
+    """8 x 8 matrices of 2 bytes: thread 8 i + r has the address of row r of matrix i, thread 4 r + c a pair."""
     load, transposed = instruction.opcode == "ldmatrix", "trans" in instruction.modifiers
     names, place = instruction.operands if load else reversed(instruction.operands)
     address, parts = frame.address(place), vector(names)

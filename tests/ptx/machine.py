@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from .accesses import access_of
 from .collectives import collective_of
 from .instructions import Array, value_of
-from .memory import Global, Hazard, Shared
+from .memory import Global, HazardError, Shared
 from .parse import Function, Instruction, Module
 from .registers import Active, Frame
 
@@ -110,7 +110,7 @@ class Machine:
         """Runs every cluster of the grid, one after another; how many instructions that took.
 
         Raises:
-            Hazard: the kernel's answer may depend on timing, or a GPU may refuse it.
+            HazardError: the kernel's answer may depend on timing, or a GPU may refuse it.
         """
         with np.errstate(all="ignore"):
             for y in range(self.launch.grid[1]):
@@ -141,7 +141,7 @@ class Machine:
                 for unit in ready:
                     unit.groups, unit.stalled = unit.stalled, {}
             if not ready:
-                raise Hazard("all threads that are left wait at barriers that others have passed")
+                raise HazardError("all threads that are left wait at barriers that others have passed")
             unit = self.random.choice(ready) if self.random else ready[0]
             left = self.random.randrange(1, 400) if self.random else _LIMIT
             while unit.groups and left > 0:
@@ -162,15 +162,15 @@ class Machine:
             self.steps += 1
             self.shared.time += 1
             if self.steps > _LIMIT:
-                raise Hazard("a loop that does not end")
+                raise HazardError("a loop that does not end")
             self._unit, self._next = unit, (depth, place + 1)
             try:
                 run(active)
             except _MissingError:
                 unit.stalled[depth, place] = active.mask
                 return self.steps - began
-            except Hazard as error:
-                raise Hazard(f"{error}: {self.module.code[place].text}") from None
+            except HazardError as error:
+                raise HazardError(f"{error}: {self.module.code[place].text}") from None
             if self._next is None:  # a jump or a barrier has placed the threads
                 return self.steps - began
             place += 1
@@ -276,7 +276,7 @@ class Machine:
 
     def _trap(self, instruction: Instruction, frame: Frame) -> Run:
         def run(active: Active) -> None:
-            raise Hazard("a trap")
+            raise HazardError("a trap")
 
         return run
 
@@ -299,7 +299,7 @@ class Machine:
         alive = np.bincount(warp[self.alive], minlength=warp[-1] + 1)
         if ((here > 0) & (here != alive)).any():
             if self._last:
-                raise Hazard("threads of a warp are missing")
+                raise HazardError("threads of a warp are missing")
             raise _MissingError
 
     def _bar(self, instruction: Instruction, frame: Frame) -> Run:
@@ -342,7 +342,7 @@ class Machine:
     def _arrive(self, active: Active) -> None:
         self.together(active)
         if (self._arrived | self._passed)[active.threads].any():
-            raise Hazard("a thread arrives twice")
+            raise HazardError("a thread arrives twice")
         self._arrived[active.threads] = True
         self._complete()
 
@@ -364,7 +364,7 @@ class Machine:
     def _await(self, active: Active) -> None:
         self.together(active)
         if not (self._arrived | self._passed)[active.threads].all():
-            raise Hazard("a thread waits for the cluster without having arrived")
+            raise HazardError("a thread waits for the cluster without having arrived")
         if self._passed[active.threads].all():
             self._pass(active)
             return

@@ -16,7 +16,7 @@ WINDOW = 1 << 62
 RANK = 24
 
 
-class Hazard(Exception):
+class HazardError(Exception):
     """A GPU may read something else here than the interpreter does, or fail."""
 
 
@@ -41,7 +41,7 @@ class Global:
         """Indices (k, count) of elements of n bytes."""
         found = np.searchsorted(self._start, at, side="right") - 1
         if (at + n * count > self._end[found]).any():
-            raise Hazard("an access outside of the tensors of the launch")
+            raise HazardError("an access outside of the tensors of the launch")
         return ((at - _BASE) // n).astype(np.int64)[:, None] + np.arange(count)
 
     def load(self, at: Array, n: int, count: int) -> Array:
@@ -91,11 +91,11 @@ class Shared:
         block = np.where(rank == 0, own, rank - 1)
         offset = (at & ((1 << RANK) - 1)).astype(np.int64)
         if (block >= self.blocks).any() or (not cluster and (block != own).any()):
-            raise Hazard("an access to shared memory of a block that is not in the cluster")
+            raise HazardError("an access to shared memory of a block that is not in the cluster")
         if (offset + size > self.size).any():
-            raise Hazard(f"an access outside of the block's {self.size} bytes of shared memory")
+            raise HazardError(f"an access outside of the block's {self.size} bytes of shared memory")
         if self.ended[block].any():
-            raise Hazard("an access to shared memory of a block that has ended")
+            raise HazardError("an access to shared memory of a block that has ended")
         return (block * self.size + offset)[:, None] + np.arange(size)
 
     def _distance(self, a: Array, b: Array) -> Array:
@@ -111,7 +111,7 @@ class Shared:
         if wrong.any():
             k, byte = np.argwhere(wrong)[0]
             place = places[k, byte]
-            raise Hazard(
+            raise HazardError(
                 f"{what} without a barrier between them: thread {threads[k]} after thread {before.thread[place]}, byte "
                 f"{place % self.size} of block {place // self.size}"
             )
@@ -138,16 +138,16 @@ class Shared:
         everything = self._places(threads, at, n if used is None else len(used), cluster)
         places = everything if used is None or used.all() else everything[:, used]
         if self._copied[places].any():
-            raise Hazard("a read of a copy that was not waited for")
+            raise HazardError("a read of a copy that was not waited for")
         if places.shape[1] > 1 and not self._written[places].all():
-            raise Hazard("a read of shared memory that was not written")
+            raise HazardError("a read of shared memory that was not written")
         self._check(self._writes, places, threads, "a read after a write")
         self._note(self._reads, places, threads, more=True)
         return self._bytes[everything].view(UNSIGNED[n])
 
     def _prepare(self, threads: Array, places: Array) -> None:
         if self._copied[places].any():
-            raise Hazard("a write to where a copy goes that was not waited for")
+            raise HazardError("a write to where a copy goes that was not waited for")
         self._check(self._writes, places, threads, "a write after a write")
         self._check(self._reads, places, threads, "a write after a read")
 
@@ -157,7 +157,7 @@ class Shared:
         self._prepare(threads, places)
         self._bytes[places] = data
         if (self._bytes[places] != data).any():
-            raise Hazard("two threads write different values to one place")
+            raise HazardError("two threads write different values to one place")
         self._wrote(threads, places)
 
     def _wrote(self, threads: Array, places: Array) -> None:
@@ -194,4 +194,4 @@ class Shared:
     def end(self, threads: Array) -> None:
         """These threads end."""
         if any(np.isin(thread, threads).any() for thread, *_ in self._copies):
-            raise Hazard("a thread ends before its copies were waited for")
+            raise HazardError("a thread ends before its copies were waited for")

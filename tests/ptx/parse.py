@@ -63,8 +63,10 @@ class Module(NamedTuple):
 
     def without(self, *places: int) -> Module:
         """The same module, with nothing at some places of its code."""
-        nothing = Instruction("nothing", name="nothing")
-        return self._replace(code=tuple(nothing if i in places else each for i, each in enumerate(self.code)))
+        code = list(self.code)
+        for place in places:
+            code[place] = Instruction("nothing", name="nothing")
+        return self._replace(code=tuple(code))
 
 
 _FUNCTION = re.compile(

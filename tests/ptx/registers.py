@@ -61,7 +61,7 @@ def number(text: str) -> tuple[int, int] | None:
 
 
 class Frame:
-    """Registers and parameters of a function that runs; nothing calls itself. A register is junk until it is written."""
+    """Registers, junk until they are written, and parameters of a function that runs; nothing calls itself."""
 
     def __init__(self, function: Function, threads: int, special: Mapping[str, Array], symbols: Mapping[str, int]):
         self.function, self._threads = function, threads
