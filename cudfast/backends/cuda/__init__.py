@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
     raise ImportError(
         "the CUDA kernels were not built when cudfast was installed: there was no nvcc that "
         "works, or CUDFAST_CUDA=0. Install the CUDA toolkit, 12.0 or newer, then install cudfast again with "
-        "CUDFAST_CUDA=1 pip install --force-reinstall"
+        "CUDFAST_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir"
     ) from error
 except ImportError as error:
     raise ImportError(f"the CUDA kernels do not load: {error}") from error
