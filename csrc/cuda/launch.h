@@ -13,6 +13,13 @@ struct Machine {
   int shared = 0;      // bytes of shared memory that a block may ask for
   int capability = 0;  // 90 is sm_90: of the GPU, or less where the kernels were compiled for less
   int cluster = 1;     // blocks that can hold a row together
+  int widest = 1;      // the same, where more than the 8 blocks that every GPU with clusters can run are asked for
+};
+
+// How rows that a block or a cluster holds are laid over it, where the plan is not to choose: 0 leaves it to the plan.
+struct Tuning {
+  int cluster = 0;  // blocks, or more where they do not hold the row
+  int threads = 0;  // of a block, at most
 };
 
 // A launch is done, or the answer says why not.
@@ -40,10 +47,12 @@ const Kernels& kernels();
 int shared_rows(int64_t rows, int64_t classes, int processors);
 
 // The kernel that a launch runs, and how. `staged` bytes are asked for by kernels that stage rows.
-Grid plan(const Call& call, const Machine& machine);
+Grid plan(const Call& call, const Machine& machine, const Tuning& tuning = {});
 
 // Both sweeps. call.parts has room for shared_rows() states of a row. A launch that fails throws std::runtime_error.
-void sweep(const Kernels& kernels, Call call, const StudentOptions& options, const Machine& machine, void* stream);
-void sweep(const Kernels& kernels, Call call, const TeacherOptions& options, const Machine& machine, void* stream);
+void sweep(const Kernels& kernels, Call call, const StudentOptions& options, const Machine& machine, void* stream,
+           const Tuning& tuning = {});
+void sweep(const Kernels& kernels, Call call, const TeacherOptions& options, const Machine& machine, void* stream,
+           const Tuning& tuning = {});
 
 }  // namespace cudfast
