@@ -12,7 +12,7 @@ from .place import Place
 from .steps import Item, Step
 from .warm import Workers
 
-COMPILING = 60.0  # seconds that are waited for the processes that compile
+COMPILING = 20.0  # seconds that are waited for the processes that compile, after all checks
 
 
 def floor(place: Place) -> Iterator[Item]:
@@ -27,9 +27,15 @@ def cuda(place: Place, workers: Workers) -> Iterator[Item]:
     yield from checks.items(place, "cuda")
 
 
-def triton(place: Place, workers: Workers) -> Iterator[Item]:
+def triton(place: Place) -> Iterator[Item]:
+    """What the processes have not compiled yet is compiled here."""
+    return checks.items(place, "triton")
+
+
+def timed(place: Place, workers: Workers) -> Iterator[Item]:
+    """Nothing else runs beside it."""
     yield Item("Triton's compilers are done", lambda log: workers.wait(COMPILING), patience=COMPILING + 30)
-    yield from checks.items(place, "triton")
+    yield from times.items(place)
 
 
 def rest(place: Place) -> Iterator[Item]:
@@ -43,8 +49,8 @@ def steps(here: Place, folder: Path, workers: Workers | None = None) -> list[Ste
     todo: list[tuple[str, float, Callable[[Place], Iterator[Item]]]] = [
         ("floor", 10, floor),
         ("cuda", 60, lambda place: cuda(place, found)),
-        ("triton", 40, lambda place: triton(place, found)),
-        ("times", 120, times.items),
+        ("triton", 40, triton),
+        ("times", 120, lambda place: timed(place, found)),
         ("sweep", 80, lambda place: sweep.items(place, folder)),
         ("peers", 50, times.peer_items),
         ("ncu", 40, tools.profile_items),

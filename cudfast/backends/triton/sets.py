@@ -14,8 +14,21 @@ FAR = tl.constexpr(1 << 62)  # behind every column
 
 @triton.jit
 def in_thread(x, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Sums of WIDTH columns that lie side by side, in one thread."""
+    """Sums of WIDTH columns that lie side by side: in one thread where accesses are wide, else over lanes, all of which
+    then hold the sum. x is no bare product: see `zero_beside`.
+    """
     return tl.sum(tl.reshape(x, (BLOCK // WIDTH, WIDTH)), 1)
+
+
+@triton.jit
+def zero_beside(x):
+    """Zero, which the compiler cannot tell from x, a finite number.
+
+    A product is added to it before it is summed over lanes: that is one multiply-add. Without it, the product and the
+    first sum over lanes would be one, which rounds the other lane's product and not its own: two lanes would hold sums
+    an ulp apart, and which of them is stored would differ between runs.
+    """
+    return x - x
 
 
 @triton.jit
