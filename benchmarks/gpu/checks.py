@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cudfast import ClassSets, CUDLoss, CUDOptions, DUSOptions, Projection, WClip
-from cudfast.autograd import row_state_op
+from cudfast.autograd.ops import row_state_op
 from cudfast.bench.cases import cud_cases, dus_cases, eager_cud, eager_dus, make, through, with_gradient
 from cudfast.bench.gate import Errors, Loss, gate, truth
 from cudfast.bench.shapes import Shape

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
-from cudfast.info import describe, report
+from cudfast.inspect.info import describe, report
 
 from .place import Place
 from .report import FAILED, Log

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cudfast import ClassSets
-from cudfast.machine import run
+from cudfast.inspect.machine import run
 
 from .machine import Launch, Machine
 from .parse import Module, parse
