@@ -128,7 +128,7 @@ check: $(VENV)/.cudfast
 bench: $(VENV)/.cudfast
 	mkdir -p bench_results
 	$(if $(QUICK),QUICK=1) $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=bench_results/bench.json
-	$(BIN)/python -m benchmarks.report bench_results/bench.json --gpu gpu_verify/report.json \
+	$(BIN)/python -m benchmarks.report bench_results/bench.json --gpu gpu_verify/lines.jsonl \
 		$(if $(QUICK),--quick --out bench_results) $(if $(COMPARE),--compare $(COMPARE))
 
 # Needs no environment: it makes one for each version.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,18 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+
+
+def run(*command: str) -> None:
+    """Runs a command and shows what it printed. The error of one that fails has the first error of that, in English."""
+    english = {**os.environ, "LC_ALL": "C"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=english)
+    print(done.stdout, flush=True)
+    if done.returncode:
+        patterns = r"(.*\berror: .*)", r"CMake Error.*\n((?s:.*?))(?:Call Stack|$)"
+        found = next(filter(None, (re.search(pattern, done.stdout) for pattern in patterns)), None)
+        reason = " ".join(found[1].split())[:300] if found else f"{command[0]} ended with {done.returncode}"
+        raise ChildProcessError(f"the build failed ({reason}): install g++ or clang++, or set CXX to another compiler")
 
 
 class CMakeBuild(build_ext):
@@ -25,23 +38,20 @@ class CMakeBuild(build_ext):
         try:
             try:
                 self.run_cmake(package)
-            except subprocess.CalledProcessError as error:
+            except ChildProcessError as error:
                 if os.environ.get("CUDFAST_CUDA", "") != "":  # somebody decided
                     raise
-                print(f"cudfast: the build failed ({error}); once more without CUDA", file=sys.stderr)
+                print(f"cudfast: {error}; once more without CUDA", file=sys.stderr)
                 self.run_cmake(package, "-DCUDFAST_CUDA=0")
-        except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
+        except OSError as error:
             if os.environ.get("CUDFAST_REQUIRE_NATIVE") == "1":
                 raise
-            note.write_text(f"{error}\n")
+            note.write_text(f"{error}\n", encoding="utf-8")
             print(f"cudfast: the native core was not built, the reference backend remains: {error}", file=sys.stderr)
 
     def run_cmake(self, package: Path, *options: str) -> None:
         import pybind11
 
-        compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
-        if compiler is None or shutil.which(compiler.split()[0]) is None:
-            raise RuntimeError(f"no C++ compiler found (looked for {compiler or 'c++, g++, clang++'})")
         # Where the sources are used in place, what has not changed is not compiled again.
         build = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
@@ -53,8 +63,8 @@ class CMakeBuild(build_ext):
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")  # in another place for every isolated build
         configure += [*os.environ.get("CMAKE_ARGS", "").split(), *options]
         jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), *jobs], check=True)
+        run(*configure)
+        run("cmake", "--build", str(build), *jobs)
         shutil.copy2(next(build.glob("_native*.so")), package)
         # setuptools carries the extension that it knows to where an editable package lives, and no other.
         home = ROOT / "cudfast" if self.editable_mode else package

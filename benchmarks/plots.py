@@ -124,11 +124,11 @@ def gpu(estimates: Sequence[Mapping[str, Any]], verified: Mapping[str, Any] | No
         if e["kernel"] == "student, fused" and e["dtype"] == "bf16"
     ]
     if verified:
-        device = str(verified["machine"]["device"]).split(",")[0]
+        device = str(verified["device"]).split(",")[0]
         rows += [
             (f"{device}, {t['shape']}, {t['name'].split(',')[0]} (measured)", t["gigabytes_per_second"], "measured")
             for t in verified["times"]
-            if t["name"].endswith(", given gradient") and t["dtype"] == "bfloat16"
+            if t["name"] == f"{t['backend']}, given gradient" and t["dtype"] == "bfloat16"
         ]
     figure, axes = pyplot.subplots(figsize=(7, 0.26 * len(rows) + 0.8))
     for name, rate, kind in reversed(rows):

@@ -1,6 +1,6 @@
 """docs/benchmarks.md and its pictures, from the JSON files of `make bench`.
 
-python -m benchmarks.report bench_results/*.json [--compare OLD.json] [--gpu gpu_verify/report.json]
+python -m benchmarks.report bench_results/*.json [--compare OLD.json] [--gpu gpu_verify/lines.jsonl]
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from cudfast.bench.compare import compare, read
 from cudfast.bench.result import Result
 
 from . import plots
+from .gpu.report import measured
+from .gpu.report import read as read_run
 from .peers import WHAT
 
 PICTURES = "benchmarks"  # folder beside benchmarks.md
@@ -175,12 +177,16 @@ def gpu(found: Found, verified: Mapping[str, Any] | None, folder: Path) -> list[
             rows.append([e["gpu"], e["kernel"], f"{e['classes']:,}", *counts, f"{e['picoseconds']:.2f}", e["bound"]])
     lines += table(["GPU", "kernel", "V", "bytes", "instructions", "exponentials", "ps", "bound by"], rows)
     if verified:
-        lines += [f"**Measured on {verified['machine']['device']}** (`make gpu-verify`)", ""]
+        lines += [f"**Measured on {verified['device']}** (`make gpu-verify`)", ""]
         measured = []
         for t in verified["times"]:
-            rates = [f"{t['milliseconds']:.3f}", f"{t['gigabytes_per_second']:.0f}", f"{t['of_copy']:.0%}"]
+            rates = [
+                f"{t['milliseconds']:.3f}",
+                f"{t['gigabytes_per_second']:.0f}",
+                f"{t['of_floor']:.0%} of {t['floor']}",
+            ]
             measured.append([t["shape"], t["dtype"], t["name"], *rates])
-        lines += table(["N x V", "dtype", "way", "ms", "GB/s", "of a copy"], measured)
+        lines += table(["N x V", "dtype", "way", "ms", "GB/s", "share"], measured)
     return lines
 
 
@@ -236,16 +242,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of benchmarks.md")
     parser.add_argument(
-        "--gpu", type=Path, metavar="REPORT.json", help="of `make gpu-verify`; left out where it is not there"
+        "--gpu", type=Path, metavar="LINES.jsonl", help="of `make gpu-verify`; left out where it is not there"
     )
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="say what became slower; exit with 1 if any")
     parser.add_argument("--quick", action="store_true", help="say that this was a short run")
     parser.add_argument("--note", default="", help="a sentence about the machine")
     asked = parser.parse_args(arguments)
     found = Found(asked.json)
-    verified = json.loads(asked.gpu.read_text()) if asked.gpu and asked.gpu.exists() else None
-    if verified and not verified["times"]:
-        verified = None
+    verified = measured(read_run(asked.gpu)) if asked.gpu and asked.gpu.exists() else None
     page = asked.out / "benchmarks.md"
     page.write_text(document(found, asked.out / PICTURES, verified, quick=asked.quick, note=asked.note))
     print(f"Written: {page}, {asked.out / PICTURES}")

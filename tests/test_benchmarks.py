@@ -118,7 +118,8 @@ ESTIMATE = {
 }  # fmt: skip
 MEASURED = {
     "shape": "512 x 32,000", "dtype": "bfloat16", "name": "cuda, given gradient", "milliseconds": 0.05,
-    "gigabytes_per_second": 1966.0, "of_copy": 0.7, "peak_bytes": 0,
+    "gigabytes_per_second": 1966.0, "floor": "torch.add", "of_floor": 0.7, "peak_bytes": 0, "kind": "time",
+    "backend": "cuda", "called_ms": None,
 }  # fmt: skip
 
 
@@ -141,10 +142,13 @@ def written(tmp_path: Path) -> Callable[..., Path]:
 def test_the_report(written: Callable[..., Path], tmp_path: Path) -> None:
     memory = {"unit": 4e6, "cases": {"in place": {"peak": 0.0, "between": 0.0}, "eager PyTorch": {"peak": 6.03}}}
     path = written(results(), memory=memory, estimates=[ESTIMATE])
-    (tmp_path / "gpu.json").write_text(json.dumps({"machine": {"device": "Some GPU, 80 GiB"}, "times": [MEASURED]}))
+    run = tmp_path / "lines.jsonl"
+    facts = {"kind": "facts", "device": "Some GPU, 80 GiB"}
+    check = {"kind": "done", "step": "cuda", "what": "it", "backend": "cuda", "proves": True, "verdict": "ok"}
+    run.write_text("\n".join(map(json.dumps, (facts, MEASURED, check))))
     out = tmp_path / "docs"
     out.mkdir()
-    assert report.main([str(path), "--out", str(out), "--gpu", str(tmp_path / "gpu.json"), "--quick"]) == 0
+    assert report.main([str(path), "--out", str(out), "--gpu", str(run), "--quick"]) == 0
     text = (out / "benchmarks.md").read_text()
     assert "Measured 2026-01-02 on: processor a test's, instruction set avx2." in text
     assert "A short run" in text
@@ -164,10 +168,9 @@ def test_the_report(written: Callable[..., Path], tmp_path: Path) -> None:
     svg = (out / "benchmarks" / "gpu.svg").read_text()
     assert "H100, V = 32,000 (model)" in svg
     assert "Some GPU, 512 x 32,000, cuda (measured)" in svg
-    (tmp_path / "gpu.json").write_text(
-        json.dumps({"machine": {"device": "Some GPU, 80 GiB"}, "times": []})
-    )  # it failed
-    assert report.main([str(path), "--out", str(out), "--gpu", str(tmp_path / "gpu.json"), "--quick"]) == 0
+    assert "| 512 x 32,000 | bfloat16 | cuda, given gradient | 0.050 | 1966 | 70% of torch.add |" in text
+    run.write_text("\n".join(map(json.dumps, (facts, MEASURED, check | {"verdict": "FAILED: wrong"}))))
+    assert report.main([str(path), "--out", str(out), "--gpu", str(run), "--quick"]) == 0
     assert "nothing here has been timed on a GPU" in (out / "benchmarks.md").read_text()
 
 

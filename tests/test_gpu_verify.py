@@ -1,11 +1,11 @@
-"""The checks of `make gpu-verify`, under the interpreter: that they pass here, and that they can fail."""
+"""The checks of gpu_verify, under the interpreter and the emulation: that they pass here, and that they can fail."""
 
 from __future__ import annotations
 
 import itertools
-import json
+import subprocess
 import sys
-import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ pytest.importorskip("triton")
 if not (Path(__file__).parents[1] / "benchmarks").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 
-from benchmarks import gpu_verify
+from benchmarks.gpu import checks, kernels, place
+from benchmarks.gpu.report import Log
+from benchmarks.gpu.steps import Item, run_item
 from cudfast import backends
 from cudfast.backends.triton import student
 from cudfast.bench.shapes import Shape
@@ -24,39 +26,59 @@ from cudfast.options import BackendName
 
 from .conftest import BUILT
 
-H100 = gpu_verify.Chip(132, 227 << 10, (1, 2, 4, 8))
-EMULATED = gpu_verify.Chip(4, 227 << 10, (1, 2, 4, 8))  # csrc/cuda/run.h
+H100 = place.Chip(132, 227 << 10, (1, 2, 4, 8))
 with_cuda = pytest.mark.skipif(bool(backends.available()["cuda"]), reason="needs nvcc when cudfast is installed")
+BACKENDS = ["triton", pytest.param("cuda", marks=with_cuda)]
 
 
+def verdict(folder: Path, check: Callable[[], str | None]) -> str:
+    """Of a check that is run as a step."""
+    log = Log(folder, echo=False)
+    run_item("step", Item("it", lambda log: check()), log)
+    return str(log.records[-1]["verdict"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_agrees(dtype: torch.dtype) -> None:
-    gpu_verify.agrees(Shape(4, 300), dtype, "cpu")
+def test_agrees(dtype: torch.dtype, backend: str) -> None:
+    checks.agrees(Shape(4, 300), dtype, "cpu", backend)
 
 
-@pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=with_cuda)])
-def test_projection_agrees(backend: str) -> None:
-    gpu_verify.projection_agrees("cpu", backend, 6, 700)
+@with_cuda
+def test_the_cuda_kernels_agree() -> None:
+    checks.projection_agrees("cpu", "cuda", 16, 700)
+    checks.options_agree("cpu", "cuda", 16, 700)
+    checks.entropy_repeats("cpu", "cuda", Shape(4, 333))
+    assert checks.compiles("cpu", "cuda", "aot_eager") is None
 
 
-def test_the_other_checks() -> None:
-    lines = [
-        gpu_verify.checked("ops", lambda: gpu_verify.ops_check("cpu")),
-        gpu_verify.checked("graph", lambda: gpu_verify.captures("cpu")),
-        gpu_verify.checked("broken", lambda: 1 / 0),  # type: ignore[arg-type, return-value]
-    ]
-    assert [line.verdict for line in lines] == [
-        "ok",
-        "left out: needs CUDA",
-        "FAILED: ZeroDivisionError: division by zero",
-    ]
-    times = [gpu_verify.Time("2 x 3", "bfloat16", "given gradient", 0.5, 1234.0, 0.8, 2_000_000)]
-    text = gpu_verify.markdown({"device": "none"}, lines, times)
-    assert text.startswith("# gpu-verify: 3 checks, 1 failed\n\n- device: none\n")
-    assert "| 2 x 3 | bfloat16 | given gradient | 0.500 | 1234 | 80% | 2 |" in text
+def test_the_triton_kernels_agree() -> None:
+    checks.projection_agrees("cpu", "triton", 8, 300)
+    checks.options_agree("cpu", "triton", 8, 77)
+    checks.entropy_repeats("cpu", "triton", Shape(2, 77))
 
 
-def break_coefficients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_without_test_packages() -> None:
+    """A machine with a GPU may have PyTorch and Triton alone; importing pytest's helpers would fail there."""
+    code = """
+import sys
+for name in ("pytest", "expecttest", "hypothesis", "rich", "matplotlib", "pytest_benchmark"):
+    sys.modules[name] = None
+from benchmarks import gpu_verify
+from benchmarks.gpu import checks, kernels, plan, warm
+checks.ops_check("cpu", "reference")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_what_a_failure_says(tmp_path: Path) -> None:
+    assert verdict(tmp_path, lambda: checks.captures("cpu", "triton")) == "left out: needs CUDA"
+    assert verdict(tmp_path, lambda: None) == "ok"
+    wrong = verdict(tmp_path, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    assert wrong == "FAILED: ZeroDivisionError: division by zero"
+
+
+def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     right = student.student_coefficients
 
     def wrong(*arguments: object) -> tuple[object, ...]:
@@ -64,16 +86,12 @@ def break_coefficients(monkeypatch: pytest.MonkeyPatch) -> None:
         return one * 1.001, *rest
 
     monkeypatch.setattr(student, "student_coefficients", wrong)
-
-
-def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    break_coefficients(monkeypatch)
-    line = gpu_verify.checked("wrong", lambda: gpu_verify.agrees(Shape(4, 300), torch.float32, "cpu"))
-    assert "FAILED: AssertionError" in line.verdict
+    found = verdict(tmp_path, lambda: checks.agrees(Shape(4, 300), torch.float32, "cpu", "triton"))
+    assert "FAILED: AssertionError" in found
 
 
 @with_cuda
-@pytest.mark.parametrize("dtype", gpu_verify.LAID_OUT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_layouts_are_what_they_say(dtype: torch.dtype) -> None:
     """As the model lays rows out; and whether rows are shared, as the kernels' host code says."""
     from cudfast.backends import cuda
@@ -82,25 +100,25 @@ def test_layouts_are_what_they_say(dtype: torch.dtype) -> None:
     if "90" not in cuda.ARCHITECTURES.split():
         pytest.skip("needs the kernels of sm_90")
     name = {4: "fp32", 2: "bf16"}[dtype.itemsize]
-    for blocks, (what, shape) in zip((1, 2, 4, 8), gpu_verify.layouts(H100, dtype)):
+    for blocks, (what, shape) in zip((1, 2, 4, 8), place.layouts(H100, dtype)):
         assert what == f"rows held by {blocks} block{'s' * (blocks > 1)}"
         for classes in (shape.classes, shape.classes + 1):
-            kernels = {e.kernel for e in gpu_model._cuda(name, classes, "H100")}
-            assert "CUDA student, staged" + (f" by {blocks} blocks" if blocks > 1 else "") in kernels
-    *_, (two_sweeps, swept), (shared, _) = gpu_verify.layouts(H100, dtype)
+            found = {e.kernel for e in gpu_model._cuda(name, classes, "H100")}
+            assert "CUDA student, staged" + (f" by {blocks} blocks" if blocks > 1 else "") in found
+    *_, (two_sweeps, swept), (shared, _) = place.layouts(H100, dtype)
     assert (two_sweeps, shared) == ("rows in two sweeps", "rows shared by blocks")
     assert not any("student, staged" in e.kernel for e in gpu_model._cuda(name, swept.classes, "H100"))
-    for what, shape in gpu_verify.layouts(EMULATED, dtype):
+    for what, shape in place.layouts(place.EMULATED, dtype):
         parts = cuda._cuda.parts(shape.rows, shape.classes, -1)
         assert parts > 1 if what == shared else parts == 1, what
-    assert [what for what, _ in gpu_verify.layouts(gpu_verify.Chip(40, 64 << 10, ()), dtype)] == [two_sweeps, shared]
+    assert [what for what, _ in place.layouts(place.Chip(40, 64 << 10, ()), dtype)] == [two_sweeps, shared]
 
 
 @with_cuda
 def test_rows_held_by_a_cluster_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the emulation; and a kernel that is wrong, or not the same twice, is found."""
-    shape = dict(gpu_verify.layouts(EMULATED, torch.float32))["rows held by 2 blocks"]
-    assert gpu_verify.laid_out(shape, torch.float32, "cpu") is None
+    shape = dict(place.layouts(place.EMULATED, torch.float32))["rows held by 2 blocks"]
+    assert checks.laid_out(shape, torch.float32, "cpu") is None
     backend = backends.load("cuda")
     right = backend.row_state
     for bad, message in ((range(1, 30), "error"), ([8], "two runs gave different bits")):  # 8: the student loss again
@@ -114,98 +132,49 @@ def test_rows_held_by_a_cluster_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(backend, "row_state", wrong)
         with pytest.raises(AssertionError, match=message):
-            gpu_verify.laid_out(Shape(2, 300), torch.float32, "cpu")
+            checks.laid_out(Shape(2, 300), torch.float32, "cpu")
 
 
-def test_what_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_verify, "ours", lambda device: {"triton": "", "cuda": ""})
-    monkeypatch.setattr(gpu_verify.Chip, "here", lambda: H100)
-    names = [what for what, _ in gpu_verify.checks("cuda")]
-    assert len(set(names)) == len(names)
+def gpu_without_one(**missing: str) -> place.Place:
+    """An H100 of which only the names of the checks are asked for."""
+
+    class There(place.Place):
+        def missing(self) -> dict[BackendName, str]:
+            return {"cuda": missing.get("cuda", ""), "triton": missing.get("triton", "")}
+
+    return There("cuda", 80 << 30, place.HostClock(), H100)
+
+
+def test_what_is_checked() -> None:
+    here = gpu_without_one()
+    found: dict[BackendName, list[str]] = {"cuda": [], "triton": []}
+    for backend, names in found.items():
+        names += [item.what for item in checks.items(here, backend)]
+        assert len(set(names)) == len(names)
+        for what in ("opcheck", "CUDA graph", "torch.compile(fullgraph=True)", "calibration=Projection(...)"):
+            assert what in names
+        for dtype in ("float32", "bfloat16", "float16"):
+            assert sum(name.endswith(f"torch.{dtype}") and name[0].isdecimal() for name in names) == 6
+        assert "a bound on the entropy, twice, 64 x 128,255" in names  # not divisible by 16
     for dtype in ("float32", "bfloat16"):
         held = [f"rows held by {n}" for n in ("1 block", "2 blocks", "4 blocks", "8 blocks")]
         for what in (*held, "rows in two sweeps", "rows shared by blocks"):
-            assert any(name.startswith(f"cuda: {what},") and name.endswith(dtype) for name in names), what
-        for backend in ("triton", "cuda"):
-            for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
-                assert f"{backend}: compute-sanitizer {tool}, {dtype}" in names
-    monkeypatch.setattr(gpu_verify, "ours", lambda device: {"triton": "", "cuda": "no nvcc"})
-    left_out = [gpu_verify.checked(what, run) for what, run in gpu_verify.checks("cuda") if what.startswith("cuda")]
-    assert [(line.what, line.verdict) for line in left_out] == [("cuda", "left out: no nvcc")]
-
-
-@pytest.mark.parametrize(
-    ("says", "code", "verdict"),
-    [
-        ("========= ERROR SUMMARY: 0 errors", 0, "ok"),
-        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, "ok"),
-        ("========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", 0, "FAILED: AssertionError: ==="),
-        ("========= ERROR SUMMARY: 3 errors", 9, "FAILED: AssertionError: ==="),
-        ("Target application terminated before first instrumented API call", 0, "FAILED: AssertionError: Target"),
-    ],
-)
-def test_a_sanitizer_is_believed_when_it_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, code: int, verdict: str
-) -> None:
-    fake = tmp_path / "compute-sanitizer"
-    fake.write_text(
-        f"#!/bin/sh\necho \"$PYTORCH_NO_CUDA_MEMORY_CACHING $@\" >{tmp_path}/asked\necho '{says}'\nexit {code}\n"
-    )
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    line = gpu_verify.checked("it", lambda: gpu_verify.sanitized("racecheck", "cuda", "bfloat16"))
-    assert line.verdict.startswith(verdict)
-    asked = (tmp_path / "asked").read_text()
-    assert asked.startswith(f"1 --tool racecheck --error-exitcode 9 {sys.executable} -c ")
-    assert asked.endswith("from benchmarks import gpu_verify; gpu_verify.watched('cuda', 'bfloat16')\n")
+            assert any(name.startswith(f"{what},") and name.endswith(dtype) for name in found["cuda"]), what
+    (item,) = checks.items(gpu_without_one(cuda="no nvcc"), "cuda")
+    assert (item.what, item.run(None), item.proves) == ("cuda", "left out: no nvcc", False)  # type: ignore[arg-type]
+    rest = [item.what for item in checks.every_dtype(here, "cuda")]
+    assert {"16 x 1,000,000 torch.bfloat16", "512 x 1 torch.float32", "512 x 77 float64"} <= set(rest)
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT if name in ("triton", "cuda")])
 def test_what_a_sanitizer_watches(name: BackendName) -> None:
-    gpu_verify.walk(name, torch.bfloat16, "cpu", [Shape(3, 77)])
+    kernels.every_kernel(name, torch.bfloat16, "cpu", [Shape(10 if name == "cuda" else 3, 77)])
 
 
-def report_of(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, found: list[gpu_verify.Check], *options: str
-) -> tuple[int, dict[str, Any]]:
-    """`main` on a GPU that is not there, whose every race takes a millisecond."""
-    gpu = types.SimpleNamespace(name="Some GPU", total_memory=80 << 30)
-    time = gpu_verify.Time("2 x 3", "bfloat16", "triton, given gradient", 1.0, 1.0, 1.0, 0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    monkeypatch.setattr(gpu_verify, "checks", lambda device: iter(found))
-    monkeypatch.setattr(gpu_verify, "race", lambda *arguments: iter([time]))
-    monkeypatch.setattr("sys.argv", ["gpu_verify", "--out", str(folder), *options])
-    code = gpu_verify.main()
-    return code, json.loads((folder / "report.json").read_text())
-
-
-def test_times_of_right_kernels_only(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def agrees() -> None:
-        gpu_verify.agrees(Shape(4, 300), torch.float32, "cpu")
-
-    found: list[gpu_verify.Check] = [("right", lambda: None), ("agrees", agrees), ("away", lambda: "left out: no nvcc")]
-    code, report = report_of(monkeypatch, tmp_path, found)
-    assert code == 0
-    assert len(report["times"]) == 2 * len(gpu_verify.RACES) - 4  # the largest do not fit
-    assert "1.000 ms" in capsys.readouterr().out
-    for options, names in (("--no-times",), ["right", "agrees", "away"]), (("--only", "agr"), ["agrees"]):
-        code, report = report_of(monkeypatch, tmp_path, found, *options)
-        assert (code, report["times"]) == (0, [])
-        assert [line["what"] for line in report["checks"]] == names
-    capsys.readouterr()
-    break_coefficients(monkeypatch)
-    for checks in (found, found[2:], []):
-        code, report = report_of(monkeypatch, tmp_path, checks)
-        assert (code, report["times"]) == (1, [])
-        assert "ms" not in capsys.readouterr().out
-        assert "| 2 x 3 |" not in (tmp_path / "report.md").read_text()
-
-
-def test_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["gpu_verify"])
-    assert gpu_verify.main() == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_all_rows_but_eight_are_ignored() -> None:
+    for rows in (1, 8, 265):
+        labels = kernels.labels_of(Shape(rows, 50), "cpu")
+        assert (labels >= 0).sum() == min(8, rows)
+        assert labels[0] >= 0
+        assert labels[-1] >= 0
+        assert labels.min() == -100 or rows <= 8

@@ -72,10 +72,10 @@ def test_a_wrong_number_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["info"]) == 1
 
 
-def test_the_source_distribution_is_whole(tmp_path: Path) -> None:
-    """What a build reads, what it installs, and the tests: C++ ones can be configured. With any setuptools."""
+def copied_tree(folder: Path) -> tuple[Path, list[str]]:
+    """A copy of the repository that any setuptools reads, and its files."""
     pytest.importorskip("setuptools")
-    root, copied = Path(cudfast.__file__).parents[1], tmp_path / "tree"
+    root, copied = Path(cudfast.__file__).parents[1], folder / "tree"
     if shutil.which("git") is None or not (root / ".git").exists():
         pytest.skip("needs the repository")
     files = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.split()
@@ -85,6 +85,12 @@ def test_the_source_distribution_is_whole(tmp_path: Path) -> None:
     if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:  # knows no names of licences
         project = (copied / "pyproject.toml").read_text()
         (copied / "pyproject.toml").write_text(re.sub(r"^license.*\n", "", project, flags=re.MULTILINE))
+    return copied, files
+
+
+def test_the_source_distribution_is_whole(tmp_path: Path) -> None:
+    """What a build reads, what it installs, and the tests: C++ ones can be configured."""
+    copied, files = copied_tree(tmp_path)
     make = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
     subprocess.run(make, cwd=copied, capture_output=True, check=True)
     (archive,) = tmp_path.glob("cudfast-*.tar.gz")
@@ -163,6 +169,38 @@ main(["info"])
     assert run.stdout.startswith("0.0\n0.0\n")
     assert "missing: the native core was not built when cudfast was installed: it is not in the package" in run.stdout
     assert run.stderr.count("CPU tensors go through the reference backend") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the compiler is a shell script")
+def test_a_compiler_that_fails(tmp_path: Path) -> None:
+    """cudfast is installed all the same, and the first loss on a CPU says once what failed and what to do."""
+    copied, _ = copied_tree(tmp_path)
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'dispatch.cpp:108:76: error: invalid cpu feature' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    (copied / "pybind11.py").write_text("def get_cmake_dir(): return ''\n")
+    environment = {**os.environ, "CXX": str(compiler), "CUDFAST_CUDA": "0", "CUDFAST_REQUIRE_NATIVE": "0"}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(copied)}
+    build = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(tmp_path / "lib")]
+    subprocess.run(build, cwd=copied, capture_output=True, check=True, env=environment)
+    script = """
+import sys
+sys.modules["cudfast._native"] = None  # that of an editable installation would be found
+import torch, cudfast
+for device in ("cpu", "cpu:0", "cpu"):
+    cudfast.CUDLoss()(*torch.zeros(2, 2, 5, device=device))
+cudfast.DUSLoss()(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))
+"""
+    environment["PYTHONPATH"] = str(tmp_path / "lib")
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    expected = (
+        "CPU tensors go through the reference backend, which is much slower: the native core was not built when "
+        "cudfast was installed: the build failed (dispatch.cpp:108:76: error: invalid cpu feature): install g++ or "
+        "clang++, or set CXX to another compiler, then install cudfast again with pip install --force-reinstall "
+        "--no-deps --no-cache-dir"
+    )
+    assert run.stderr.count(expected) == run.stderr.count("reference backend") == 1, run.stderr
 
 
 def test_losses_travel() -> None:

@@ -23,17 +23,18 @@ struct Device {
 };
 
 template <class Options>
-void sweep_unlocked(const Call& call, const Options& options, int device, uintptr_t stream) {
+void sweep_unlocked(const Call& call, const Options& options, int device, uintptr_t stream, const Tuning& tuning = {}) {
   const py::gil_scoped_release unlocked;
   const Device on(device, stream);
-  sweep(on.kernels, call, options, on.machine, on.stream);
+  sweep(on.kernels, call, options, on.machine, on.stream, tuning);
 }
 
 // Both sweeps return false for logits whose rows a Matrix cannot describe.
 template <class Options>
 bool row_state(const py::tuple& fields, const Options& options, int64_t ignore_index, int64_t unlabeled_index,
-               int device, uintptr_t stream, bool statistics, const py::object& divisors, const py::object& loss,
-               const py::object& state, const py::object& gradient, const py::object& parts) try {
+               int device, uintptr_t stream, int cluster, int threads, bool statistics, const py::object& divisors,
+               const py::object& loss, const py::object& state, const py::object& gradient,
+               const py::object& parts) try {
   Call call;
   call.rows = make_rows(fields, ignore_index, unlabeled_index, 1);
   call.divisors = address<const double>(divisors);
@@ -42,7 +43,7 @@ bool row_state(const py::tuple& fields, const Options& options, int64_t ignore_i
   set_state(call.out, state);
   call.out.gradient = matrix(gradient);
   call.parts = address<void>(parts);
-  sweep_unlocked(call, options, device, stream);
+  sweep_unlocked(call, options, device, stream, {cluster, threads});
   return true;
 } catch (const NoLayout&) {
   return false;

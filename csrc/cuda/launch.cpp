@@ -26,8 +26,8 @@ int width_of(const Rows& rows) {
 
 int64_t chunks_of(const Rows& rows) { return (rows.classes + 2 * width_of(rows) - 2) / width_of(rows); }
 
-int threads_for(int64_t chunks) {
-  return static_cast<int>(std::min<int64_t>(kMaxThreads, (std::max<int64_t>(chunks, 1) + kWarp - 1) / kWarp * kWarp));
+int threads_for(int64_t chunks, int most = kMaxThreads) {
+  return static_cast<int>(std::min<int64_t>(most, (std::max<int64_t>(chunks, 1) + kWarp - 1) / kWarp * kWarp));
 }
 
 std::string text(const Call& call, const char* loss, const char* error) {
@@ -41,9 +41,9 @@ std::string text(const Call& call, const char* loss, const char* error) {
 
 template <class Options>
 void launch(RowLaunch<Options> run, const char* loss, const Call& call, const Options& options, const Machine& machine,
-            void* stream) {
+            void* stream, const Tuning& tuning) {
   Call own = call;
-  const Grid grid = plan(call, machine);
+  const Grid grid = plan(call, machine, tuning);
   if (grid.cluster > 1) own.split = grid.cluster;
   if (grid.staged > 0) own.slots = static_cast<int>((chunks_of(call.rows) + grid.cluster - 1) / grid.cluster);
   if (call.rows.rows * own.split > std::numeric_limits<int>::max()) {
@@ -54,19 +54,19 @@ void launch(RowLaunch<Options> run, const char* loss, const Call& call, const Op
 
 template <class Options>
 void sweeps(RowLaunch<Options> run, const char* loss, Call call, const Options& options, const Machine& machine,
-            void* stream) {
+            void* stream, const Tuning& tuning) {
   if (call.rows.rows == 0) return;
   const int shared = shared_rows(call.rows.rows, call.rows.classes, machine.processors);
-  if (searched(call)) return launch(run, loss, call, options, machine, stream);
+  if (searched(call)) return launch(run, loss, call, options, machine, stream, tuning);
   if (shared > 1 && call.from == From::logits) {
     call.part_count = call.split = shared;
     call.only_parts = true;
-    launch(run, loss, call, options, machine, stream);
+    launch(run, loss, call, options, machine, stream, tuning);
     call.only_parts = false;
     call.from = From::parts;
   }
   call.split = call.out.gradient.data ? shared : 1;
-  launch(run, loss, call, options, machine, stream);
+  launch(run, loss, call, options, machine, stream, tuning);
 }
 
 int kind_of(const Rows& rows) {
@@ -83,7 +83,7 @@ int shared_rows(int64_t rows, int64_t classes, int processors) {
   return static_cast<int>(std::max<int64_t>(1, std::min(most, chunks / kShortest)));
 }
 
-Grid plan(const Call& call, const Machine& machine) {
+Grid plan(const Call& call, const Machine& machine, const Tuning& tuning) {
   const Rows& rows = call.rows;
   const int64_t chunks = chunks_of(rows);
   Grid grid;
@@ -92,13 +92,14 @@ Grid plan(const Call& call, const Machine& machine) {
   const auto cluster_of = [&](int cluster) {
     grid.cluster = cluster;
     grid.blocks = rows.rows * cluster;
-    grid.threads = threads_for((chunks + cluster - 1) / cluster);
+    grid.threads = threads_for((chunks + cluster - 1) / cluster, tuning.threads > 0 ? tuning.threads : kMaxThreads);
   };
   const bool fused = call.from == From::logits && call.out.gradient.data && !call.only_parts;
   if ((fused || searched(call)) && !rows.wide() && machine.capability >= 80) {
     int64_t bytes = width_of(rows) * size_of(rows.logits.dtype);
     if (arrays(rows) == 2) bytes += width_of(rows) * size_of(rows.target.dtype);
-    for (int cluster = 1; cluster <= machine.cluster; cluster *= 2) {
+    const int most = std::max(machine.cluster, std::min(tuning.cluster, machine.widest));
+    for (int cluster = std::max(1, std::min(tuning.cluster, most)); cluster <= most; cluster *= 2) {
       const int64_t slots = (chunks + cluster - 1) / cluster;
       if (slots * bytes + kHeaderBytes > machine.shared) continue;
       grid.staged = static_cast<int>(slots * bytes);
@@ -115,12 +116,14 @@ Grid plan(const Call& call, const Machine& machine) {
   return grid;
 }
 
-void sweep(const Kernels& kernels, Call call, const StudentOptions& options, const Machine& machine, void* stream) {
+void sweep(const Kernels& kernels, Call call, const StudentOptions& options, const Machine& machine, void* stream,
+           const Tuning& tuning) {
   const auto run = projected(call.rows) ? kernels.projected : kernels.student[kind_of(call.rows)];
-  sweeps(run, "student loss", call, options, machine, stream);
+  sweeps(run, "student loss", call, options, machine, stream, tuning);
 }
-void sweep(const Kernels& kernels, Call call, const TeacherOptions& options, const Machine& machine, void* stream) {
-  sweeps(kernels.teacher[kind_of(call.rows)], "teacher loss", call, options, machine, stream);
+void sweep(const Kernels& kernels, Call call, const TeacherOptions& options, const Machine& machine, void* stream,
+           const Tuning& tuning) {
+  sweeps(kernels.teacher[kind_of(call.rows)], "teacher loss", call, options, machine, stream, tuning);
 }
 
 }  // namespace cudfast

@@ -13,6 +13,13 @@ struct Machine {
   int shared = 0;      // largest shared memory of a block, in bytes
   int capability = 0;  // 90 is sm_90: of the GPU, or less if the kernels were compiled for less
   int cluster = 1;     // blocks that can stage a row together
+  int widest = 1;      // the same, if more than the 8 blocks of every GPU with clusters are requested
+};
+
+// The distribution of rows over a block or a cluster, in place of the plan's choice: 0 leaves it to the plan.
+struct Tuning {
+  int cluster = 0;  // blocks, or more if the row does not fit into them
+  int threads = 0;  // largest number of threads of a block
 };
 
 // Launches a kernel. Returns nullptr, or an error message.
@@ -40,10 +47,12 @@ const Kernels& kernels();
 int shared_rows(int64_t rows, int64_t classes, int processors);
 
 // The grid of a launch, with the shared memory of kernels that stage rows.
-Grid plan(const Call& call, const Machine& machine);
+Grid plan(const Call& call, const Machine& machine, const Tuning& tuning = {});
 
 // Both sweeps. call.parts has room for shared_rows() states of a row. A launch that fails throws std::runtime_error.
-void sweep(const Kernels& kernels, Call call, const StudentOptions& options, const Machine& machine, void* stream);
-void sweep(const Kernels& kernels, Call call, const TeacherOptions& options, const Machine& machine, void* stream);
+void sweep(const Kernels& kernels, Call call, const StudentOptions& options, const Machine& machine, void* stream,
+           const Tuning& tuning = {});
+void sweep(const Kernels& kernels, Call call, const TeacherOptions& options, const Machine& machine, void* stream,
+           const Tuning& tuning = {});
 
 }  // namespace cudfast

@@ -390,6 +390,7 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
       b.state = {};
       b.search = {};
       b.alone = -1;
+      b.log_one = 0;  // complete() takes it where nothing bounds the entropy, too
     });
     if (marks().ignored) {
       x.each([&](Thread th) {

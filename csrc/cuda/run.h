@@ -1,4 +1,5 @@
-// One launch: by the CUDA runtime, or one block after another in the emulation.
+// One launch: by the CUDA runtime, by the header that CUDFAST_LAUNCHER names, or one block after another in the
+// emulation.
 #pragma once
 
 #include "launch.h"
@@ -9,6 +10,8 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#elif defined(CUDFAST_LAUNCHER)
+#include CUDFAST_LAUNCHER
 #else
 #include <thread>
 #endif
@@ -48,30 +51,36 @@ inline cudaError_t ask(int& value, cudaDeviceAttr attribute) {
   return error == cudaSuccess ? cudaDeviceGetAttribute(&value, attribute, device) : error;
 }
 
-// Sets a kernel's limit of shared memory to the largest. The limit belongs to the kernel, which other threads may
-// launch, too.
+constexpr int kPortable = 8;  // blocks of the largest cluster that runs on every GPU with clusters
+
+// Sets a kernel's limits to all shared memory of a block and to clusters of this size. The limits belong to the kernel,
+// which other threads may launch, too.
 template <class Kernel>
-cudaError_t allow_staging() {
+cudaError_t allow_staging(int cluster) {
+  const void* const kernel = reinterpret_cast<const void*>(row_kernel<Kernel>);
   int most = 0;
-  const cudaError_t error = ask(most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  if (error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(row_kernel<Kernel>),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  cudaError_t error = ask(most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess && cluster > kPortable) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  return error;
 }
 
 template <class Kernel>
 const char* run(const Kernel& kernel, const Grid& grid, void* stream) {
   const Launch launch(grid, stream);
-  cudaError_t error = grid.staged > 0 ? allow_staging<Kernel>() : cudaSuccess;
+  cudaError_t error = grid.staged > 0 ? allow_staging<Kernel>(grid.cluster) : cudaSuccess;
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&launch.config, row_kernel<Kernel>, kernel, grid.cluster);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// The most blocks with all of their shared memory that this GPU, or this slice of one, can run as a cluster.
+// The most blocks with all of their shared memory that this GPU, or this slice of one, can run as a cluster; not more
+// than `most`.
 template <class Kernel>
-int largest_cluster(int shared) {
-  if (allow_staging<Kernel>() != cudaSuccess) return 1;
-  for (int cluster = 8; cluster > 1; cluster /= 2) {
+int largest_cluster(int shared, int most) {
+  for (int cluster = most; cluster > 1; cluster /= 2) {
+    if (allow_staging<Kernel>(cluster) != cudaSuccess) continue;
     const Launch launch({cluster, cluster, kMaxThreads, shared - kHeaderBytes}, nullptr);
     int running = 0;
     const void* const kernel = reinterpret_cast<const void*>(row_kernel<Kernel>);
@@ -105,7 +114,8 @@ const char* find_machine(int device, Machine& found) {
     }
     if (error == cudaSuccess) {
       machine.capability = std::min(10 * major + minor, compiled.ptxVersion);
-      machine.cluster = machine.capability < 90 ? 1 : largest_cluster<Kernel>(machine.shared);
+      machine.cluster = machine.capability < 90 ? 1 : largest_cluster<Kernel>(machine.shared, kPortable);
+      machine.widest = machine.capability < 90 ? 1 : largest_cluster<Kernel>(machine.shared, 2 * kPortable);
       known[device] = machine;
     }
   }
@@ -114,7 +124,7 @@ const char* find_machine(int device, Machine& found) {
   return nullptr;
 }
 
-#else
+#elif !defined(CUDFAST_LAUNCHER)
 
 template <class Kernel>
 const char* run(const Kernel& kernel, const Grid& grid, void*) {
@@ -135,7 +145,7 @@ const char* run(const Kernel& kernel, const Grid& grid, void*) {
 // A small Hopper GPU: few processors, so that blocks share rows in small tests, too.
 template <class Kernel>
 const char* find_machine(int, Machine& found) {
-  found = {4, 227 << 10, 90, 8};
+  found = {4, 227 << 10, 90, 8, 16};
   return nullptr;
 }
 

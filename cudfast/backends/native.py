@@ -21,10 +21,10 @@ try:
     import cudfast._native as _native
 except ModuleNotFoundError as error:
     note = Path(__file__).parents[1] / "_native_missing.txt"
-    reason = note.read_text().strip() if note.exists() else "it is not in the package"
+    reason = note.read_text(encoding="utf-8").strip() if note.exists() else "it is not in the package: install g++"
     raise ImportError(
-        f"the native core was not built when cudfast was installed: {reason}. "
-        "Install a C++17 compiler (g++ or clang++), then install cudfast again with pip install --force-reinstall"
+        f"the native core was not built when cudfast was installed: {reason}, then install cudfast again with "
+        "pip install --force-reinstall --no-deps --no-cache-dir"
     ) from error
 except ImportError as error:
     raise ImportError(f"the native core does not load: {error}") from error

@@ -44,6 +44,9 @@ def self_check(backend: str) -> str:
     return "ok" if abs(loss - _KNOWN_LOSS) <= 2e-6 else f"wrong: got {loss:.9f}, expected {_KNOWN_LOSS:.9f}"
 
 
+_NO_OPENMP = " (the compiler has no OpenMP; that of Clang is libomp)"
+
+
 def _backend(name: str, missing: str) -> dict[str, Any]:
     """Whether a backend can be used, the reason if not, and the self-check: its result and the time of its call."""
     if missing:
@@ -108,7 +111,10 @@ def describe(found: dict[str, Any]) -> str:
                 f"{native['instruction_set']}, compared with baseline in {native['instruction_set_check_ms']:.2g} ms "
                 f"(available: {', '.join(native['instruction_sets'])})",
             ),
-            ("threads", f"{native['threads']}{'' if native['openmp'] else ' (no OpenMP)'}"),
+            (
+                "threads",
+                f"{native['threads']}{'' if native['openmp'] else ' (the compiler has no OpenMP; that of Clang is libomp)'}",
+            ),
             ("compiler", native["compiler"]),
         ]
     if found["cuda_architectures"]:

@@ -23,7 +23,7 @@ from ..rows.call import Constraints, Rows, State, compute_dtype
 from ..rows.checks import classes_of, constraints_of, labels_of, logits_of
 from ..rows.vectors import masks, refuse_label, row_name
 from .projection import BOUNDS, Projection
-from .search import TOLERANCE, search
+from .search import TOLERANCE_OF_REFERENCE, search
 
 _SETS = (1, 2, 0)  # near, wrong, the rest, in the numbers of `groups_of`
 
@@ -145,7 +145,7 @@ def project(
     states, target, _ = look(beta)
     total_free = _log_total(states, beta)
     start = entropy(states, target, beta)
-    tolerance = TOLERANCE[t.dtype]
+    tolerance = TOLERANCE_OF_REFERENCE[t.dtype]
     short = labelled & (start.value < floor - tolerance)  # false where there is no bound
     long = labelled & (start.value > ceiling + tolerance)
     wanted = torch.where(short, floor, ceiling)

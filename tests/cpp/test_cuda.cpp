@@ -63,6 +63,7 @@ struct Way {
   const char* name;
   Machine machine;
   int cluster = 0;  // blocks that a row must be staged by
+  Tuning tuning = {};
 };
 
 struct Case {
@@ -131,9 +132,11 @@ void test_student(const Way& way, const Case& c) {
   call.out.gradient = g.matrix(c.rows);
   std::vector<double> parts(static_cast<size_t>(c.rows) * 2000 * sizeof(StudentState<double>) / 8);
   call.parts = parts.data();
-  const Grid grid = plan(call, way.machine);
+  const Grid grid = plan(call, way.machine, way.tuning);
   near(what + " blocks", grid.staged > 0 ? grid.cluster : 0, call.rows.wide() ? 0 : way.cluster, 0);
-  sweep(kernels<Where::emulated>(), call, options, way.machine, nullptr);
+  if (way.tuning.threads > 0)
+    near(what + " threads", std::max(grid.threads, way.tuning.threads), way.tuning.threads, 0);
+  sweep(kernels<Where::emulated>(), call, options, way.machine, nullptr, way.tuning);
 
   const bool wide = call.rows.wide();
   const double tau = std::fmax(c.tau, 1.0);
@@ -435,6 +438,14 @@ int main() {
   slice.machine.cluster = 2;
   slice.cluster = 0;
   test_student(slice, long_rows);
+  // Tuned: more blocks than hold the row, more than every GPU runs together, more than there are chunks; few threads.
+  const Machine hopper{1, 227 << 10, 90, 8, 16};
+  for (const int64_t v : {7, 4097}) {
+    const Case c{3, v, 1, 0, 0, bf16, bf16, 2.0};
+    for (const int cluster : {2, 8, 16}) test_student({"tuned", hopper, cluster, {cluster, 64}}, c);
+    test_student({"tuned, more than runs", {1, 227 << 10, 90, 2, 2}, 2, {16, 64}}, c);
+    test_student({"tuned, threads", hopper, 1, {0, 96}}, c);
+  }
   for (const Way& way : {two_sweeps, staged, clustered({8, 300, 0, 0, 0, f32, f32, 1.0}, 2)}) test_marks(way);
   for (const bool top1 : {false, true}) {
     for (const int64_t v : {9, 77, 333, 4097}) {

@@ -18,6 +18,7 @@ from ...rows.vectors import divisors_of
 from ...targets.calibration import refuse_unmet
 from ..packed import Kernels, copied, kernels
 from ..reference import scale as by_torch
+from ..tuning import tuned
 
 try:
     import cudfast._cuda as _cuda
@@ -25,7 +26,7 @@ except ModuleNotFoundError as error:
     raise ImportError(
         "the CUDA kernels were not built when cudfast was installed: there was no nvcc that "
         "works, or CUDFAST_CUDA=0. Install the CUDA toolkit, 12.0 or newer, then install cudfast again with "
-        "CUDFAST_CUDA=1 pip install --force-reinstall"
+        "CUDFAST_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir"
     ) from error
 except ImportError as error:
     raise ImportError(f"the CUDA kernels do not load: {error}") from error
@@ -49,6 +50,13 @@ def _place(device: torch.device) -> tuple[int, int]:
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def _tuning(rows: Rows) -> tuple[int, int]:
+    """Blocks that hold a row, and threads of a block; 0 leaves them to the plan (csrc/cuda/launch.cpp)."""
+    loss = "projected" if rows.constraints is not None else "teacher" if rows.target is None else "student"
+    found = tuned("cuda", rows.logits.device, loss, rows.logits.element_size(), rows.classes)
+    return found.get("cluster", 0), found.get("threads", 0)
 
 
 def _divisors(rows: Rows, options: CUDOptions | DUSOptions, calls: Kernels) -> Tensor:
@@ -85,8 +93,8 @@ def row_state(
         )
         room = torch.empty(rows.n * parts * _cuda.PART if parts > 1 else 0, dtype=torch.float64, device=device)
         done = calls.state(
-            rows, calls.options, calls.ignore_index, calls.unlabeled_index, *place, statistics, state.divisors, loss,
-            state if needs_state else None, gradient, room,
+            rows, calls.options, calls.ignore_index, calls.unlabeled_index, *place, *_tuning(rows), statistics,
+            state.divisors, loss, state if needs_state else None, gradient, room,
         )  # fmt: skip
         if strict and done:
             refuse_unmet(rows, state)

@@ -85,7 +85,7 @@ VARIANTS = tuple(
 
 
 def compile(variant: Variant, dtype: str, target: str, classes: int = 32_000) -> Any:
-    """The compiled kernel for logits of `dtype` with aligned rows of `classes` columns."""
+    """The compiled kernel for logits of `dtype` with rows of `classes` columns, one behind the other."""
     wide = dtype == "fp64"
     cut = plan(8192, classes, wide, 132)
     names = variant.kernel.arg_names
@@ -98,6 +98,7 @@ def compile(variant: Variant, dtype: str, target: str, classes: int = 32_000) ->
         given = given.replace("logits", dtype).replace("compute", "fp64" if wide else "fp32")
         signature[name] = "constexpr" if name in constants else given
         rows = name in ("V", "padded", "chunk", "n_cols") or name.endswith(("_outer", "_stride"))
+        rows = rows and (classes % 16 == 0 or name == "chunk")
         if signature[name].startswith("*") or (rows and signature[name] == "i32" and name != "upstream_stride"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, constexprs=constants, attrs=attributes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +16,12 @@ from ...options import CUDOptions, DUSOptions, WClip
 from ...rows.call import Rows, State, columns_of, compute_dtype
 from ...rows.layout import dense, row_count, row_layout
 from ...rows.vectors import divisors_of
+from ..tuning import tuned
 from . import projected, search, student, teacher
 from .pieces import count, scale_rows
 
 _COUNT_BLOCK = 1024
+_WARP = 32  # threads: on AMD, where a wave has 64, half as many
 
 
 class Plan(NamedTuple):
@@ -28,27 +31,34 @@ class Plan(NamedTuple):
     threads: int
     parts: int  # programs that share a row
     chunk: int  # columns of a part, a multiple of block
+    stages: int = 0  # of the compiler's pipelines; 0 leaves them to it
 
 
-def plan(n: int, classes: int, wide: bool, processors: int, *, whole: bool = False) -> Plan:
+def plan(
+    n: int, classes: int, wide: bool, processors: int, *, whole: bool = False, tuning: Mapping[str, int] | None = None
+) -> Plan:
     """8 columns a thread (16 bytes of bf16; of f64: 2), up to 256 threads.
 
     The plan depends on V's power of two, so that nothing is compiled again when N changes. Programs share a row if
     there are fewer rows than the GPU can process at once, as long as each has at least 4 blocks of it, unless rows must
-    not be split.
+    not be split. `tuning` overrides parts of the plan: see `cudfast.backends.tuning`.
 
     Example:
         >>> plan(8192, 32_000, wide=False, processors=132)
-        Plan(block=2048, threads=256, parts=1, chunk=32768)
+        Plan(block=2048, threads=256, parts=1, chunk=32768, stages=0)
         >>> plan(4, 1_000_000, wide=False, processors=132).parts
         98
+        >>> plan(8192, 32_000, wide=False, processors=132, tuning={"block": 8192, "warps": 16})
+        Plan(block=8192, threads=512, parts=1, chunk=32768, stages=0)
     """
-    block = min(max(triton.next_power_of_2(classes), 256), 512 if wide else 2048)
+    tuning = tuning or {}
+    block = min(max(triton.next_power_of_2(classes), 256), tuning.get("block", 512 if wide else 2048))
     parts = 1
     if n < 2 * processors and not whole:
         parts = max(1, min(classes // (4 * block), triton.cdiv(4 * processors, max(n, 1))))
     chunk = triton.cdiv(triton.cdiv(classes, parts), block) * block
-    return Plan(block, block // (2 if wide else 8), triton.cdiv(classes, chunk), chunk)
+    threads = _WARP * tuning["warps"] if "warps" in tuning else min(block // (2 if wide else 8), 1024)
+    return Plan(block, threads, triton.cdiv(classes, chunk), chunk, tuning.get("stages", 0))
 
 
 @functools.lru_cache(maxsize=16)
@@ -124,7 +134,9 @@ class Call(NamedTuple):
         rows = rows._replace(logits=dense(rows.logits, name), target=target)
         wide = compute_dtype(rows) == torch.float64
         units, whole = processors(rows.logits.device), rows.constraints is not None
-        return cls(rows, options, plan(rows.n, rows.classes, wide, units, whole=whole), wide)
+        loss = "projected" if whole else "student" if target is not None else "teacher"
+        tuning = tuned("triton", rows.logits.device, loss, rows.logits.element_size(), rows.classes)
+        return cls(rows, options, plan(rows.n, rows.classes, wide, units, whole=whole, tuning=tuning), wide)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,6 +179,8 @@ class Call(NamedTuple):
 
     def _launch(self, kernel: Any, parts: int, *arguments: object, **constants: object) -> None:
         plan = self.plan
+        if plan.stages:
+            constants["num_stages"] = plan.stages
         kernel[(self.rows.n, parts)](
             *arguments,
             R=tl.float64 if self.wide else tl.float32,
@@ -235,7 +249,8 @@ class Call(NamedTuple):
         g = rows.logits if gradient is None else gradient
         step = 0 if upstream is None or upstream.dim() == 0 else 1
         top1, entropy, writes = rows.constraints.top1, rows.constraints.entropy and fold, gradient is not None
-        registers = TWO_PROGRAMS.get(compiler(rows.logits.device), {})
+        # Larger programs have a processor to themselves.
+        registers = TWO_PROGRAMS.get(compiler(rows.logits.device), {}) if self.plan.threads <= 256 else {}
         sets = self.constraints(state)
 
         def launch(fold: bool, again: bool, write: bool) -> None:

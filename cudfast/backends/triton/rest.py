@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .pieces import centre, clear, f64, largest_of_both, replaced, stored
 from .row import LOG2E, NOTHING, below, student_element, student_fold, student_move
-from .sets import apart, in_thread, member
+from .sets import apart, in_thread, member, zero_beside
 
 
 @triton.jit
@@ -46,8 +46,9 @@ def projected_block(
             z_tau, _, a, _, z_one, e_one, impossible = student_fold(
                 z_tau, s_tau, a, s_one, z_one, e_one, impossible, dt, s_joins - centre(m_s), base, P, ONES
             )
+    zero = zero_beside(base)
     e_t, e_s, excess, one_s, one_t, x_t, holes = student_fold(
-        0.0, 0.0, 0.0, 0.0, 0.0, 0.0, NOTHING, x - centre(m_t), s - centre(m_s), base, P, ONES
+        zero, zero, zero, zero, zero, zero, NOTHING, x - centre(m_t), s - centre(m_s), base, P, ONES
     )
     z_tau += in_thread(e_t, BLOCK, WIDTH)
     s_tau += in_thread(e_s, BLOCK, WIDTH)

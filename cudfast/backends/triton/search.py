@@ -8,7 +8,7 @@ import triton.language as tl
 from ...targets import search
 from .pieces import SPECIAL, centre, f64, marks, row_start
 from .row import NOTHING, entropy, log_mass, masses, spread, temper, tempered_fold
-from .sets import apart, bounds_of_row, holds, in_thread, member, set_tempered, set_top, sets_of_row
+from .sets import apart, bounds_of_row, holds, in_thread, member, set_tempered, set_top, sets_of_row, zero_beside
 from .student import COLUMNS as STUDENT
 
 SWEEPS = tl.constexpr(search.SWEEPS)
@@ -62,11 +62,13 @@ def tempered_columns(
             x, x, start, wrong, wrong_at, wrong_end, wrong_column, 0.0, NOTHING, 1.0, BLOCK
         )
         for i in range(0, COUNT):
-            dz, de, dv = tempered_fold(x, tl.load(places + i).to(R))
+            beta = tl.load(places + i).to(R)
+            dz, de, dv = tempered_fold(x, beta)
+            zero = zero_beside(beta)
             here = place == i
             z += tl.where(here, in_thread(dz, BLOCK, WIDTH)[None, :], 0.0)
-            e += tl.where(here, in_thread(de, BLOCK, WIDTH)[None, :], 0.0)
-            v += tl.where(here, in_thread(dv, BLOCK, WIDTH)[None, :], 0.0)
+            e += tl.where(here, in_thread(zero + de, BLOCK, WIDTH)[None, :], 0.0)
+            v += tl.where(here, in_thread(zero + dv, BLOCK, WIDTH)[None, :], 0.0)
     return tl.sum(z, 1), tl.sum(e, 1), tl.sum(v, 1)
 
 

@@ -14,8 +14,22 @@ FAR = tl.constexpr(1 << 62)  # beyond every column
 
 @triton.jit
 def in_thread(x, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Sums of WIDTH adjacent columns, in one thread."""
+    """Sums of WIDTH adjacent columns: in one thread if accesses are wide, else over lanes, which then all have the sum.
+
+    x must not be a plain product: see `zero_beside`.
+    """
     return tl.sum(tl.reshape(x, (BLOCK // WIDTH, WIDTH)), 1)
+
+
+@triton.jit
+def zero_beside(x):
+    """Zero, computed from a finite x, so that the compiler cannot replace it with a constant.
+
+    A product is added to this zero in one multiply-add before it is summed over lanes. Without it, the compiler would
+    fuse the product and the first sum over lanes, which rounds the product of the other lane only. The sums of two
+    lanes would then differ by an ulp, and which of them is stored would differ between runs.
+    """
+    return x - x
 
 
 @triton.jit

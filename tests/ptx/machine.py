@@ -1,0 +1,372 @@
+"""Runs the kernels of a module: the threads of a cluster, their order, barriers, jumps and calls."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from .accesses import access_of
+from .collectives import collective_of
+from .instructions import Array, value_of
+from .memory import Global, HazardError, Shared
+from .parse import Function, Instruction, Module
+from .registers import Active, Frame
+
+Run = Callable[[Active], None]
+_NOTHING = ("nothing", "membar", "fence", "createpolicy", "griddepcontrol", "prefetch", "prefetchu", "discard")
+_LIMIT = 20_000_000  # instructions of a cluster: more is a loop without an end
+
+
+class Launch(NamedTuple):
+    """What a launch gives besides the kernel."""
+
+    arguments: bytes
+    grid: tuple[int, int]  # blocks, of which neighbours along the first axis are a cluster
+    threads: int  # of a block
+    shared: int = 0  # bytes of a block
+    cluster: int = 1
+    ranges: tuple[tuple[int, int], ...] = ()  # of addresses that the kernel may touch
+
+
+class _Unit:
+    """Threads that run until all of them wait: by place, deepest in calls first, those that are there.
+
+    A group stalls at an instruction that needs whole warps until the others of its warps are there, too.
+    """
+
+    def __init__(self, span: slice) -> None:
+        self.span = span
+        self.groups: dict[tuple[int, int], Array] = {}
+        self.stalled: dict[tuple[int, int], Array] = {}
+
+    def add(self, key: tuple[int, int], mask: Array) -> None:
+        if mask.any():
+            for others in (self.groups, self.stalled):
+                if key in others:
+                    mask = mask | others.pop(key)
+            self.groups[key] = mask
+
+
+class _MissingError(Exception):
+    """Threads of a warp are elsewhere, and may come."""
+
+
+# Where they go on.
+_Waiting = tuple[_Unit, tuple[int, int], Active]
+
+
+class Machine:
+    """A module's kernel and a launch. `seed`: None lets the warps run together, else one at a time in random order."""
+
+    def __init__(self, module: Module, entry: Function, launch: Launch, seed: int | None = None) -> None:
+        self.module, self.entry, self.launch = module, entry, launch
+        self.random = None if seed is None else random.Random(seed)
+        self.steps = 0  # instructions run so far, of a unit
+        count = launch.cluster * launch.threads
+        self.threads = np.arange(count)
+        self.block, self.index = self.threads // launch.threads, self.threads % launch.threads
+        arguments, symbols = self._arguments()
+        self.constants = Global([(arguments, arguments + len(launch.arguments))])
+        self.memory = Global(launch.ranges)
+        self._first = np.zeros((2, count), np.int64)  # of the cluster's blocks: filled in for each
+        special = {
+            "%tid.x": self.index, "%tid.y": 0, "%tid.z": 0, "%ntid.x": launch.threads, "%laneid": self.index % 32,
+            "%nctaid.x": launch.grid[0], "%nctaid.y": launch.grid[1], "%ctaid.z": 0,
+            "%cluster_ctarank": self.block, "%cluster_nctarank": launch.cluster,
+        }  # fmt: skip
+        self._special: dict[str, Array] = special
+        self._symbols = symbols
+        self._frames: dict[str, Frame] = {}
+        self._runs: dict[int, Run] = {}
+        size = 32 if self.random else count
+        spans = [slice(i, min(i + size, count)) for i in range(0, count, size)]
+        if self.random and launch.threads % 32:
+            raise ValueError(f"{launch.threads} threads in random order: expected whole warps")
+        self._units = [_Unit(span) for span in spans]
+
+    def _arguments(self) -> tuple[int, dict[str, int]]:
+        """Where the arguments are, and the addresses of names."""
+        launch = self.launch
+        self._buffer = ctypes.create_string_buffer(launch.arguments, len(launch.arguments) + 1)
+        address, offset = ctypes.addressof(self._buffer), 0
+        symbols = {self.module.shared: 0} if self.module.shared else {}
+        for name, size, alignment in self.entry.parameters:
+            offset = -(-offset // alignment) * alignment
+            symbols[name] = address + offset
+            offset += size
+        if offset != len(launch.arguments):
+            raise ValueError(f"{self.entry.name}: expected {offset} bytes of arguments, got {len(launch.arguments)}")
+        return address, symbols
+
+    def is_argument(self, name: str) -> bool:
+        """Whether it is a parameter of the kernel."""
+        return any(name == p.name for p in self.entry.parameters)
+
+    def run(self) -> int:
+        """Runs every cluster of the grid, one after another; how many instructions that took.
+
+        Raises:
+            HazardError: the kernel's answer may depend on timing, or a GPU may refuse it.
+        """
+        with np.errstate(all="ignore"):
+            for y in range(self.launch.grid[1]):
+                for x in range(0, self.launch.grid[0], self.launch.cluster):
+                    self._special["%ctaid.x"], self._special["%ctaid.y"] = x + self.block, y
+                    self._cluster()
+        return self.steps
+
+    # One cluster.
+
+    def _cluster(self) -> None:
+        launch, count = self.launch, len(self.threads)
+        self._frames.clear()
+        self._runs.clear()
+        self.shared = Shared(launch.cluster, launch.shared, launch.threads)
+        self.alive = np.ones(count, bool)
+        self._waiting: dict[tuple[int, str], list[_Waiting]] = {}  # at a block's barrier, by rank and number
+        self._joining: list[_Waiting] = []  # at the cluster's barrier
+        self._arrived, self._passed = np.zeros(count, bool), np.zeros(count, bool)  # at the cluster's barrier
+        self._callers: list[Array] = []  # by depth, the place behind each thread's call
+        for unit in self._units:
+            unit.add((0, self.entry.start), np.ones(unit.span.stop - unit.span.start, bool))
+        while self.alive.any():
+            ready = [unit for unit in self._units if unit.groups]
+            self._last = not ready
+            if not ready:
+                ready = [unit for unit in self._units if unit.stalled]
+                for unit in ready:
+                    unit.groups, unit.stalled = unit.stalled, {}
+            if not ready:
+                raise HazardError("all threads that are left wait at barriers that others have passed")
+            unit = self.random.choice(ready) if self.random else ready[0]
+            left = self.random.randrange(1, 400) if self.random else _LIMIT
+            while unit.groups and left > 0:
+                left -= self._advance(unit)
+
+    def _advance(self, unit: _Unit) -> int:
+        """Runs the deepest and first threads of a unit as far as the next ones, or a jump; how many instructions."""
+        key = min(unit.groups)
+        depth, place = key
+        active = Active(unit.span, unit.groups.pop(key))
+        others = [p for d, p in (*unit.groups, *unit.stalled) if d == depth and p > place]
+        stop = min(others, default=len(self.module.code))
+        began = self.steps
+        while place < stop:
+            run = self._runs.get(place)
+            if run is None:
+                run = self._runs[place] = self._decode(place)
+            self.steps += 1
+            self.shared.time += 1
+            if self.steps > _LIMIT:
+                raise HazardError("a loop that does not end")
+            self._unit, self._next = unit, (depth, place + 1)
+            try:
+                run(active)
+            except _MissingError:
+                unit.stalled[depth, place] = active.mask
+                return self.steps - began
+            except HazardError as error:
+                raise HazardError(f"{error}: {self.module.code[place].text}") from None
+            if self._next is None:  # a jump or a barrier has placed the threads
+                return self.steps - began
+            place += 1
+        unit.add((depth, place), active.mask)
+        return self.steps - began
+
+    def _place(self, key: tuple[int, int], active: Active) -> None:
+        """Threads go on there, not behind the instruction."""
+        self._unit.add(key, active.mask)
+        self._next = None
+
+    def frame(self, function: Function) -> Frame:
+        if function.name not in self._frames:
+            self._frames[function.name] = Frame(function, len(self.threads), self._special, self._symbols)
+        return self._frames[function.name]
+
+    def _decode(self, place: int) -> Run:
+        instruction = self.module.code[place]
+        function = self.module.function_at(place)
+        run = self._plain(instruction, function)
+        if not instruction.guard:
+            return run
+        guard = self.frame(function).reader("!" * instruction.negated + instruction.guard, "pred")
+
+        def guarded(active: Active) -> None:
+            after, those = self._next, active.those(guard(active))
+            if those.mask.any():
+                run(those)
+            if self._next is None:
+                self._unit.add(after, active.mask & ~those.mask)
+
+        return guarded
+
+    def _plain(self, instruction: Instruction, function: Function) -> Run:
+        frame = self.frame(function)
+        if instruction.opcode in _NOTHING:
+            return lambda active: None
+        control = {
+            "bra": self._bra, "ret": self._ret, "exit": self._ret, "call": self._call, "returned": self._returned,
+            "bar": self._bar, "barrier": self._bar, "trap": self._trap,
+        }  # fmt: skip
+        if instruction.opcode in control:
+            return control[instruction.opcode](instruction, frame)
+        if run := access_of(instruction, frame, self) or collective_of(instruction, frame, self):
+            return run
+        if value := value_of(instruction):
+            targets = instruction.operands[0].split("|")
+            writers = [frame.writer(name, kind) for name, kind in zip(targets, value.results)]
+            readers = [frame.reader(name, kind) for name, kind in zip(instruction.operands[1:], value.sources)]
+            if len(value.results) == 1:
+                (write,) = writers
+                return lambda active: write(active, value.compute(*[read(active) for read in readers]))
+
+            def several(active: Active) -> None:
+                for write, result in zip(writers, value.compute(*[read(active) for read in readers])):
+                    write(active, result)
+
+            return several
+        raise NotImplementedError(f"tests/ptx has no {instruction.name}: {instruction.text}")
+
+    # Jumps and calls.
+
+    def _bra(self, instruction: Instruction, frame: Frame) -> Run:
+        target = frame.function.labels[instruction.operands[0]]
+        return lambda active: self._place((self._next[0], target), active)
+
+    def _ret(self, instruction: Instruction, frame: Frame) -> Run:
+        def run(active: Active) -> None:
+            depth = self._next[0]
+            if depth == 0:
+                self._end(active)
+                return
+            back = self._callers[-depth - 1][active.span]
+            for place in np.unique(back[active.mask]):
+                self._place((depth + 1, int(place)), active.those(back == place))
+
+        return run
+
+    def _call(self, instruction: Instruction, frame: Frame) -> Run:
+        name, _, *given = instruction.operands
+        callee = self.module.functions[name]
+        inner = self.frame(callee)
+        pairs = [(inner.parameter(p.name), frame.parameter(g)) for p, g in zip(callee.parameters, given)]
+
+        def run(active: Active) -> None:
+            depth, behind = self._next
+            for to, source in pairs:
+                active.assign(to, source[active.span])
+            if len(self._callers) <= -depth:
+                self._callers.append(np.zeros(len(self.threads), np.int64))
+            active.assign(self._callers[-depth], behind)
+            self._place((depth - 1, callee.start), active)
+
+        return run
+
+    def _returned(self, instruction: Instruction, frame: Frame) -> Run:
+        name, result, *_ = instruction.operands
+        if not result:
+            return lambda active: None
+        callee = self.module.functions[name]
+        to, source = frame.parameter(result), self.frame(callee).parameter(callee.result)
+        return lambda active: active.assign(to, source[active.span])
+
+    def _trap(self, instruction: Instruction, frame: Frame) -> Run:
+        def run(active: Active) -> None:
+            raise HazardError("a trap")
+
+        return run
+
+    def _end(self, active: Active) -> None:
+        self._next = None
+        self.shared.end(active.threads)
+        self.alive[active.threads] = False
+        for rank in range(self.launch.cluster):
+            self.shared.ended[rank] = not self.alive[self.block == rank].any()
+        for rank, barrier in list(self._waiting):
+            self._release(rank, barrier)
+        self._complete()
+
+    # Barriers.
+
+    def together(self, active: Active) -> None:
+        """Makes sure that whole warps are here."""
+        warp = self.shared.warp
+        here = np.bincount(warp[active.threads], minlength=warp[-1] + 1)
+        alive = np.bincount(warp[self.alive], minlength=warp[-1] + 1)
+        if ((here > 0) & (here != alive)).any():
+            if self._last:
+                raise HazardError("threads of a warp are missing")
+            raise _MissingError
+
+    def _bar(self, instruction: Instruction, frame: Frame) -> Run:
+        kind = instruction.name
+        if kind == "bar.warp.sync":
+
+            def warp(active: Active) -> None:
+                self.together(active)
+                self.shared.ordered[1, active.threads] = self.shared.time
+
+            return warp
+        if kind in ("bar.sync", "barrier.sync", "barrier.sync.aligned") and len(instruction.operands) == 1:
+            return lambda active: self._wait(instruction.operands[0], active)
+        if kind.startswith("barrier.cluster.arrive") and "relaxed" not in kind:
+            return self._arrive
+        if kind.startswith("barrier.cluster.wait"):
+            return self._await
+        raise NotImplementedError(f"tests/ptx has no {kind}: {instruction.text}")
+
+    def _wait(self, barrier: str, active: Active) -> None:
+        self.together(active)
+        after, self._next = self._next, None
+        ranks = self.block[active.span]
+        for rank in np.unique(ranks[active.mask]).tolist():
+            self._waiting.setdefault((rank, barrier), []).append((self._unit, after, active.those(ranks == rank)))
+            self._release(rank, barrier)
+
+    def _release(self, rank: int, barrier: str) -> None:
+        """Threads of a block go on if all that are left wait at this barrier."""
+        waiting = self._waiting[rank, barrier]
+        if sum(len(active.threads) for *_, active in waiting) < (self.alive & (self.block == rank)).sum():
+            return
+        for unit, after, active in self._waiting.pop((rank, barrier)):
+            self._order(active, 4 if self.launch.cluster == 1 else 3)
+            unit.add(after, active.mask)
+
+    def _order(self, active: Active, levels: int) -> None:
+        self.shared.ordered[1:levels, active.threads] = self.shared.time
+
+    def _arrive(self, active: Active) -> None:
+        self.together(active)
+        if (self._arrived | self._passed)[active.threads].any():
+            raise HazardError("a thread arrives twice")
+        self._arrived[active.threads] = True
+        self._complete()
+
+    def _complete(self) -> None:
+        """The cluster's barrier, once all that are left have arrived."""
+        if not self._arrived.any() or not self._arrived[self.alive].all():
+            return
+        self._arrived[:] = False
+        self._passed |= self.alive
+        for unit, after, active in self._joining:
+            self._pass(active)
+            unit.add(after, active.mask)
+        self._joining.clear()
+
+    def _pass(self, active: Active) -> None:
+        self._passed[active.threads] = False
+        self._order(active, 4)
+
+    def _await(self, active: Active) -> None:
+        self.together(active)
+        if not (self._arrived | self._passed)[active.threads].all():
+            raise HazardError("a thread waits for the cluster without having arrived")
+        if self._passed[active.threads].all():
+            self._pass(active)
+            return
+        self._joining.append((self._unit, self._next, active))
+        self._next = None
