@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("triton")
 
 from cudfast import backends, gpu_model, machine
-from cudfast.gpu_model import GPUS, REACHED, Estimate, Kernel
-from cudfast.machine import Loop, Machine
+from cudfast.inspect.gpu_model import GPUS, REACHED, Estimate, Kernel
+from cudfast.inspect.machine import Loop, Machine
 
 V = 32_000
 NEEDED = REACHED * 4.8e12 * gpu_model.LATENCY / 132  # bytes in flight on a processor of an H200
