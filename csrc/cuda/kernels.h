@@ -263,10 +263,18 @@ struct RowKernel {
     });
   }
 
+  // A row that does not count has no gradient.
+  CUDFAST_KERNEL void skip(Executor& x, int row) const {
+    x.each([&](Thread th) {
+      if (th.index == 0) x.shared<Board>(th.rank).map = {};
+      if (writes(x, th) && call.from != From::state) report(row, State{}, 0);
+    });
+  }
+
   // Each thread's share once more: the gradient, zeros where the row does not count and behind the classes. see(thread,
   // view) makes what changes the values of a thread's chunks before they are mapped.
   template <class See>
-  CUDFAST_KERNEL void map(Executor& x, int row, bool counts, See see) const {
+  CUDFAST_KERNEL void map(Executor& x, int row, See see) const {
     x.join();  // the gradient may lie over the logits, of which other blocks read single elements until here
     x.each([&](Thread th) {
       const View view = this->view(x, th, row);
@@ -274,7 +282,7 @@ struct RowKernel {
       auto seen = see(th, view);
       for (int chunk = view.chunks.begin + th.index; chunk < view.chunks.end; chunk += x.threads()) {
         R g[width] = {};
-        if (counts && map.counts) {
+        if (map.counts) {
           Values v;
           view.load(x, th, chunk, v);
           seen(chunk, v);
@@ -308,13 +316,11 @@ struct RowKernel {
       finish(x, row, m);
     } else if (call.only_parts) {
       return;
-    } else if (call.from != From::state) {
-      x.each([&](Thread th) {
-        if (writes(x, th)) report(row, State{}, 0);
-      });
+    } else {
+      skip(x, row);
     }
     if (!call.out.gradient.data) return;
-    map(x, row, !m.ignored, [](Thread, const View&) { return [](int, Values&) {}; });
+    map(x, row, [](Thread, const View&) { return [](int, Values&) {}; });
   }
 };
 
