@@ -89,7 +89,7 @@ def triton(numbers: list[int], *options: str) -> list[dict[str, Any]]:
 
 def groups(full: bool) -> list[Any]:
     """Numbers of calls, of which each process runs some."""
-    numbers = [i for i, case in enumerate(TRITON) if case.full == full and not case.fails]
+    numbers = [i for i, case in enumerate(TRITON) if case.full == full]
     marks = [pytest.mark.slow] if full else []
     return [pytest.param(numbers[i::GROUPS], id=f"{'full ' * full}{i}", marks=marks) for i in range(GROUPS)]
 
@@ -101,14 +101,6 @@ def test_triton(numbers: list[int]) -> None:
     assert {line["case"]: line["wrong"] for line in lines if line["wrong"]} == {}
     for number, line in zip(numbers, lines):
         assert TRITON[number].full or sum(each["instructions"] for each in line["ran"]) < MOST
-
-
-@without_triton
-@pytest.mark.xfail(reason="two runs of projected_rows and temper_rows may differ in the last bit of a sum")
-def test_triton_where_it_is_known_to_fail() -> None:
-    numbers = [i for i, case in enumerate(TRITON) if case.fails]
-    for number, line in zip(numbers, triton(numbers)):
-        assert TRITON[number].fails not in line["wrong"]
 
 
 @without_triton

@@ -138,10 +138,6 @@ def _compile(sources: list[Path], built: Path) -> None:
         os.replace(f"{folder}/built", built)
 
 
-class _Machine(ctypes.Structure):  # csrc/cuda/launch.h
-    _fields_ = [(name, ctypes.c_int) for name in ("processors", "shared", "capability", "cluster")]
-
-
 _Recorder = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, *[ctypes.c_int] * 5)
 
 
@@ -154,11 +150,7 @@ class _Calls:
         self._error: BaseException | None = None
         self._run = _Recorder(self._launch)  # kept alive with this
         library = ctypes.CDLL(self._module.__file__)
-        ctypes.c_void_p.in_dll(library, "cudfast_recorder").value = ctypes.cast(self._run, ctypes.c_void_p).value
-        machine = _Machine.in_dll(library, "cudfast_machine")
-        machine.processors, machine.shared, machine.capability, machine.cluster = (
-            device.processors, device.shared, 90, device.cluster,
-        )  # fmt: skip
+        library.cudfast_record(self._run, device.processors, device.shared, device.cluster)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._module, name)
