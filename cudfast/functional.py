@@ -1,4 +1,4 @@
-"""The losses as functions: arguments checked and flattened, then the choice of path."""
+"""The losses as functions: they check and flatten their arguments, and choose the path of the call."""
 
 from __future__ import annotations
 
@@ -92,24 +92,25 @@ def cud_loss(
         student_logits: (..., V) float32, float64, bfloat16 or float16. Any row stride; the last axis dense.
         teacher_logits: (..., V), its own dtype; must not require grad. None is allowed when kd_weight is 0.
         labels: (...) integer class indices, `ignore_index` or `unlabeled_index`; None: every row is unlabelled.
-        options: what the loss is made of; see `CUDOptions`.
-        weight: (...) one weight per row, finite and >= 0, or a bool mask; a row of weight 0 counts for nothing.
+        options: the settings of the loss; see `CUDOptions`.
+        weight: (...) one weight per row, finite and >= 0, or a bool mask; a row of weight 0 is excluded.
         temperature: overrides options.temperature: a number, or (...) one value per row, in [1e-4, 1e4].
         num_items: replaces both divisors of reduction="mean" (and divides the other reductions): a number or a tensor
-            of one, as trainers with gradient accumulation pass it. 0 is an error on a CPU if a row counts.
+            with one element, as trainers with gradient accumulation pass it. On a CPU, 0 is an error unless every row
+            is excluded.
         return_stats: also return `StudentStatistics` of every row, from the same pass.
         grad_out: (..., V) memory for the gradient, in the student's dtype. Without
             it, large CPU gradients come from a pool (see `cudfast.empty_cache`).
-        shard: `cudfast.distributed.Shard.of(group)`, where the classes of a row are spread over a process group; V is
-            then their number here, and everything else that of the whole. See `cudfast.CUDLoss`.
+        shard: `cudfast.distributed.Shard.of(group)` if the classes are sharded over a process group. V is then the
+            number of classes of this rank; all other arguments refer to all classes. See `cudfast.CUDLoss`.
 
     Returns:
-        The loss: () or, for reduction="none", (...); float32, or float64 when the logits that count are. With
-        return_stats, a pair.
+        The loss: () or, for reduction="none", (...); float32, or float64 if any logits that the loss uses are float64.
+        With return_stats, a pair.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; a label out of range names
-            its row. RuntimeError: a backend that is not there, a second derivative, a torch.func transform.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the error for a label out
+            of range names its row. RuntimeError: an unavailable backend, a second derivative, a torch.func transform.
 
     Example:
         >>> student, teacher = torch.randn(4, 10, requires_grad=True), torch.randn(4, 10)
@@ -156,7 +157,7 @@ def cud_loss(
         scalar, per_row = temperature_of(temperature, options.temperature, student, "student_logits")
         if options.kd_weight == 0 and not return_stats:  # plain cross-entropy needs one matrix and one exponential
             rows = Rows(student, None, flat_labels, flat_weight, None, 1.0, items, classes)
-            # A compiled graph knows no options that are made in it: its op makes them.
+            # Options made within a compiled graph cannot be constants of it: the op makes them.
             call = Call(options if torch.compiler.is_compiling() else cross_entropy(options), False, grad_out, shard)
         else:
             constraints = None
@@ -236,13 +237,13 @@ def dus_loss(
     Args:
         logits: (..., V) float32, float64, bfloat16 or float16. Any row stride; the last axis dense.
         labels: (...) integer class indices, or `ignore_index`.
-        options: what the loss is made of; see `DUSOptions`.
+        options: the settings of the loss; see `DUSOptions`.
         alpha: (V,) focal scale per class, > 0; overrides options.alpha.
         weight: (...) one weight per row, finite and >= 0.
         num_items: replaces the divisor of reduction="mean" (and divides the other reductions).
         return_stats: also return `TeacherStatistics` of every row, from the same pass.
         grad_out: (..., V) memory for the gradient, in the logits' dtype.
-        shard: as in `cud_loss`; alpha is that of all classes.
+        shard: as in `cud_loss`; alpha has one value for each of all classes.
 
     Returns:
         The loss: () or, for reduction="none", (...); float32, or float64 for float64 logits. With return_stats, a pair.

@@ -24,13 +24,13 @@ def changed(options: LossOptions | LinearOptions) -> str:
 
 
 class FocalLoss(nn.Module):
-    """A loss with a focal scale: a number is an option, one per class (V,) is a buffer that the state dict holds."""
+    """A loss with a focal scale: a number is an option; a tensor (V,), one value per class, is a persistent buffer."""
 
     alpha: Tensor | None
     _version = 2  # of the state dict; 1, that of cudfast 0.1.0, has no alpha
 
     def register_alpha(self, alpha: float | Tensor) -> float:
-        """Keeps a scale per class, and returns the scale that is an option."""
+        """Registers the scale per class, if there is one, as a buffer. Returns the scale for the options."""
         per_class = alpha.detach() if isinstance(alpha, Tensor) and alpha.dim() > 0 else None
         self.register_buffer("alpha", per_class)
         return float(alpha) if per_class is None else 1.0
@@ -73,25 +73,27 @@ class CUDLoss(nn.Module):
         kd_weight, ce_weight: weights of the two terms, >= 0. Default 0.8 and 0.2 (paper).
         calibration: `WClip`, `Projection` (the exact target of Eq. 2, in place of q above), or None. Default
             ``WClip(budget=0.5, margin=0.7)`` (paper).
-        ignore_index: label of rows that count for nothing. Default -100.
-        unlabeled_index: label of rows without one: the distillation term only, unclipped. Default -1.
-        reduction: "mean", "sum" or "none". The mean divides the distillation term by the rows that count and
-            cross-entropy by those that have a label (by their weights' sums when `weight` is given).
-        num_classes: how many leading columns are classes, for logits padded to unequal widths. Default: all.
-        save: "auto", "state" or "gradient": what is kept for backward; see `cudfast.options.LossOptions`.
+        ignore_index: label of rows that are excluded. Default -100.
+        unlabeled_index: label that marks a row as unlabelled: it has the distillation term only, unclipped. Default -1.
+        reduction: "mean", "sum" or "none". The mean divides the distillation term by the number of rows that are not
+            excluded, and cross-entropy by the number of labelled rows (with `weight`, by the sums of their weights).
+        num_classes: number of leading columns that are classes, for logits padded to unequal widths. Default: all.
+        save: "auto", "state" or "gradient": the tensors saved for backward; see `cudfast.options.LossOptions`.
         inplace: write the gradient over the student logits.
         backend: "auto", "native" or "reference".
         check_finite: raise on rows whose loss is NaN, naming the first.
-        process_group: the ranks that hold the classes of a row, each some consecutive ones: logits are (..., V_r), with
-            V_r of any size, 0 too; all else is whole and the same on every rank, and so are the loss and the
-            statistics. docs/distributed.md says what is sent (nothing of size V). Default None: one process.
-        class_offset: the first class of this rank. Default None: ranks hold classes in their order.
+        process_group: the group across which the class dimension is sharded. Each rank has consecutive classes: logits
+            are (..., V_r), where V_r may differ between ranks and may be 0. All other arguments, the loss and the
+            statistics are the same on every rank. docs/distributed.md lists the messages between ranks (none has size
+            V). Default None: one process.
+        class_offset: the first class of this rank. Default None: the shards are in the order of the ranks.
 
     Shapes:
         student_logits (..., V), teacher_logits (..., V), labels (...), weight (...), temperature () or (...);
         returns () or (...) for reduction="none". The classes are the last axis, also of (N, C, C) logits; pass logits
         (N, C, L) of nn.CrossEntropyLoss as logits.movedim(1, -1). Logits float32, float64, bfloat16 or float16, also
-        mixed; the loss is float32, or float64 when the logits that count are; the gradient has the student's dtype.
+        mixed; the loss is float32, or float64 if any logits that it uses are float64; the gradient has the student's
+        dtype.
 
     Raises:
         TypeError, ValueError, RuntimeError: see `cudfast.functional.cud_loss`.
@@ -173,7 +175,7 @@ class CUDLoss(nn.Module):
 class DUSLoss(FocalLoss):
     """Teacher loss of Calibrated Uncertainty Distillation (difficulty-aware uncertainty shaping), Eq. 3.
 
-    A drop-in for `torch.nn.CrossEntropyLoss` when fine-tuning the teacher. With p = softmax(logits)::
+    A drop-in replacement for `torch.nn.CrossEntropyLoss` to fine-tune the teacher. With p = softmax(logits)::
 
         L = ce_weight * (-log p_y) + focal_weight * (-alpha_y (1 - p_y)^gamma log p_y) - entropy_weight * w * H(p)
         w = 1{p_y < gate_threshold} + gate_scale * (1 - p_y)^gate_power
@@ -184,11 +186,11 @@ class DUSLoss(FocalLoss):
         ce_weight, focal_weight: weights of the terms, >= 0. Default 1.0 and 1.0 (ours; the paper leaves them open).
         entropy_weight: weight of the gated entropy in nats, >= 0. Default 0.1 (paper).
         gamma: focal exponent, >= 0. Default 10 (paper).
-        alpha: focal scale > 0: a number, or a tensor (V,), which the state dict holds. Default 1.0 (paper).
+        alpha: focal scale > 0: a number, or a tensor (V,), which is part of the state dict. Default 1.0 (paper).
         gate_threshold, gate_scale, gate_power: the gate. Default 0.5, 1.0, 1.0 (ours; the paper leaves them open).
         differentiate_gate: let the gradient flow through the gate's ramp. Default False (the gate is a weight).
         ignore_index, reduction, num_classes, save, inplace, backend, check_finite, process_group, class_offset: as in
-            `CUDLoss`; alpha is that of all classes.
+            `CUDLoss`; alpha has one value for each of all classes.
 
     Shapes:
         logits (..., V), labels (...), weight (...); returns () or (...) for reduction="none".

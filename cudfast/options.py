@@ -1,7 +1,7 @@
-"""What a loss is made of: frozen, validated, hashable.
+"""The settings of the losses: frozen, validated, hashable.
 
-Options never hold tensors. What changes from call to call (labels, weights, a temperature per row) is an argument of
-the call; what makes two losses different is a field here.
+Options contain no tensors. A value that changes between calls (labels, weights, a temperature per row) is an argument
+of the call; a value that defines the loss is a field here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BackendName = Literal["auto", "reference", "native", "triton", "cuda"]
 
 NUMBERS = (int, float, np.integer, np.floating)
 
-# Temperatures outside say nothing that the ends do not, and e^(x / tau) or tau^2 would leave f32.
+# Temperatures outside give practically the loss at the ends, and e^(x / tau) or tau^2 would leave the range of f32.
 TEMPERATURES = (1e-4, 1e4)
 
 
@@ -41,7 +41,7 @@ def _number(owner: object, name: str, low: float, high: float = math.inf, *, ope
         right = f"{high:g}]" if math.isfinite(high) else "inf)"
         hint = "; for cross-entropy alone, pass kd_weight=0" if name == "temperature" and value == 0 else ""
         raise ValueError(f"{kind}({name}={value}): expected a finite number in {left}{low:g}, {right}{hint}")
-    if not isinstance(value, (int, float)):  # numpy's numbers, which JSON does not know
+    if not isinstance(value, (int, float)):  # numpy's numbers, which JSON cannot represent
         object.__setattr__(owner, name, float(value))
 
 
@@ -99,10 +99,11 @@ class WClip:
 
 
 class _Text:
-    """Options as JSON: how they pass through a torch.library op. A projection is left out: it holds tensors.
+    """Options as JSON, the form in which they are passed to a torch.library op. Projections are left out: they contain
+    tensors.
 
-    The text is made once, since no release of torch traces how, and each reads an attribute. It is no field, so it
-    counts in no comparison, hash or repr; whatever makes a copy makes it anew.
+    The text is made in the constructor: no release of torch can trace its making, and all can trace an attribute. It is
+    not a field, so comparisons, hashes and reprs leave it out; a copy makes its own.
     """
 
     text: ClassVar[str]
@@ -119,7 +120,7 @@ class _Text:
 
 
 def _plain(field: object) -> object:
-    """What JSON has for the value of a field that it does not know."""
+    """The JSON form of a field's value that JSON cannot represent."""
     if isinstance(field, WClip):
         return dataclasses.asdict(field)
     return None if isinstance(field, Projection) else str(field)
@@ -130,19 +131,19 @@ class LossOptions(_Text):
     """Fields that both losses share.
 
     Args:
-        ignore_index: rows with this label count for nothing; their gradient is exactly 0. Default -100 (PyTorch).
-        unlabeled_index: rows with this label have no label: they count in the distillation term only. None: no such
-            label. Default None; -1 in CUDOptions.
+        ignore_index: rows with this label are excluded; their gradient is exactly 0. Default -100 (PyTorch).
+        unlabeled_index: marks rows as unlabelled: they contribute to the distillation term only. None: no such label.
+            Default None; -1 in CUDOptions.
         reduction: "none", "sum" or "mean" ("batchmean" is an alias of "mean"). Default "mean".
-        num_classes: how many leading columns are real classes, for logits padded to unequal widths. None: all.
-        save: what is kept between forward and backward. "state": the row state, at most 96 bytes a row, and the
+        num_classes: number of leading columns that are real classes, for logits padded to unequal widths. None: all.
+        save: what is saved between forward and backward. "state": the row state, at most 96 bytes a row, and the
             gradient is computed in backward. "gradient": the gradient itself, computed in forward while the row is in
-            cache; the inputs are held, too, for a second backward. "auto": "gradient" for scalar reductions, "state"
+            cache; the inputs are saved, too, for a second backward. "auto": "gradient" for scalar reductions, "state"
             for reduction="none" and for float16 logits.
-        inplace: write the gradient over the logits, which hold it after backward; no (N, V) memory at all.
+        inplace: write the gradient over the logits, which contain it after backward; no (N, V) memory is allocated.
         backend: "auto", "native" (C++ on the CPU), "triton" (GPUs), "cuda" (NVIDIA GPUs,
             opt-in: CUDA C++) or "reference" (PyTorch, any device).
-        check_finite: raise ValueError naming the first row whose loss is NaN, at the cost of a read of the row states.
+        check_finite: raise ValueError for the first row whose loss is NaN, at the cost of one read of the row states.
     """
 
     ignore_index: int = -100
@@ -181,8 +182,8 @@ class CUDOptions(LossOptions):
     """Student loss, Eq. 9: ``kd_weight * tau^2 * KL(q^(tau) || p_S^(tau)) + ce_weight * CE``.
 
     Args:
-        temperature: tau in [1e-4, 1e4]. Default 2.0. 1, 2 and 4 are the fastest: two exponentials an
-            element instead of three.
+        temperature: tau in [1e-4, 1e4]. Default 2.0. 1, 2 and 4 are the fastest: two exponentials per element instead
+            of three.
         kd_weight: weight of the distillation term, >= 0. Default 0.8 (paper).
         ce_weight: weight of the cross-entropy term at temperature 1, >= 0. Default 0.2 (paper).
         calibration: `WClip`, `Projection`, or None for plain distillation. Default ``WClip(budget=0.5, margin=0.7)``
@@ -191,7 +192,7 @@ class CUDOptions(LossOptions):
     Other fields: see `LossOptions`.
 
     Raises:
-        TypeError, ValueError: a field out of its range, named with what was expected.
+        TypeError, ValueError: a field out of range; the error names it and the expected values.
 
     Example:
         >>> CUDOptions(temperature=4.0).kd_weight
@@ -220,9 +221,9 @@ class CUDOptions(LossOptions):
 class DUSOptions(LossOptions):
     """Teacher loss, Eq. 3: ``ce_weight * CE + focal_weight * focal - entropy_weight * w * H(p)``.
 
-    The gate ``w = 1{p_y < gate_threshold} + gate_scale * (1 - p_y)^gate_power`` rewards entropy where the row is hard.
-    The paper gives entropy_weight = 0.1, gamma = 10 and alpha = 1; it leaves the others to the user, so their defaults
-    here are ours: a step at one half and a linear ramp.
+    The gate ``w = 1{p_y < gate_threshold} + gate_scale * (1 - p_y)^gate_power`` rewards entropy in hard rows. The paper
+    gives entropy_weight = 0.1, gamma = 10 and alpha = 1, and leaves the other values open. Their defaults here are
+    ours: a step at one half and a linear ramp.
 
     Args:
         ce_weight: weight of cross-entropy, >= 0. Default 1.0 (ours).
@@ -230,7 +231,7 @@ class DUSOptions(LossOptions):
         entropy_weight: weight of the gated entropy, in units of nats, >= 0. Default 0.1 (paper).
         gamma: focal exponent, >= 0. Default 10.0 (paper).
         alpha: focal scale for all classes, > 0. Default 1.0 (paper). One value per class is an argument of the call.
-        gate_threshold: rows with p_y below it get the whole reward, in [0, 1]. Default 0.5 (ours).
+        gate_threshold: the step is 1 for rows with p_y below it, in [0, 1]. Default 0.5 (ours).
         gate_scale: size of the ramp, >= 0. Default 1.0 (ours).
         gate_power: exponent of the ramp, >= 0. Default 1.0 (ours).
         differentiate_gate: let the gradient flow through the ramp (the step has none). Default False.
@@ -238,7 +239,7 @@ class DUSOptions(LossOptions):
     Other fields: see `LossOptions`.
 
     Raises:
-        TypeError, ValueError: a field out of its range, named with what was expected.
+        TypeError, ValueError: a field out of range; the error names it and the expected values.
 
     Example:
         >>> DUSOptions(gamma=2.0).entropy_weight
@@ -267,21 +268,21 @@ class DUSOptions(LossOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearOptions(_Text):
-    """How logits come from hidden states, and what memory that may take: ``softcap * tanh(scale * z / softcap)``.
+    """The formula of logits from hidden states, ``softcap * tanh(scale * z / softcap)``, and its memory budget.
 
     z = hidden @ weight.T + bias; without a soft cap the logits are ``scale * z``.
 
     Args:
-        memory_budget: bytes that a call may take beyond its inputs and the gradients that it returns, or "auto": 256
-            MiB. It decides how many rows and classes of the logits exist at a time. Default "auto".
-        accumulate_dtype: dtype in which weight gradients are summed over chunks of rows where it is wider than the
+        memory_budget: bytes that a call may allocate besides the gradients that it returns, or "auto": 256 MiB. It
+            determines the number of rows and classes of the logits that exist at a time. Default "auto".
+        accumulate_dtype: dtype in which weight gradients are summed over chunks of rows if it is wider than the
             weight's own; float32, float64, or a 16-bit dtype to save that memory. Default float32.
         scale: factor of the (student) logits, > 0. Default 1.0 (Cohere's logit_scale).
         softcap: c of c * tanh(z / c), > 0; None: no cap. Default None (Gemma's final_logit_softcapping).
-        teacher_scale, teacher_softcap: the same for the teacher's.
+        teacher_scale, teacher_softcap: the same for the teacher's logits.
 
     Raises:
-        TypeError, ValueError: a field out of its range, named with what was expected.
+        TypeError, ValueError: a field out of range; the error names it and the expected values.
 
     Example:
         >>> LinearOptions(memory_budget=64 << 20, softcap=30.0).bytes
@@ -309,13 +310,13 @@ class LinearOptions(_Text):
 
     @property
     def bytes(self) -> int:
-        """The budget."""
+        """The memory budget in bytes."""
         return 256 << 20 if self.memory_budget == "auto" else self.memory_budget
 
 
 @functools.lru_cache(maxsize=64)
 def cross_entropy(options: CUDOptions) -> DUSOptions:
-    """The teacher loss with cross-entropy alone is what is left of the student loss at kd_weight=0."""
+    """Options of the teacher loss that equals the student loss at kd_weight=0: cross-entropy only."""
     return DUSOptions(
         ce_weight=options.ce_weight,
         focal_weight=0.0,

@@ -1,4 +1,4 @@
-"""What the row states already know, as tensors of one value per row: no second pass over the logits, no host sync."""
+"""Statistics from the row states, one value per row: no second pass over the logits, no synchronisation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rows.vectors import masks
 class StudentStatistics(NamedTuple):
     """Statistics of the student loss; every field has the labels' shape (...). Probabilities are at temperature 1.
 
-    Rows that are ignored hold NaN (top-1: -1, correct: False); unlabelled rows hold NaN where a label is needed.
+    Ignored rows have NaN (top-1: -1, correct: False); unlabelled rows have NaN in the statistics that need a label.
     """
 
     teacher_top1: Tensor  #: int64 class
@@ -40,7 +40,7 @@ class TeacherStatistics(NamedTuple):
 
 
 def student_statistics(rows: Rows, options: CUDOptions, packed: State) -> StudentStatistics:
-    """From the states of the first sweep."""
+    """The statistics of rows from the states of the first sweep."""
     columns = dict(zip(columns_of(rows, options), packed.sums.detach().unbind(-1)))
     fields = [*(columns[name] for name in STUDENT_COLUMNS), packed.top1]
     state = reference.StudentState(*fields)  # not ._make, which torch 2.8 cannot trace
@@ -75,7 +75,7 @@ def student_statistics(rows: Rows, options: CUDOptions, packed: State) -> Studen
 
 
 def teacher_statistics(rows: Rows, options: DUSOptions, packed: State) -> TeacherStatistics:
-    """From the states of the first sweep."""
+    """The statistics of rows from the states of the first sweep."""
     state = reference.TeacherState(*packed.sums.detach().unbind(-1))
     _, labelled = masks(rows, options)
     shape = rows.logits.shape[:-1]
