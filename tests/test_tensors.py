@@ -113,7 +113,7 @@ def test_wrapper_subclasses(backend: str) -> None:
         expected = loss(leaf, b, y, weight=w)
         torch.testing.assert_close(getattr(value, which), expected.detach(), rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(getattr(student.grad, which), gradient(expected, leaf), rtol=1e-5, atol=1e-7)
-    with pytest.raises(RuntimeError, match=r"do not go with student_logits, which has no memory of its own"):
+    with pytest.raises(RuntimeError, match=r"cannot be used with student_logits, which has no memory of its own"):
         CUDLoss(inplace=True)(Twin(s, s2), Twin(t, t2), y)
 
 

@@ -1,1 +1,1 @@
-"""From two sweeps to a differentiable loss."""
+"""The losses as differentiable functions, from the two sweeps of a backend."""

@@ -1,9 +1,9 @@
-"""From two sweeps to a differentiable loss.
+"""The losses as differentiable functions, from the two sweeps of a backend.
 
-Eager calls go through `torch.autograd.Function`: its cost a call is a fraction of a Python custom op's, which for small
-batches would be the whole cost. Under `torch.compile`, and with tensors that have no memory of their own, the same
-sweeps go through `torch.library` ops, which trace with fullgraph=True; there the gradient is always made in backward,
-from the saved state.
+Eager calls use `torch.autograd.Function`, whose overhead is a fraction of that of a Python custom op, which would
+dominate for small batches. Under `torch.compile`, and for tensors that have no memory of their own, the same sweeps are
+`torch.library` ops, which can be traced with fullgraph=True; these always compute the gradient in backward, from the
+saved state.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from .shared import Once, keeps_gradient, save, saved, upstream_of
 
 
 def _gradient_memory(rows: Rows, call: Call) -> Tensor:
-    """Where the gradient goes."""
+    """The memory that the gradient is written to."""
     if call.options.inplace:
         return rows.logits.detach()
     return gradient_like(rows.logits) if call.grad_out is None else call.grad_out
 
 
 def _wrote(rows: Rows, call: Call, gradient: Tensor) -> None:
-    """Tells autograd what was overwritten, so that whoever saved it raises instead of lying."""
+    """Bumps the version counter of the overwritten tensor, so autograd raises instead of using stale data."""
     if call.options.inplace:
         torch.autograd.graph.increment_version(rows.logits)
     elif call.grad_out is not None:
         torch.autograd.graph.increment_version(gradient)
 
 
-# What the node needs besides the logits, as one argument: each costs a third of a microsecond. The list receives the
-# state when the caller reads it.
+# The node's arguments besides the logits, in one tuple: each argument of `apply` costs a third of a microsecond. The
+# list receives the state if the caller needs it.
 _Work = tuple[Rows, Call, Backend, list[State] | None]
 
 
@@ -61,7 +61,7 @@ class _Loss(torch.autograd.Function):
         if kept is not None and state is not None:
             kept.append(state)
         ctx.plain = (call, backend, rows.scalar, rows.num_items, rows.classes, rows.constraints)
-        # Unpacked only while the gradient is still to be made: logits changed after the loss are no error otherwise.
+        # Unpacked only if the gradient is not computed yet: otherwise logits may change after the loss.
         if gradient is None:
             assert state is not None
             ctx.made, ctx.spent = None, False
@@ -82,7 +82,7 @@ class _Loss(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return _Loss._gradient(ctx, upstream), None
         if ctx.plain[0].options.inplace:
-            raise RuntimeError("inplace=True does not go with create_graph=True: the logits are overwritten")
+            raise RuntimeError("inplace=True cannot be used with create_graph=True: the logits are overwritten")
         logits = ctx.saved_tensors[0]  # create_graph=True
         with torch.no_grad():
             gradient = _Loss._gradient(ctx, upstream)
@@ -90,7 +90,7 @@ class _Loss(torch.autograd.Function):
 
     @classmethod
     def node(cls, logits: Tensor, work: _Work) -> Tensor:
-        """`apply` without its look for functorch: `check_call` has had that, and small batches feel it."""
+        """`apply` without its check for functorch, which `check_call` makes: for small batches it would be slow."""
         loss: Tensor = super(torch.autograd.Function, cls).apply(logits, work)  # type: ignore[misc]
         return loss
 
@@ -100,7 +100,7 @@ class _Loss(torch.autograd.Function):
             return _Loss._made_now(ctx, upstream)
         gradient: Tensor
         gradient, version = ctx.made
-        ctx.made = None  # handed over once; a second backward makes it again
+        ctx.made = None  # returned once; a second backward computes it again
         if gradient._version != version:
             raise RuntimeError(
                 "the gradient of this loss was overwritten before backward: its grad_out (or, with inplace=True, "
@@ -134,7 +134,7 @@ class _Loss(torch.autograd.Function):
 
 
 def evaluate(rows: Rows, call: Call) -> tuple[Tensor, State | None]:
-    """The loss () or (N,), differentiable where that is wanted, and the state when statistics are."""
+    """The loss () or (N,), differentiable if gradients are required, and the state if statistics are."""
     options = call.options
     if not direct(rows.logits, rows.target, rows.labels, rows.weight, rows.per_row):
         return evaluate_op(rows, call)

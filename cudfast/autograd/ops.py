@@ -1,6 +1,6 @@
-"""The two sweeps as torch.library ops, which trace with fullgraph=True.
+"""The two sweeps as torch.library ops, which can be traced with fullgraph=True.
 
-The gradient is always made in backward, from the saved state.
+The gradient is always computed in backward, from the saved state.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .shared import save, saved
 
 
 def parsed_of(options: str, target: Tensor | None) -> CUDOptions | DUSOptions:
-    """Of a call: without a target, cross-entropy is what is left of the student loss."""
+    """The options of a call. Without a target, the student loss is reduced to cross-entropy."""
     parsed = parse(options)
     return cross_entropy(parsed) if isinstance(parsed, CUDOptions) and target is None else parsed
 
 
 def packed_of(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[str, list[Tensor], str]:
-    """Options and constraints as an op takes them: a text, tensors, and what those are."""
+    """Options and constraints as an op takes them: the options as text, tensors, and flags that describe them."""
     if rows.constraints is None:
         return options.text, [], ""
     return options.text, *rows.constraints.packed()
@@ -51,7 +51,7 @@ def row_state_op(
     shard: str,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """First sweep: loss () or (N,), states (N, columns), top-1 (N,), divisors (2,), or (3,) of a shard."""
+    """First sweep: loss () or (N,), states (N, columns), top-1 (N,), divisors (2,), or (3,) for a shard."""
     bounds = Constraints.unpacked(constraints, flags)
     rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes, bounds)
     parsed = parsed_of(options, target)
@@ -165,7 +165,7 @@ row_state_op.register_autograd(_backward, setup_context=_setup)
 
 
 def items_tensor(rows: Rows) -> Tensor | None:
-    """num_items as an op takes it, so that a number which changes makes no new graph."""
+    """num_items as a tensor for an op, so that a new value does not compile a new graph."""
     items, device = rows.num_items, rows.logits.device
     if items is None:
         return None

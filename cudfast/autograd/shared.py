@@ -1,4 +1,4 @@
-"""What the autograd nodes of the losses share, those from logits and those from hidden states."""
+"""Functions for the autograd nodes of both kinds of losses, from logits and from hidden states."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..rows.tensors import addressable
 
 
 def keeps_gradient(rows: Rows, options: CUDOptions | DUSOptions) -> bool:
-    """Whether the gradient is made in forward. A float16 gradient made before the loss scale arrives rounds to 0."""
+    """Whether forward computes the gradient. In float16 it would round to 0 before it is multiplied by a loss scale."""
     if options.inplace and options.check_finite:  # the check comes before anything is overwritten
         return False
     if options.save == "auto":
@@ -22,7 +22,7 @@ def keeps_gradient(rows: Rows, options: CUDOptions | DUSOptions) -> bool:
 
 
 class Once(torch.autograd.Function):
-    """The gradient, with a second derivative that is an error."""
+    """The gradient; differentiating it again raises an error."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, upstream: Tensor, gradient: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class Once(torch.autograd.Function):
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
-    """ctx.save_for_backward, which refuses what was made under torch.inference_mode: that has no version to check."""
+    """ctx.save_for_backward, also for tensors made under torch.inference_mode, which have no version to check."""
     ctx.unversioned = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
     if ctx.unversioned:
         tensors = tuple(None if i in ctx.unversioned else x for i, x in enumerate(tensors))
@@ -45,17 +45,17 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
 
 
 def saved(ctx: Any) -> tuple[Any, ...]:
-    """What `save` was given."""
+    """The tensors that were passed to `save`."""
     if not ctx.unversioned:
         return ctx.saved_tensors  # type: ignore[no-any-return]
     return tuple(ctx.unversioned.get(i, x) for i, x in enumerate(ctx.saved_tensors))
 
 
 def upstream_of(gradient: Tensor) -> Tensor:
-    """An upstream gradient as kernels read it.
+    """An upstream gradient in a form that kernels can read.
 
     Raises:
-        RuntimeError: a batch of them.
+        RuntimeError: a batch of upstream gradients.
     """
     if addressable(gradient):
         return gradient
@@ -64,7 +64,7 @@ def upstream_of(gradient: Tensor) -> Tensor:
             "cudfast losses take one upstream gradient at a time: leave out is_grads_batched=True of "
             "torch.autograd.grad, and vectorize=True of torch.autograd.functional.jacobian"
         )
-    gradient = gradient.clone()  # waits for a collective, and settles a negative bit
+    gradient = gradient.clone()  # waits for a collective, and resolves a negative bit
     if addressable(gradient):
         return gradient
     raise RuntimeError(

@@ -1,1 +1,1 @@
-"""Sets of classes for every class, and the files that hold them."""
+"""Sets of classes for every class, and their files."""

@@ -42,7 +42,7 @@ def as_tensor(value: object, name: str, expected: str) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach()
     try:
-        return torch.as_tensor(value, device="cpu")  # wherever torch.set_default_device points
+        return torch.as_tensor(value, device="cpu")  # independent of torch.set_default_device
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} ({error})") from error
 
@@ -69,7 +69,7 @@ def at_least_one(value: int, name: str) -> int:
 
 
 def progress(blocks: range, what: str) -> Iterable[int]:
-    """The same, with a progress bar after two seconds where tqdm is installed."""
+    """The same blocks, with a progress bar after two seconds if tqdm is installed."""
     try:
         bar: Iterable[int] = importlib.import_module("tqdm").tqdm(blocks, desc=what, delay=2, leave=False)
     except ImportError:

@@ -1,4 +1,4 @@
-"""One set of classes for every class: its neighbours, or the classes known to be wrong for it."""
+"""One set of classes for every class: its near classes, or its wrong classes."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor
 from .arrays import as_integers, as_tensor, at_least_one, first, largest_in, progress, refuse_cycles, slices
 from .files import load, save
 
-_LIMIT = 2**31  # members that a derived constructor makes at most: 16 GiB of indices
-_BLOCK_BYTES = 2**23  # of scores at a time, so that they and what is made of them stay below 64 MB
+_LIMIT = 2**31  # largest number of members that a derived constructor makes: 16 GiB of indices
+_BLOCK_BYTES = 2**23  # of scores at a time, so that they and their temporaries need less than 64 MB
 _METADATA = {"format": "cudfast.ClassSets", "version": "1"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ClassSets:
-    """For every class y of V, a set of classes, stored by rows: the set of y is indices[offsets[y]:offsets[y + 1]].
+    """A set of classes for every class y of V, stored by rows: the set of y is indices[offsets[y]:offsets[y + 1]].
 
-    Both tensors are dense, on one device, and not to be written to.
+    Both tensors are dense and on one device. Do not write to them.
 
     Args:
-        offsets: int64 (V + 1,), from 0 to the number of members, never falling.
+        offsets: int64 (V + 1,), from 0 to the number of members, non-decreasing.
         indices: int64 (members,), classes in [0, V), ascending and unique within each set.
 
     Raises:
-        TypeError, ValueError: tensors that are not that, naming the first place.
+        TypeError, ValueError: invalid tensors; the error names the first invalid element.
 
     Example:
         >>> sets = ClassSets.from_groups([0, 0, 1])
@@ -80,7 +80,7 @@ class ClassSets:
 
     @classmethod
     def trusted(cls, offsets: Tensor, indices: Tensor) -> ClassSets:
-        """Of tensors that were checked before."""
+        """Sets from tensors that were checked before."""
         sets = object.__new__(cls)
         object.__setattr__(sets, "offsets", offsets)
         object.__setattr__(sets, "indices", indices)
@@ -108,7 +108,7 @@ class ClassSets:
         return self.indices[self.offsets[y] : self.offsets[y + 1]]
 
     def to(self, device: str | torch.device) -> ClassSets:
-        """The same sets on a device; itself when they are there."""
+        """The same sets on a device; the object itself if it is there already."""
         offsets = self.offsets.to(device)
         return self if offsets is self.offsets else ClassSets.trusted(offsets, self.indices.to(device))
 
@@ -124,10 +124,10 @@ class ClassSets:
         return found
 
     def overlap(self, other: ClassSets) -> int | None:
-        """The first class whose sets in the two share a member, or None.
+        """The first class whose set here and set in `other` share a member, or None.
 
         Raises:
-            ValueError: the two differ in their classes or devices.
+            ValueError: the two have different numbers of classes or devices.
 
         Example:
             >>> near = ClassSets.from_lists([[1], [0], []])
@@ -140,7 +140,7 @@ class ClassSets:
             raise ValueError(
                 f"the sets are on {self.offsets.device} and {other.offsets.device}: move them to one device"
             )
-        mine, theirs = self._keys(), other._keys()  # both ascending, so the first match has the least class
+        mine, theirs = self._keys(), other._keys()  # both ascending, so the first match has the lowest class
         if not len(mine):
             return None
         place = torch.searchsorted(mine, theirs).clamp_(max=len(mine) - 1)
@@ -157,7 +157,7 @@ class ClassSets:
             Two int64 tensors (M,): the row of the batch, ascending, and a class of that row's set, ascending in a row.
 
         Raises:
-            TypeError, ValueError: labels that are not that, naming the first place.
+            TypeError, ValueError: invalid labels; the error names the first one.
 
         Example:
             >>> ClassSets.from_groups([0, 0, 1]).expand(torch.tensor([2, 1]))
@@ -181,14 +181,15 @@ class ClassSets:
 
     @classmethod
     def from_lists(cls, lists: Sequence[Iterable[int]], *, include_label: bool = True) -> ClassSets:
-        """From one iterable of classes for every class, in any order; what occurs twice counts once.
+        """Sets from one iterable of classes for every class, in any order; duplicates are removed.
 
         Args:
             lists: V iterables of ints in [0, V).
-            include_label: add every class to its own set. False, for wrong classes: finding it there is an error.
+            include_label: add every class to its own set. False, for wrong classes: a class in its own list is an
+                error.
 
         Raises:
-            TypeError: a list that holds something else than ints.
+            TypeError: a list that contains anything other than ints.
             ValueError: no lists, a class out of range, or a class in its own list with include_label=False.
 
         Example:
@@ -222,14 +223,15 @@ class ClassSets:
 
     @classmethod
     def from_groups(cls, labels_of_classes: object, *, include_label: bool = True) -> ClassSets:
-        """The set of a class holds every class of its group. The members are the sum of the squared group sizes.
+        """The set of a class contains every class of its group. The number of members is the sum of the squared group
+        sizes.
 
         Args:
             labels_of_classes: integers (V,), the group of every class; any numbers, a tensor, an array or a list.
-            include_label: False leaves every class out of its own set.
+            include_label: False excludes every class from its own set.
 
         Raises:
-            TypeError, ValueError: not integers (V,), or more than 2**31 members, naming the largest group.
+            TypeError, ValueError: not integers (V,), or more than 2**31 members; the error names the largest group.
 
         Example:
             >>> ClassSets.from_groups([7, 3, 7], include_label=False).row(0)
@@ -245,19 +247,20 @@ class ClassSets:
     def from_taxonomy(
         cls, parent: object, *, classes: object = None, levels: int = 1, include_label: bool = True
     ) -> ClassSets:
-        """The set of a class holds the classes in the subtree of its ancestor `levels` up, or of its root before that.
+        """The set of a class contains the classes in the subtree of its ancestor `levels` up, or of its root if that is
+        nearer.
 
         Takes O(V depth) time.
 
         Args:
             parent: integers (M,), the parent of every node, -1 at a root; a tensor, an array or a list.
             classes: integers (V,), the node of every class, each once. Default: the leaves, ascending.
-            levels: how far up the ancestor is, at least 1.
-            include_label: False leaves every class out of its own set.
+            levels: number of levels from the class to the ancestor, at least 1.
+            include_label: False excludes every class from its own set.
 
         Raises:
-            TypeError, ValueError: a parent or class that is no node, a cycle (naming a node on it), a node that is
-                two classes, or more than 2**31 members, naming the node with the most classes.
+            TypeError, ValueError: a parent or class that is not a node, a cycle (the error names a node on it), a node
+                that is given for two classes, or more than 2**31 members (it names the node with the most classes).
 
         Example:
             >>> sets = ClassSets.from_taxonomy([-1, 0, 0, 1, 1, 2])  # the classes are the leaves 3, 4 and 5
@@ -299,18 +302,18 @@ class ClassSets:
 
     @classmethod
     def from_embeddings(cls, class_vectors: object, k: int, *, include_label: bool = True) -> ClassSets:
-        """The k nearest other classes by cosine similarity, ties to the lower class; all others where there are fewer.
+        """The k nearest other classes by cosine similarity, ties to the lower class; all others if there are fewer.
 
-        Takes O(V^2 D) time, a copy of the vectors and, for V up to 2 million, less than 64 MB beside the result. What
-        takes more than two seconds shows a progress bar where tqdm is installed.
+        Takes O(V^2 D) time, and memory for a copy of the vectors and, for V up to 2 million, less than 64 MB besides
+        the result. After two seconds it shows a progress bar if tqdm is installed.
 
         Args:
             class_vectors: floating point (V, D), one vector for every class; a tensor, an array or a list.
-            k: how many, at least 1.
-            include_label: add every class to its own set, beside the k.
+            k: number of nearest classes, at least 1.
+            include_label: add every class to its own set, in addition to the k.
 
         Raises:
-            TypeError, ValueError: not floating point (V, D), or a zero or non-finite vector, naming its class.
+            TypeError, ValueError: not floating point (V, D), or a zero or non-finite vector; the error names its class.
 
         Example:
             >>> ClassSets.from_embeddings([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]], k=1).row(2)
@@ -326,7 +329,7 @@ class ClassSets:
         if (y := first(~((largest > 0) & largest.isfinite()).squeeze(1))) is not None:
             what = "is zero" if largest[y] == 0 else "holds NaN or infinity"
             raise ValueError(f"class_vectors[{y}] {what}: expected a finite vector with a direction for every class")
-        vectors = vectors / largest  # whose squares neither overflow nor vanish
+        vectors = vectors / largest  # so that squares neither overflow nor underflow
         vectors /= torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
 
         def similarities(begin: int, end: int) -> Tensor:
@@ -336,16 +339,16 @@ class ClassSets:
 
     @classmethod
     def from_confusion(cls, matrix: object, k: int, *, include_label: bool = True) -> ClassSets:
-        """The k classes that a class was most often taken for, ties to the lower class; fewer where fewer occur.
+        """The k classes that a class was most often mistaken for, ties to the lower class; fewer if fewer occur.
 
         Args:
-            matrix: numbers (V, V) >= 0; matrix[y, j] counts how often class y was taken for class j. A tensor, an array
-                or a list; the diagonal is not read.
-            k: how many at most, at least 1.
-            include_label: add every class to its own set, beside the k.
+            matrix: numbers (V, V) >= 0; matrix[y, j] is the number of times that class y was predicted as class j. A
+                tensor, an array or a list; the diagonal is not read.
+            k: largest number of classes, at least 1.
+            include_label: add every class to its own set, in addition to the k.
 
         Raises:
-            TypeError, ValueError: not numbers (V, V), or a count that is negative or NaN, naming its place.
+            TypeError, ValueError: not numbers (V, V), or a count that is negative or NaN; the error names its indices.
 
         Example:
             >>> ClassSets.from_confusion([[9, 0, 2], [1, 8, 1], [0, 0, 5]], k=1, include_label=False).row(1)
@@ -369,7 +372,7 @@ class ClassSets:
         return cls._nearest(taken_for, len(counts), dtype.itemsize, k, 0, include_label)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, all of it or nothing: what was at `path` stays until the new file is complete.
+        """Writes a safetensors file. An existing file is replaced only when the new one is complete.
 
         Raises:
             ImportError: safetensors is not installed.
@@ -379,12 +382,12 @@ class ClassSets:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ClassSets:
-        """What `save` wrote, on the CPU.
+        """The sets from a file that `save` wrote, on the CPU.
 
         Raises:
             ImportError: safetensors is not installed.
             OSError: the file cannot be read.
-            ValueError: the file is broken or holds something else, naming it.
+            ValueError: the file is broken or has other contents; the error names it.
         """
         return load(path, _METADATA, lambda found: cls(found("offsets"), found("indices")))
 
@@ -392,8 +395,8 @@ class ClassSets:
     def _shared(
         cls, members: Tensor, sizes: Tensor, choice: Tensor, include_label: bool, name: Callable[[int], str]
     ) -> ClassSets:
-        """Sets that classes share: `members` holds sets of `sizes` one after another, and class y has set choice[y],
-        with y in it."""
+        """Sets that classes share: `members` contains sets of `sizes` one after another. Class y has set choice[y],
+        which contains y."""
         counts = sizes[choice]
         total = int(counts.sum())
         if total > _LIMIT:
@@ -413,7 +416,7 @@ class ClassSets:
     def _nearest(
         cls, scores: Callable[[int, int], Tensor], V: int, itemsize: int, k: int, least: float, include_label: bool
     ) -> ClassSets:
-        """The k other classes with the largest scores above `least`; scores(begin, end) makes rows of the (V, V)."""
+        """The k other classes with the largest scores above `least`; scores(begin, end) returns rows of (V, V)."""
         k = min(at_least_one(k, "k"), V - 1)
         step = max(1, _BLOCK_BYTES // (V * itemsize))
         counts, indices = [], []
@@ -429,14 +432,14 @@ class ClassSets:
         return cls(torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]), torch.cat(indices))
 
     def _owner(self, i: int) -> int:
-        """The class whose set indices[i] belongs to."""
+        """The class whose set contains indices[i]."""
         return int(torch.searchsorted(self.offsets, i, right=True)) - 1
 
     def _owners(self) -> Tensor:
-        """(members,) int64: the same for every member."""
+        """(members,) int64: the class whose set contains each member."""
         classes = torch.arange(len(self), device=self.offsets.device)
         return classes.repeat_interleave(self.offsets.diff(), output_size=len(self.indices))
 
     def _keys(self) -> Tensor:
-        """(members,) int64, ascending: one number for a class and a member."""
+        """(members,) int64, ascending: one unique number for each pair of a class and a member."""
         return self._owners().mul_(len(self)).add_(self.indices)

@@ -1,1 +1,1 @@
-"""What a backend is given: the rows of a call, checked."""
+"""The checked rows of a call, the input of a backend."""

@@ -1,4 +1,4 @@
-"""What a backend is given and what it gives back: the contract between `functional`, `autograd` and `backends`."""
+"""Inputs and outputs of a backend: the interface between `functional`, `autograd` and `backends`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..options import CUDOptions, DUSOptions
 from .layout import row_count
 from .shard import Shard
 
-# Fields of a packed state, in the order of csrc/row/state.h; the teacher's top-1 travels beside them as an int64.
+# Fields of a packed state, in the order of csrc/row/state.h; the teacher's top-1 is a separate int64 tensor.
 STUDENT_COLUMNS = ("m_t", "s_k", "m_s", "z_tau", "s_tau", "a", "s_one", "z_one", "t_y", "s_y", "impossible")
-# What follows them when the target meets constraints; in the order of csrc/projected.h.
+# The fields after those if the target has constraints; in the order of csrc/projected.h.
 PROJECTED_COLUMNS = ("beta", "centre", "near", "wrong", "rest", "confidence", "prob", "target", "moved", "relaxed")
 TEACHER_COLUMNS = ("m", "z", "e", "z_y")
 
@@ -25,17 +25,17 @@ _SETS = ("near", "wrong")
 
 
 class Constraints(NamedTuple):
-    """A `Projection` for one call. The bounds are NaN in rows without them."""
+    """A `Projection` for one call. Bounds are NaN in rows that have none."""
 
     near: ClassSets | None  # None: the label alone
     wrong: ClassSets | None
-    top1: bool  # the wrong class is the teacher's top-1 where that is not near
+    top1: bool  # the wrong class is the teacher's top-1, unless that is near
     bounds: Tensor  # (N, 4) f64: min_near_mass, max_wrong_mass, min_entropy, max_entropy
     relax: bool
-    entropy: bool  # whether some row may have a bound on its entropy
+    entropy: bool  # whether any row may have a bound on its entropy
 
     def packed(self) -> tuple[list[Tensor], str]:
-        """As tensors and a text: how they pass through a torch.library op."""
+        """Tensors and a text, the form in which a torch.library op takes them."""
         tensors, flags = [self.bounds], []
         for name, sets in zip(_SETS, (self.near, self.wrong)):
             if sets is not None:
@@ -56,7 +56,7 @@ class Constraints(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Which rows of a larger call: errors name them as its caller wrote them."""
+    """Rows of a larger call; errors use the row indices of that call."""
 
     rows: Tensor  # (N,) int64, flat
     shape: torch.Size  # leading shape of the whole
@@ -70,11 +70,11 @@ class Rows(NamedTuple):
     labels: Tensor | None  # (N,) int64
     weight: Tensor | None  # (N,) f64
     per_row: Tensor | None  # (N,) f64: temperature of the student loss, alpha of the teacher loss
-    scalar: float  # stands for per_row where that is absent
+    scalar: float  # replaces per_row if that is None
     num_items: float | Tensor | None  # replaces both divisors of reduction="mean"; (2,) f64: one each
     classes: int  # V
     constraints: Constraints | None = None  # of the student loss's target, instead of W-Clip
-    part: Part | None = None  # when these are some rows of a larger call
+    part: Part | None = None  # if these are some rows of a larger call
 
     @property
     def n(self) -> int:
@@ -83,15 +83,15 @@ class Rows(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the first sweep leaves behind, besides the loss."""
+    """The output of the first sweep besides the loss."""
 
     sums: Tensor  # (N, columns), in the compute dtype
     top1: Tensor  # (N,) int64 for the student loss, (0,) for the teacher loss
-    divisors: Tensor  # (2,) f64: of the KD term, of the label terms; (3,) of a shard, whose first class follows
+    divisors: Tensor  # (2,) f64: of the KD term, of the label terms; for a shard (3,), with its first class
 
 
 class Backend(Protocol):
-    """Two sweeps, and a product. Everything else about a loss is shared."""
+    """Two sweeps, and a product. All backends share everything else of a loss."""
 
     def row_state(
         self,
@@ -118,27 +118,27 @@ class Backend(Protocol):
         """Second sweep: writes `gradient` (..., >= V) for `upstream` () or (N,)."""
 
     def scale(self, gradient: Tensor, upstream: Tensor) -> Tensor:
-        """A gradient (..., >= V) for an upstream gradient of 1, in its own memory times `upstream` () or (...).
+        """Multiplies a gradient (..., >= V) for an upstream gradient of 1 by `upstream` () or (...), in place.
 
-        0 stays 0 in rows that do not count.
+        Elements that are 0 in excluded rows remain 0.
         """
 
 
 def columns_of(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[str, ...]:
-    """Fields of a packed state."""
+    """The fields of a packed state."""
     if not isinstance(options, CUDOptions):
         return TEACHER_COLUMNS
     return STUDENT_COLUMNS if rows.constraints is None else STUDENT_COLUMNS + PROJECTED_COLUMNS
 
 
 def compute_dtype(rows: Rows) -> torch.dtype:
-    """f64 when any logits are f64, else f32."""
+    """f64 if any logits are f64, otherwise f32."""
     wide = rows.logits.dtype == torch.float64 or (rows.target is not None and rows.target.dtype == torch.float64)
     return torch.float64 if wide else torch.float32
 
 
 def vector_dtype(device: torch.device) -> torch.dtype:
-    """Dtype of the (N,) vectors: f64 wherever the device has it."""
+    """Dtype of the (N,) vectors: f64 if the device supports it."""
     if device.type == "xpu":
         return torch.float64 if _has_f64(device) else torch.float32
     return torch.float32 if device.type == "mps" else torch.float64
@@ -150,9 +150,9 @@ def _has_f64(device: torch.device) -> bool:
 
 
 class Call(NamedTuple):
-    """What a call asks for beyond its rows."""
+    """The arguments of a call besides its rows."""
 
     options: CUDOptions | DUSOptions
     statistics: bool
-    grad_out: Tensor | None  # where the gradient goes, instead of fresh memory
-    shard: Shard | None = None  # when other ranks hold more classes of the same rows
+    grad_out: Tensor | None  # memory for the gradient, instead of a new tensor
+    shard: Shard | None = None  # if other ranks hold more classes of the same rows

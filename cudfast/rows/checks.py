@@ -1,5 +1,5 @@
-"""Every check of a call's arguments and its error message, once: each function takes what the caller gave and returns
-what the sweeps read, or raises."""
+"""The checks of a call's arguments, and their error messages: each function takes an argument as the caller passed it
+and returns it in the form that the sweeps read, or raises."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def classes_of(
     names: tuple[str, str],
     shard: Shard | None = None,
 ) -> int:
-    """How many leading columns are classes; of a shard, all of them until it is known where it begins."""
+    """Number of leading columns that are classes; for a shard, all columns, until its first class is known."""
     width = student.shape[-1]
     if shard is not None:
         if teacher is not None and teacher.shape[-1] != width:
@@ -129,7 +129,7 @@ def weight_of(weight: object, logits: Tensor, name: str) -> Tensor | None:
 
 
 def temperature_of(temperature: object, default: float, logits: Tensor, name: str) -> tuple[float, Tensor | None]:
-    """One temperature for all rows, and (N,) f64 where there is one for each."""
+    """One temperature for all rows, and (N,) f64 if each row has its own."""
     if temperature is None:
         return default, None
     if isinstance(temperature, Tensor):
@@ -163,7 +163,7 @@ def num_items_of(num_items: object) -> float | Tensor | None:
 
 
 def check_call(rows: Rows, name: str, call: Call) -> None:
-    """What no single argument shows: where the call runs, and where its gradient goes."""
+    """Checks that concern more than one argument: the mode that the call runs in, and the memory of its gradient."""
     check_mode(rows.logits, rows.target)
     items = rows.num_items
     host = isinstance(items, float) and not torch.compiler.is_compiling()
@@ -177,7 +177,7 @@ def check_call(rows: Rows, name: str, call: Call) -> None:
             "leave them out there"
         )
     if not direct(rows.logits):
-        raise RuntimeError(f"inplace=True and grad_out do not go with {name}, {_NO_MEMORY}: leave them out there")
+        raise RuntimeError(f"inplace=True and grad_out cannot be used with {name}, {_NO_MEMORY}: leave them out there")
     _check_gradient_memory(rows.logits, name, rows.target, call)
 
 
@@ -185,7 +185,7 @@ _NO_MEMORY = "which has no memory of its own (a fake, meta or functional tensor,
 
 
 def check_mode(*tensors: Tensor | None) -> None:
-    """That the gradient is one that the losses have: of first order, backward, and not mapped over."""
+    """Raises in the modes of autograd that the losses do not support: torch.func, torch.jit.trace and forward mode."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "cudfast losses do not work inside torch.func transforms (vmap, grad, jvp, jacrev, ...): use "
@@ -208,7 +208,7 @@ def _has_tangent(x: Tensor) -> bool:
 
 
 def _check_gradient_memory(logits: Tensor, name: str, teacher: Tensor | None, call: Call) -> None:
-    """in-place and grad_out: what autograd or the caller would notice too late."""
+    """Raises if `inplace` or `grad_out` would overwrite a tensor that autograd or the caller still needs."""
     out = call.grad_out
     if call.options.inplace:
         if out is not None:
@@ -245,7 +245,7 @@ def _check_gradient_memory(logits: Tensor, name: str, teacher: Tensor | None, ca
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may lie in one place: some axis steps by less than the axes inside it span."""
+    """Whether two elements may share an address: the stride of some axis is less than the span of the axes inside."""
     span = 1
     for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1):
         if stride < span:
@@ -255,7 +255,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the address ranges of two tensors meet."""
+    """Whether the address ranges of two tensors overlap."""
 
     def span(x: Tensor) -> tuple[int, int]:
         last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
@@ -268,9 +268,9 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def alpha_of(alpha: object, labels: Tensor, classes: int, shard: Shard | None) -> tuple[Tensor | None, Shard | None]:
-    """(N,) focal scale of each row's label; 1 where there is none (a label out of range is refused later).
+    """(N,) focal scale of each row's label; 1 for rows without a label (a label out of range raises an error later).
 
-    And the shard, which knows from alpha how many classes there are in all.
+    Also the shard, with the total number of classes, which alpha gives.
     """
     if alpha is None:
         return None, shard
@@ -292,7 +292,7 @@ def alpha_of(alpha: object, labels: Tensor, classes: int, shard: Shard | None) -
 
 
 def constraints_of(projection: Projection, logits: Tensor, classes: int, name: str) -> Constraints:
-    """The projection for the rows of `logits`."""
+    """The constraints of a projection for the rows of `logits`."""
     count, dtype = row_count(logits), vector_dtype(logits.device)
 
     def column(bound: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the rows of (..., V) logits are in memory."""
+"""The memory layout of the rows of (..., V) logits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def row_count(logits: Tensor) -> int:
-    """N of (..., V). Not by Size.numel(), for which a traced graph holds for one number of rows; V may be 0."""
+    """N of (..., V); V may be 0. Without Size.numel(), which would specialise a traced graph to one number of rows."""
     return math.prod(logits.shape[:-1])
 
 
 def row_layout(logits: Tensor) -> tuple[int, int, int] | None:
-    """How rows of (..., V) lie in memory: (inner rows, outer stride, inner stride) in elements.
+    """Memory layout of the rows of (..., V): (inner rows, outer stride, inner stride) in elements.
 
     Row i starts at (i // inner) * outer + (i % inner) * inner_stride. None when the leading axes do not reduce to two
     strides or the last axis is not dense: such logits need a copy.
@@ -26,7 +26,7 @@ def row_layout(logits: Tensor) -> tuple[int, int, int] | None:
         return 1, logits.shape[-1], 0
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         return None
-    axes: list[tuple[int, int]] = []  # (size, stride), adjacent axes joined where they can be
+    axes: list[tuple[int, int]] = []  # (size, stride), adjacent axes joined if possible
     for size, stride in zip(logits.shape[:-1], logits.stride()[:-1]):
         if size == 1:
             continue
@@ -41,7 +41,7 @@ def row_layout(logits: Tensor) -> tuple[int, int, int] | None:
 
 
 def dense(logits: Tensor, name: str) -> Tensor:
-    """(..., V) logits whose rows the kernels can walk: as they are, or copied."""
+    """(..., V) logits in a layout that the kernels can address: the same tensor, or a copy."""
     if row_layout(logits) is not None:
         return logits
     size = logits.numel() * logits.element_size()

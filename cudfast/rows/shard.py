@@ -1,4 +1,4 @@
-"""Which classes of a row this process has, when other processes have the others."""
+"""The classes of this process if the classes are sharded over several processes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch.distributed as dist
 
 
 def resolved(name: str) -> Any:
-    """The process group of that name."""
+    """The process group with this name."""
     return importlib.import_module("torch.distributed.distributed_c10d")._resolve_process_group(name)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """This process's share of the classes.
+    """The shard of the classes that this process has.
 
     Args:
         group: name of a process group: `process_group.group_name`.
-        class_offset: the first class that this rank holds, or None: the ranks hold consecutive classes in their order.
-        classes: how many classes there are in all, where an argument of the call says so.
+        class_offset: the first class of this rank, or None: the shards are in the order of the ranks.
+        classes: total number of classes, if an argument of the call gives it.
 
     Example:
         >>> Shard("default", class_offset=1000)
@@ -34,10 +34,10 @@ class Shard:
 
     @staticmethod
     def of(process_group: Any, class_offset: int | None = None) -> Shard | None:
-        """From a loss's arguments; None for no group.
+        """The shard from a loss's arguments; None without a group.
 
         Raises:
-            TypeError, ValueError: no process group, one that this process is not in, or an offset that is none.
+            TypeError, ValueError: not a process group, or one that this process is not in, or an invalid offset.
         """
         if process_group is None:
             if class_offset is not None:
@@ -62,7 +62,7 @@ class Shard:
 
     @property
     def text(self) -> str:
-        """How it passes through a torch.library op."""
+        """The form in which a torch.library op takes it."""
         return f"{self.group} {self.class_offset} {self.classes}"
 
     @staticmethod
@@ -74,5 +74,5 @@ class Shard:
         return Shard(group, *(None if number == "None" else int(number) for number in numbers))
 
     def of_all(self, classes: int) -> Shard:
-        """The same, knowing from an argument how many classes there are in all."""
+        """The same shard with the total number of classes, from an argument of the call."""
         return replace(self, classes=classes)

@@ -1,8 +1,8 @@
-"""Which tensors a kernel may read: those whose values are in memory of their own, at `data_ptr()`.
+"""Kernels read tensors with memory of their own, whose values are at `data_ptr()`. This module finds them.
 
-Of the others, the result of a collective is waited for; fake, functional and meta tensors and wrapper subclasses go
-through the torch.library ops, which PyTorch dispatches to what they stand for; masked, nested and sparse tensors are
-refused.
+The result of a functional collective is waited for. Fake, functional and meta tensors and wrapper subclasses are passed
+to the torch.library ops, which PyTorch dispatches to the tensors inside. Masked, nested and sparse tensors raise an
+error.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 _OWN = re.compile(r"ADInplaceOrView|AutogradOther|(Autograd|Autocast)?(CPU|CUDA|HIP|XPU|MPS|HPU|MTIA|PrivateUse1)")
-_addressable: dict[int, bool] = {}  # by the bits of a set of dispatch keys
+_addressable: dict[int, bool] = {}  # by the bits of a dispatch key set
 
 _MODES = torch._C._TorchDispatchModeKey
 _TRACING = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
 
 
 def is_dtensor(value: object) -> bool:
-    """By its name: asking for the type would import all of torch.distributed.tensor."""
+    """Whether a value is a DTensor, by the name of its type: importing the type would load torch.distributed.tensor."""
     return type(value).__name__ == "DTensor"
 
 
@@ -30,14 +30,14 @@ def addressable(x: Tensor) -> bool:
     keys = torch._C._dispatch_keys(x)
     bits = keys.raw_repr()
     found = _addressable.get(bits)
-    if found is None:  # a key that is not listed changes what the memory means, or says that there is none
+    if found is None:  # a key that is not listed changes the meaning of the memory, or the tensor has none
         names = str(keys).partition("(")[2].rstrip(")").split(", ")
         found = _addressable[bits] = all(_OWN.fullmatch(name) for name in names)
     return found
 
 
 def direct(*tensors: Tensor | None) -> bool:
-    """Whether kernels can be given these tensors. Otherwise the call is one for the torch.library ops."""
+    """Whether kernels can read these tensors. If not, the call uses the torch.library ops."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack() and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING):
@@ -46,7 +46,7 @@ def direct(*tensors: Tensor | None) -> bool:
 
 
 class _Waited(torch.autograd.Function):
-    """The result of a functional collective, once it is there."""
+    """Waits for the result of a functional collective."""
 
     @staticmethod
     def forward(ctx: Any, x: Any) -> Tensor:
@@ -59,15 +59,15 @@ class _Waited(torch.autograd.Function):
 
 
 def waited(value: Any) -> Any:
-    """A tensor that a functional collective may still be writing, once it is there; anything else as it is."""
+    """The result of a functional collective after waiting for it; any other value is returned as it is."""
     return _Waited.apply(value) if hasattr(value, "trigger_wait") else value  # type: ignore[no-untyped-call]
 
 
 def local(value: Tensor, name: str) -> Tensor:
-    """A tensor argument that is not a DTensor, waited for if it is in flight.
+    """A tensor argument that is not a DTensor, after waiting for a collective that writes it.
 
     Raises:
-        TypeError: a tensor without values in rows: a DTensor where none is expected, masked, nested or sparse.
+        TypeError: a DTensor if none is expected, or a masked, nested or sparse tensor.
     """
     if type(value) is not Tensor:
         if is_dtensor(value):

@@ -1,4 +1,4 @@
-"""The vectors of a call: which rows count, what a mean divides by, and the errors for values out of range."""
+"""The vectors of a call: masks of the rows, divisors of the mean, and the errors for values out of range."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .layout import row_count
 
 
 def masks(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[Tensor, Tensor]:
-    """(N,) bool: the row counts; it has a label, too."""
+    """(N,) bool each: the rows that are not excluded, and those of them that are labelled."""
     n = row_count(rows.logits)  # not rows.n: torch 2.8 cannot trace properties of named tuples
     counts = torch.ones(n, dtype=torch.bool, device=rows.logits.device)
     if rows.weight is not None:
@@ -29,7 +29,7 @@ def masks(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[Tensor, Tensor]
 
 
 def divisors_of(rows: Rows, options: CUDOptions | DUSOptions) -> Tensor:
-    """(2,) f64: what the distillation term and the label terms of a row are divided by."""
+    """(2,) f64: divisors of the distillation term and of the label terms of a row."""
     dtype, device = vector_dtype(rows.logits.device), rows.logits.device
     if rows.num_items is not None:
         items: Tensor = torch.as_tensor(rows.num_items, dtype=dtype, device=device)
@@ -41,7 +41,7 @@ def divisors_of(rows: Rows, options: CUDOptions | DUSOptions) -> Tensor:
 
 
 def row_name(rows: Rows, row: int) -> str:
-    """Index of flat row `row` as the caller wrote it: "3", or "1, 3"."""
+    """Index of flat row `row` in the shape of the caller's tensors: "3", or "1, 3"."""
     shape = rows.logits.shape[:-1]
     if rows.part is not None:
         row, shape = int(rows.part.rows[row]), rows.part.shape
@@ -77,7 +77,7 @@ def refuse_value(rows: Rows, options: CUDOptions | DUSOptions, name: str, row: i
 
 
 def check_vectors(rows: Rows, options: CUDOptions | DUSOptions) -> None:
-    """Raises for the first label, weight, temperature or alpha out of range, before any sweep; the host waits."""
+    """Raises for the first label, weight, temperature or alpha out of range, before any sweep. Synchronises."""
 
     def first(bad: Tensor) -> int | None:
         return int(bad.nonzero()[0]) if bool(bad.any()) else None
@@ -98,7 +98,7 @@ def check_vectors(rows: Rows, options: CUDOptions | DUSOptions) -> None:
 
 
 def check_items(rows: Rows, options: CUDOptions | DUSOptions) -> None:
-    """Raises for a num_items on the host that no sum over rows can be divided by."""
+    """Raises for a num_items on the host that cannot be a divisor of the sum over rows."""
     items = rows.num_items
     if items is None or (isinstance(items, Tensor) and (items.dim() > 0 or not items.is_cpu)):
         return
@@ -116,7 +116,7 @@ def check_items(rows: Rows, options: CUDOptions | DUSOptions) -> None:
 
 
 def check_finite(rows: Rows, options: CUDOptions | DUSOptions, state: State) -> None:
-    """Raises for the first row that counts and whose loss is NaN; the host waits."""
+    """Raises for the first row that is not excluded and whose loss is NaN. Synchronises."""
     bad = state.sums.isnan().any(-1)
     for maximum in (0, 2) if isinstance(options, CUDOptions) else (0,):
         bad = bad | (state.sums[:, maximum] == -torch.inf)

@@ -25,11 +25,11 @@ from ..rows.vectors import masks, refuse_label, row_name
 from .projection import BOUNDS, Projection
 from .search import TOLERANCE_OF_REFERENCE, search
 
-_SETS = (1, 2, 0)  # near, wrong, the rest, as `groups_of` numbers them
+_SETS = (1, 2, 0)  # near, wrong, the rest, in the numbers of `groups_of`
 
 
 class Factors(NamedTuple):
-    """A target, from which `factored` makes its logits."""
+    """The parameters of a target, from which `factored` computes its logits."""
 
     beta: Tensor  # (N,) 1 / T
     centres: Tensor  # (N, 3) of the logits of each set: near, wrong, the rest
@@ -42,10 +42,10 @@ class Projected(NamedTuple):
     logits: Tensor  # (N, V) log q up to a constant per row
     beta: Tensor  # (N,) 1 / T
     relaxed: Tensor  # (N, 4) bool, bounds that could not be met
-    reachable: Tensor  # (N, 4) what could have been
+    reachable: Tensor  # (N, 4) the nearest feasible values of the bounds
     moved: Tensor  # (N,) mass that changed sets, at temperature T
     sweeps: int  # over the rows, in the search for the temperature
-    top1: Tensor  # (N,) of the teacher's own
+    top1: Tensor  # (N,) of the teacher's own logits
     factors: Factors
     log_total: Tensor  # (N,) log sum exp of the teacher's own logits
 
@@ -61,11 +61,11 @@ class Alone:
         return first_top1(t)
 
     def largest(self, m: Tensor) -> Tensor:
-        """Of the maxima m that parts of the rows have."""
+        """The maxima over all parts of the rows, from the maxima m of this part."""
         return m
 
     def total(self, sums: Tensor) -> Tensor:
-        """Of the sums that parts of the rows have."""
+        """The sums over all parts of the rows, from the sums of this part."""
         return sums
 
 
@@ -95,7 +95,7 @@ def groups_of(t: Tensor, labelled: Tensor, index: Tensor, constraints: Constrain
 def factored(t: Tensor, group: Tensor, factors: Factors) -> Tensor:
     """(N, V) log q, from teacher logits t (N, V) and the set of every class.
 
-    log q = beta (t - m) - log z + log M: centred, so that a large beta costs no digits.
+    log q = beta (t - m) - log z + log M: centred, so that a large beta causes no loss of precision.
     """
     beta = factors.beta.to(t.dtype).unsqueeze(-1)
     logits = torch.full_like(t, NOTHING)
@@ -118,7 +118,7 @@ def project(
     """
     top = at.top1(t)
     group = groups_of(t, labelled, index, constraints, top, at)
-    least, most, floor, ceiling = constraints.bounds.unbind(-1)  # f64: 1 - low - high may be all that is left
+    least, most, floor, ceiling = constraints.bounds.unbind(-1)  # f64: 1 - low - high may be small
     least, most = (torch.where(labelled & ~x.isnan(), x, d) for x, d in ((least, 0.0), (most, 1.0)))
     inside = [group == number for number in _SETS]
     m = at.largest(torch.stack([torch.where(mask, t, NOTHING).amax(-1) for mask in inside], -1))
@@ -192,7 +192,7 @@ def refuse_relaxed(rows: Rows, found: Projected) -> None:
 
 
 def refuse_row(rows: Rows, row: int) -> ValueError:
-    """The same for a row that a kernel has returned."""
+    """The same error for a row that a kernel has returned."""
     assert rows.target is not None
     assert rows.labels is not None
     assert rows.constraints is not None
@@ -218,16 +218,16 @@ def calibrate(
     ignore_index: int = -100,
     unlabeled_index: int | None = -1,
 ) -> Tensor:
-    """The calibrated targets at temperature 1, which `CUDLoss` tempers and distils from.
+    """The calibrated targets at temperature 1, from which `CUDLoss` distils after tempering.
 
-    It allocates a few (..., V) tensors, so it is meant for inspecting targets and for small V.
+    For inspecting targets and for small V: it allocates a few (..., V) tensors.
 
     Args:
         teacher_logits: (..., V) float32, float64, bfloat16 or float16.
         labels: (...) integer class indices, `ignore_index` or `unlabeled_index`.
         calibration: `WClip`, `Projection`, or None for softmax(teacher_logits). Default ``WClip()`` (paper).
         ignore_index: label of rows that keep softmax(teacher_logits). Default -100.
-        unlabeled_index: likewise. Default -1; None: no such label.
+        unlabeled_index: the same for unlabelled rows. Default -1; None: no such label.
 
     Returns:
         (..., V) probabilities in float32, or float64 for float64 logits.

@@ -24,22 +24,22 @@ class Projection:
         q(N) >= min_near_mass,   q(W) <= max_wrong_mass,   H(q) >= min_entropy
 
     where N are the classes near the label and W those known to be wrong. `max_entropy` is not a convex constraint: p
-    is sharpened to p^(1/T), T <= 1, until the entropy is low enough; docs/projection.md states when it is the nearest.
-    The entropy is met to 1e-5 nats. Rows without a label keep their p. Two projections are equal only when they are
-    the same object.
+    is sharpened to p^(1/T), T <= 1, until the entropy is low enough; docs/projection.md states when the result is the
+    nearest distribution. Entropy bounds are met to 1e-5 nats. Rows without a label keep their p. Two projections are
+    equal only if they are the same object.
 
     Args:
         near: N(y) for every class y, which must contain y; None: N(y) = {y}.
-        wrong: W(y) for every class y, disjoint from N(y), so made with include_label=False; "top1": the teacher's
-            top-1 where it is not in N(y) (the paper's operational set); None: no wrong classes. Default "top1".
+        wrong: W(y) for every class y, disjoint from N(y) and thus made with include_label=False; "top1": the teacher's
+            top-1 if it is not in N(y) (the paper's operational set); None: no wrong classes. Default "top1".
         min_near_mass, max_wrong_mass: in [0, 1]; numbers, or tensors of the labels' shape with one value per row.
-        min_entropy, max_entropy: in nats, >= 0; likewise.
+        min_entropy, max_entropy: in nats, >= 0; numbers or tensors in the same way.
         on_infeasible: "error": a row that cannot meet its bounds raises ValueError with the row, the bound and the
             value that can be reached. "relax": the nearest feasible bound is used. Default "error".
 
     Raises:
-        TypeError, ValueError: a field of the wrong type or out of range; N(y) without y; W(y) with y; N(y) and W(y)
-            overlap.
+        TypeError, ValueError: a field of the wrong type or out of range; N(y) without y; W(y) with y; overlapping N(y)
+            and W(y).
 
     Example:
         >>> Projection(min_near_mass=0.6, max_wrong_mass=0.1)

@@ -13,7 +13,7 @@ from ..reference import End, Entropy, spread, temper
 SWEEPS = 12  # over the teacher's row
 STEPS = 8  # sweeps, after which each further one evaluates several points
 PLACES = 4
-NATS = 1e-5  # how far the entropy may stay from its bound
+NATS = 1e-5  # largest distance of the entropy from its bound
 # The search ends when the entropy is within this of its bound, by computing dtype: in kernels, and in the reference,
 # which the kernels are compared with.
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12}
