@@ -194,7 +194,7 @@ def test_results_of_functional_collectives(backend: str) -> None:
 def test_a_fused_head_over_a_group_refuses_what_it_cannot_trace() -> None:
     with _alone() as group, FakeTensorMode():
         fused = FusedLinearDUSLoss(process_group=group)
-        with pytest.raises(RuntimeError, match="over a process group do not trace"):
+        with pytest.raises(RuntimeError, match="over a process group cannot be traced"):
             fused(torch.randn(N, D), torch.randn(V, D), torch.randint(V, (N,)))
 
 

@@ -90,7 +90,7 @@ class _Loss(torch.autograd.Function):
 
     @classmethod
     def node(cls, logits: Tensor, work: _Work) -> Tensor:
-        """`apply` without its check for functorch, which `check_call` makes: for small batches it would be slow."""
+        """`apply` without its check for functorch, which `check_call` makes; its cost matters for small batches."""
         loss: Tensor = super(torch.autograd.Function, cls).apply(logits, work)  # type: ignore[misc]
         return loss
 

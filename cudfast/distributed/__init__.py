@@ -1,4 +1,4 @@
-"""The losses over a process group whose ranks hold consecutive classes."""
+"""The losses with classes sharded over a process group; each rank holds consecutive classes."""
 
 from ..rows.shard import Shard
 from .reshard import reshard

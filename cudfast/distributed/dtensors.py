@@ -42,7 +42,7 @@ class Place:
         group = self.mesh.get_group(dim)
         if bool((self.mesh.mesh.diff(dim=dim) > 0).all()):
             return Shard.of(group)
-        ranks, at = self.mesh.size(dim), self.mesh.get_local_rank(dim)  # whose order the group does not keep
+        ranks, at = self.mesh.size(dim), self.mesh.get_local_rank(dim)  # the group may have another order
         return Shard.of(group, min(at * -(-width // ranks), width))
 
     def same(self, x: Any, name: str) -> Any:

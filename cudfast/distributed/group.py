@@ -1,7 +1,8 @@
-"""Ranks that hold consecutive classes: which each of them holds, and the few bytes that they send each other.
+"""The layout of the classes over the ranks of a process group, and the messages between ranks.
 
-Before anything is merged every rank says in HEADER bytes what it was given. Ranks that do not go together all raise the
-same error, which names one that differs; so does a rank that refused its arguments, while the others wait for it.
+Before any states are merged, every rank sends a description of its arguments, HEADER bytes. If the descriptions are
+incompatible, all ranks raise the same error, which names a rank that differs. If a rank's arguments are invalid, it
+sends its error instead, so that the other ranks raise, too, and do not wait for it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from ..rows.shard import Shard, resolved
 
-HEADER = 1024  # bytes of a header: the options as text, and what the arguments are
-_PATIENCE = 5.0  # seconds, at most, until a broken connection shows
+HEADER = 1024  # bytes of a header: the options as text, and a description of the arguments
+_PATIENCE = 5.0  # seconds, the longest wait for the detection of a broken connection
 
 
 class telling:  # noqa: N801 (used as a statement)
-    """While arguments are checked: if they are refused, the other ranks, who wait for a header, are told why."""
+    """Context for the checks of arguments: their error is also sent to the other ranks, which wait for a header."""
 
     def __init__(self, shard: Shard | None) -> None:
         self._shard = shard
@@ -38,7 +39,7 @@ class telling:  # noqa: N801 (used as a statement)
 
 
 class Layout(NamedTuple):
-    """Who holds which classes."""
+    """The classes of each rank."""
 
     first: int  # of this rank
     total: int
@@ -84,10 +85,10 @@ def lost(group: Any, device: torch.device, error: Exception) -> RuntimeError:
 
 
 def gather(group: Any, message: Tensor) -> Tensor:
-    """(R, ...) the messages of all ranks, of one shape and dtype everywhere.
+    """(R, ...) the messages of all ranks, with the same shape and dtype on every rank.
 
     Raises:
-        RuntimeError: a rank cannot be reached, by name.
+        RuntimeError: a rank cannot be reached; the error names it.
     """
     return Gathering(group, message).wait()
 
@@ -110,7 +111,7 @@ def from_bytes(message: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def reduce(group: Any, x: Tensor) -> Tensor:
-    """The sum of the ranks' x, to the bit the same on all of them."""
+    """Sums x over the ranks, in place; the result is bitwise equal on all of them."""
     try:
         dist.all_reduce(x, group=group)
     except RuntimeError as error:
@@ -119,7 +120,7 @@ def reduce(group: Any, x: Tensor) -> Tensor:
 
 
 def scattered(group: Any, parts: list[Tensor]) -> Tensor:
-    """The sum of the ranks' parts for this rank, all of one shape."""
+    """The sum over the ranks of their parts for this rank; all parts have one shape."""
     mine = torch.empty_like(parts[0])
     try:
         dist.reduce_scatter(mine, parts, group=group)
@@ -129,7 +130,7 @@ def scattered(group: Any, parts: list[Tensor]) -> Tensor:
 
 
 class Gathering:
-    """A `gather` on its way."""
+    """A `gather` in progress."""
 
     def __init__(self, group: Any, message: Tensor) -> None:
         self._group, self._message = group, message.contiguous()
@@ -148,7 +149,8 @@ class Gathering:
 
 
 class _Headers:
-    """What every rank was given, on its way; on the host where the group has a way there, since the host reads it."""
+    """This rank's header, and its exchange with the other ranks: on the CPU if the group has a CPU backend, since the
+    host reads the headers."""
 
     def __init__(self, shard: Shard, given: dict[str, Any]) -> None:
         self._group = shard.process_group
@@ -174,7 +176,7 @@ class _Headers:
 
 
 class Agreement(NamedTuple):
-    """Headers on their way."""
+    """An exchange of headers in progress."""
 
     group: Any
     gathering: Gathering
@@ -183,7 +185,8 @@ class Agreement(NamedTuple):
         """The layout of the classes.
 
         Raises:
-            ValueError: ranks that do not go together. RuntimeError: a rank refused its arguments, or cannot be reached.
+            ValueError: the ranks' arguments are incompatible. RuntimeError: the arguments of a rank are invalid, or it
+                cannot be reached.
         """
         try:
             headers = self.gathering.wait().cpu().numpy().tobytes()
@@ -194,9 +197,9 @@ class Agreement(NamedTuple):
 
 
 def ask(shard: Shard, device: torch.device, given: dict[str, Any], *, empty: bool = False) -> Agreement:
-    """Sends this rank's header. given: "classes" (of this rank) and whatever must be the same on every rank.
+    """Sends this rank's header. given: "classes" (of this rank) and all values that must be the same on every rank.
 
-    empty: the ranks may have none at all.
+    empty: the total number of classes may be 0.
     """
     mine = {"classes": given["classes"], "offset": shard.class_offset, "empty": empty}
     alike = {"classes in all": shard.classes, **{key: value for key, value in given.items() if key != "classes"}}
@@ -209,7 +212,7 @@ def _layout(headers: bytes, rank: int, group_name: str) -> Layout:
     said = [json.loads(headers[i : i + HEADER]) for i in range(0, len(headers), HEADER)]
     for other, header in enumerate(said):
         if "error" in header:
-            raise RuntimeError(f"{_name(group, other)} refused its arguments, so no rank goes on: {header['error']}")
+            raise RuntimeError(f"{_name(group, other)} refused its arguments, so every rank stops: {header['error']}")
     for other, header in enumerate(said):
         for key, value in header["alike"].items():
             if value != (expected := said[0]["alike"].get(key)):

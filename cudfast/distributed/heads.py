@@ -1,6 +1,6 @@
 """Hidden states before a last layer with sharded classes: replicated on all ranks, or sharded along their first axis.
 
-The classes of a rank contribute a part of the gradient of every hidden state; the parts are summed here, once.
+The classes of each rank contribute a part of the gradient of every hidden state. This module sums the parts, once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _gathered(hidden: Tensor, group: Any, sizes: list[int]) -> Tensor:
 
 
 def spread(hidden: Tensor, shard: Shard | None, sequence_sharded: bool) -> Tensor:
-    """All hidden states (..., D) of the student, whose gradient is summed over the ranks that hold the classes.
+    """All hidden states (..., D) of the student. Backward sums their gradient over the ranks that hold the classes.
 
     Raises:
         ValueError: the hidden states of the ranks have incompatible shapes or dtypes.

@@ -96,7 +96,7 @@ def packed(plain: State, found: Projected, picked: Tensor) -> State:
 
 
 def again(rows: Rows, marks: Marks, state: State, first: int) -> tuple[Rows, State]:
-    """The rows with the calibrated teacher, and the plain loss's state, from what `packed` kept. Sends nothing."""
+    """The rows with the calibrated teacher, and the plain loss's state, from the state of `packed`. Sends nothing."""
     assert rows.constraints is not None
     own = state.sums.shape[-1] - len(PROJECTED_COLUMNS) - len(TOPS)
     beta, centre, *scales = state.sums[:, own : own + 5].unbind(-1)

@@ -1,5 +1,5 @@
-"""Rows whose classes are spread over ranks, as a backend: one sweep over this rank's classes, one exchange of row
-states, and then what is not of size V on every rank alike, so that backward needs nobody."""
+"""A backend for rows whose classes are sharded over ranks: one sweep over this rank's classes, then one exchange of row
+states. Every rank computes the rest of the loss, which has no size V, so backward needs no communication."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .group import Layout, as_bytes, ask, from_bytes, gather
 from .projected import again, calibrated
 from .projected import packed as with_target
 
-_OF_A_RANK = ("save", "inplace", "backend")  # options that ranks may choose for themselves
-_SCALAR = ("temperature", "alpha")  # options that a call has as rows.scalar
+_OF_A_RANK = ("save", "inplace", "backend")  # options that may differ between ranks
+_SCALAR = ("temperature", "alpha")  # options that are rows.scalar in a call
 
 
 class Sharded:
-    """A backend over a process group: each rank's rows hold some of the classes, the labels are those of the whole."""
+    """A backend over a process group: the logits of each rank have some of the classes, labels refer to all classes."""
 
     def __init__(self, inner: Backend, shard: Shard) -> None:
         self._inner, self._shard = inner, shard
@@ -44,7 +44,7 @@ class Sharded:
         keep: bool,
         gradient: Tensor | None,
     ) -> tuple[Tensor, State | None]:
-        """See `cudfast.rows.call.Backend`. The divisors of the state are followed by this rank's first class."""
+        """See `cudfast.rows.call.Backend`. The third divisor of the state is this rank's first class."""
         agreement = ask(self._shard, rows.logits.device, given_to(rows, options))
         layout = None
         if options.num_classes is not None or rows.constraints is not None:
@@ -82,7 +82,7 @@ class Sharded:
         upstream: Tensor,
         gradient: Tensor,
     ) -> None:
-        """See `cudfast.rows.call.Backend`: of this rank's classes."""
+        """See `cudfast.rows.call.Backend`; writes the gradient of this rank's classes."""
         first: Any = state.divisors[2].to(torch.int64)
         if options.num_classes is not None or rows.constraints is not None:
             first = int(first)
@@ -103,19 +103,19 @@ class Sharded:
 
 
 def backend_of(options: CUDOptions | DUSOptions, device: torch.device, shard: Shard | None) -> Backend:
-    """The backend of a call, over a process group where there is a shard."""
+    """The backend of a call, over a process group if there is a shard."""
     found = backends.choose(options.backend, device)
     return found if shard is None else Sharded(found, shard)
 
 
 def agreed(shard: Shard, rows: Rows, options: CUDOptions | DUSOptions) -> int:
-    """This rank's first class, the vectors of the call checked.
+    """This rank's first class, after a check of the call's vectors.
 
     Raises:
-        ValueError, RuntimeError: ranks that do not go together; a value out of range, on every rank.
+        ValueError, RuntimeError: the ranks' arguments are incompatible, or a value is out of range; on every rank.
     """
     said = {**given_to(rows, options), "gradient of the hidden states": rows.logits.requires_grad}
-    layout = ask(shard, rows.logits.device, said).wait()  # a rank that wants none would leave the others waiting
+    layout = ask(shard, rows.logits.device, said).wait()  # all ranks or none must sum that gradient: else they hang
     check_vectors(_of_all(rows, options, layout), options)
     return layout.first
 
@@ -123,7 +123,7 @@ def agreed(shard: Shard, rows: Rows, options: CUDOptions | DUSOptions) -> int:
 def over_ranks(
     shard: Shard, chunks: list[Whole], rows: Rows, options: CUDOptions | DUSOptions, dtype: torch.dtype
 ) -> tuple[Tensor, State]:
-    """Losses (N,) and packed states of rows, from the states of this rank's classes, some rows at a time."""
+    """Losses (N,) and packed states of rows, from the states of this rank's classes in chunks of rows."""
     mine = _of(chunks[0], (torch.cat(parts) for parts in zip(*chunks)))
     student = isinstance(options, CUDOptions)
     whole = merged(shard.process_group, mine, dtype, inverse_temperature(rows), top1=student)
@@ -132,7 +132,7 @@ def over_ranks(
 
 
 def merged(group: Any, mine: Whole, dtype: torch.dtype, inv_tau: Tensor, *, top1: bool) -> Whole:
-    """The state of all ranks' classes, from one exchange in `dtype`. Without `top1` nobody asks for the teacher's."""
+    """The state of all ranks' classes, from one exchange in `dtype`. Without `top1`, the teacher's is not sent."""
     columns = [x for x in mine if x.dtype != torch.int64]
     index = mine.k if isinstance(mine, StudentState) and top1 else None
     found = gather(group, as_bytes(torch.stack(columns, -1).to(dtype), index))  # (R, N, bytes)
@@ -141,7 +141,7 @@ def merged(group: Any, mine: Whole, dtype: torch.dtype, inv_tau: Tensor, *, top1
     if isinstance(mine, StudentState):
         fields.append(torch.zeros(found.shape[:2], dtype=torch.int64, device=found.device) if k is None else k)
     parts = _of(mine, fields)
-    while (count := len(parts[0])) > 1:  # neighbours first: their sums are alike
+    while (count := len(parts[0])) > 1:  # neighbours first: their sums have similar size
         pairs = merge(_ranks(parts, 0, count - 1, 2), _ranks(parts, 1, count, 2), inv_tau)
         last = _ranks(parts, count - count % 2, count, 1)
         parts = _of(parts, (torch.cat([a, b]) for a, b in zip(pairs, last)))
@@ -157,7 +157,7 @@ def _ranks(parts: Whole, begin: int, end: int, step: int) -> Whole:
 
 
 def cut(rows: Rows, options: CUDOptions | DUSOptions, first: int) -> Rows:
-    """Without the columns beyond `num_classes`."""
+    """The rows without the columns beyond `num_classes`."""
     if options.num_classes is None:
         return rows
     return rows._replace(classes=max(0, min(rows.classes, options.num_classes - first)))
@@ -165,7 +165,7 @@ def cut(rows: Rows, options: CUDOptions | DUSOptions, first: int) -> Rows:
 
 @functools.lru_cache(maxsize=256)
 def _plain(options: CUDOptions | DUSOptions) -> CUDOptions | DUSOptions:
-    """Of rows whose teacher has been calibrated."""
+    """The options for rows whose teacher is already calibrated."""
     assert isinstance(options, CUDOptions)
     return dataclasses.replace(options, calibration=None)
 
@@ -176,7 +176,7 @@ def _fields(options: CUDOptions | DUSOptions) -> dict[str, Any]:
 
 
 def given_to(rows: Rows, options: CUDOptions | DUSOptions) -> dict[str, Any]:
-    """What this rank says of its arguments."""
+    """The description of this rank's arguments for its header."""
     items = rows.num_items
     return {
         "classes": rows.classes,
@@ -200,7 +200,7 @@ def _constraints(rows: Rows) -> str | None:
 
 
 def _digest(x: Tensor | None) -> str | None:
-    """Of a vector that the host can read: that ranks were given the same."""
+    """A description of a vector that differs if the ranks' vectors differ; the values are included on a CPU only."""
     if x is None:
         return None
     return f"{x.numel()} values" + (
@@ -215,13 +215,13 @@ def _of_all(rows: Rows, options: CUDOptions | DUSOptions, layout: Layout) -> Row
 
 
 def check(rows: Rows, options: CUDOptions | DUSOptions, layout: Layout) -> None:
-    """Labels and other vectors, where the host may read them; every rank finds the same."""
+    """Checks labels and other vectors if the host may read them; the result is the same on every rank."""
     if rows.logits.is_cpu or rows.constraints is not None:
         check_vectors(_of_all(rows, options, layout), options)
 
 
 def refused(rows: Rows, options: CUDOptions | DUSOptions, layout: Layout, whole: Whole) -> Whole:
-    """Where the host reads nothing, a label that is no class makes its row NaN."""
+    """The state with NaN in rows whose label is out of range, on devices whose values the host does not read."""
     if rows.logits.is_cpu or rows.labels is None:
         return whole
     _, labelled = masks(rows, options)

@@ -1,7 +1,8 @@
-"""From sweeps to a differentiable loss: an autograd function in eager mode, torch.library ops under torch.compile.
+"""The sweeps as a differentiable loss: an autograd function in eager mode, torch.library ops under torch.compile.
 
-For scalar reductions the gradients are made in forward, where the logits are, and scaled in backward where the upstream
-gradient is not 1. With save="state", or one loss per row, backward makes the logits again, from the row states.
+For scalar reductions forward computes the gradients, since the logits exist there, and backward scales them if the
+upstream gradient is not 1. With save="state", or one loss per row, backward computes the logits again, and the
+gradients from the row states.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _reduced(p: Problem, losses: Tensor) -> Tensor:
 
 
 def _needs(p: Problem) -> Needs:
-    """Of a call, by what requires grad."""
+    """The gradients that a call needs: those of the inputs that require grad."""
     if not torch.is_grad_enabled():
         return NOTHING_NEEDED
     bias = p.student.bias
@@ -84,7 +85,7 @@ class _LinearLoss(torch.autograd.Function):
     def _gradients(ctx: Any, upstream: Tensor) -> Found:
         if ctx.made is not None:
             made: Found = ctx.made
-            ctx.made = None  # handed over once; a second backward makes them again
+            ctx.made = None  # returned once; a second backward computes them again
             scale = backends.choose(ctx.plain[-3].backend, upstream.device).scale
             return cast(Found, tuple(None if g is None else scale(g, upstream) for g in made))
         tensors = saved(ctx)
@@ -99,7 +100,7 @@ def _flat(upstream: Tensor) -> Tensor:
 
 
 def evaluate(p: Problem, *, statistics: bool) -> tuple[Tensor, State]:
-    """The loss () or (N,), differentiable where that is wanted, and the row states."""
+    """The loss () or (N,), differentiable if gradients are required, and the row states."""
     if not direct(*tensors_of(p)):
         return _evaluate_op(p, statistics=statistics)
     if any(_needs(p)):
@@ -151,7 +152,7 @@ def linear_state_op(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss () or (N,); states (N, columns), top-1 (N,) and divisors (2,); gradients of hidden, weight and bias for an
-    upstream gradient of 1, (0,) where they are not needed or are made in backward."""
+    upstream gradient of 1, (0,) if they are not needed or are computed in backward."""
     x = Tensors(hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, per_row)
     p = _problem(x, scalar, num_items, classes, constraints, options, flags, linear)
     check_items(p.rows, p.options)
@@ -230,7 +231,7 @@ def linear_gradient_op(
     divisors: Tensor,
     upstream: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias for `upstream` () or (N,), (0,) where they are not needed."""
+    """Gradients of hidden, weight and bias for `upstream` () or (N,), (0,) if they are not needed."""
     x = Tensors(hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, per_row)
     p = _problem(x, scalar, None, classes, constraints, options, flags, linear)
     found = sweep(p, Needs(*needs), statistics=False, state=State(sums, top1, divisors), upstream=_flat(upstream))
@@ -295,8 +296,8 @@ def _evaluate_op(p: Problem, *, statistics: bool) -> tuple[Tensor, State]:
     rows = p.rows
     if p.shard is not None:
         raise RuntimeError(
-            "the fused losses over a process group do not trace: call them outside of torch.compile, with tensors that "
-            "have memory of their own (no fake, functional or meta tensors)"
+            "the fused losses over a process group cannot be traced: call them outside of torch.compile, with tensors "
+            "that have memory of their own (no fake, functional or meta tensors)"
         )
     options, constraints, flags = packed_of(rows, p.options)
     loss, sums, top1, divisors, *_ = linear_state_op(

@@ -1,4 +1,4 @@
-"""Checks of hidden states and the weights that turn them into logits, and their error messages."""
+"""Checks of hidden states and of the weights of last layers, and their error messages."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ Layer = tuple[Tensor, Tensor | None]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_autocast(device_type: str) -> bool:  # torch 2.8 to 2.12 cannot trace the function that tells
+def _has_autocast(device_type: str) -> bool:  # torch 2.8 to 2.12 cannot trace this function of torch.amp
     return torch.amp.is_autocast_available(device_type)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """Of the torch.autocast region for such a device; None outside of one."""
+    """Dtype of the torch.autocast region for this type of device; None outside of one."""
     if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
 
 def autocast(x: object) -> object:
-    """What a linear layer would read: under torch.autocast, float32 tensors in the dtype of that region."""
+    """The value as a linear layer reads it: under torch.autocast, float32 tensors are cast to the region's dtype."""
     if not isinstance(x, Tensor) or x.dtype != torch.float32:
         return x
     dtype = autocast_dtype(x.device.type)
@@ -61,7 +61,7 @@ def check_gathered(
     remedy: str = "call the loss and backward within deepspeed.zero.GatheredParameters([weight, bias]), or use CUDLoss "
     "or DUSLoss, which take logits",
 ) -> None:
-    """DeepSpeed's ZeRO-3 leaves an empty (0,) of a parameter, except where it is gathered."""
+    """Raises for a parameter that DeepSpeed's ZeRO-3 has partitioned and not gathered: its shape is (0,)."""
     if value is not None and value.dim() == 1 and value.shape[0] == 0:
         raise ValueError(
             f"{name} has shape (0,): DeepSpeed ZeRO-3 has partitioned this parameter and not gathered it here (FSDP "
@@ -72,7 +72,8 @@ def check_gathered(
 def layer_of(
     weight: object, bias: object, hidden: Tensor, names: tuple[str, str, str], *, empty: bool = False
 ) -> Layer:
-    """Weight (V, D) and bias (V,) for hidden states (..., D). names: of weight, bias, hidden; empty: V may be 0."""
+    """Checked weight (V, D) and bias (V,) for hidden states (..., D). names: of weight, bias, hidden; empty: V may be
+    0."""
     w_name, b_name, h_name = names
     if not isinstance(weight, Tensor):
         raise TypeError(f"{w_name}: expected a torch.Tensor (V, D), as nn.Linear has it, got {type(weight).__name__}")
@@ -110,7 +111,7 @@ def layer_of(
 
 
 def check_frozen(names: dict[str, object]) -> None:
-    """No gradient flows to the teacher: whoever expects one is told."""
+    """Raises for teacher tensors that require grad, since no gradient flows to the teacher."""
     for name, value in names.items():
         if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -120,7 +121,7 @@ def check_frozen(names: dict[str, object]) -> None:
 
 
 def check_alike(hidden: Tensor, other: Tensor, names: tuple[str, str]) -> None:
-    """Leading shape and device of both sides."""
+    """Raises unless both sides have the same leading shape and device."""
     if other.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"{names[0]} has shape {tuple(hidden.shape)} and {names[1]} {tuple(other.shape)}: expected the same "

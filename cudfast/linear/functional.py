@@ -1,4 +1,4 @@
-"""The losses from hidden states as functions: arguments checked and flattened."""
+"""The losses from hidden states as functions: they check and flatten their arguments."""
 
 from __future__ import annotations
 
@@ -162,13 +162,13 @@ def fused_linear_cud_loss(
         student_hidden: (..., Ds) float32, float64, bfloat16 or float16.
         student_weight: (V, Ds) in the same dtype (under torch.autocast both are cast as a linear layer casts them).
         labels: (...) integer class indices, `ignore_index` or `unlabeled_index`; None: every row is unlabelled.
-        options: what the loss is made of; see `CUDOptions`. `inplace` does not apply.
+        options: the settings of the loss; see `CUDOptions`. `inplace` is not supported.
         linear: logit scales and soft caps, and the memory budget; see `LinearOptions`.
         student_bias: (V,), the student's dtype.
         teacher_hidden: (..., Dt) in any of these dtypes; like all teacher tensors, it must not require grad.
         teacher_weight: (V, Dt), the dtype of teacher_hidden.
         teacher_bias: (V,), the same.
-        teacher_logits: (..., V) instead of these three. No teacher at all is allowed when kd_weight is 0.
+        teacher_logits: (..., V) instead of these three. If kd_weight is 0, the teacher may be omitted.
         weight: (...) one weight per row, as in `cud_loss`.
         temperature: overrides options.temperature, as in `cud_loss`.
         num_items: replaces both divisors, as in `cud_loss`.
@@ -178,12 +178,12 @@ def fused_linear_cud_loss(
         return_stats: also return `StudentStatistics` of every row.
 
     Returns:
-        The loss: () or, for reduction="none", (...); float32, or float64 when the inputs that count are. With
-        return_stats, a pair. Differentiable in the student's hidden states, weight and bias.
+        The loss: () or, for reduction="none", (...); float32, or float64 if any inputs that the loss uses are float64.
+        With return_stats, a pair. Differentiable in the student's hidden states, weight and bias.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `cud_loss`; ValueError for a memory budget that is too small, with the
-            smallest that works.
+        TypeError, ValueError, RuntimeError: as `cud_loss`; ValueError for a memory budget that is too small, which
+            names the smallest that works.
 
     Example:
         >>> import torch
@@ -301,13 +301,13 @@ def fused_linear_dus_loss(
         hidden: (..., D) float32, float64, bfloat16 or float16.
         head_weight: (V, D) of the classes, in the same dtype.
         labels: (...) integer class indices, or `ignore_index`.
-        options: what the loss is made of; see `DUSOptions`. `inplace` does not apply.
+        options: the settings of the loss; see `DUSOptions`. `inplace` is not supported.
         linear: logit scale and soft cap, and the memory budget; see `LinearOptions`.
         head_bias: (V,), the same dtype.
         alpha: (V,) focal scale per class, > 0; overrides options.alpha.
         weight: (...) one weight per row, finite and >= 0.
         num_items: as in `dus_loss`.
-        shard: as in `fused_linear_cud_loss`; alpha is that of all classes.
+        shard: as in `fused_linear_cud_loss`; alpha has one value for each of all classes.
         sequence_sharded: as in `fused_linear_cud_loss`.
         return_stats: also return `TeacherStatistics` of every row.
 

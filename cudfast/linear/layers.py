@@ -122,7 +122,7 @@ class Tensors(NamedTuple):
 
 
 def tensors_of(p: Problem) -> Tensors:
-    """In the order of `Tensors`."""
+    """The tensors of a call."""
     rows, teacher = p.rows, p.teacher
     return Tensors(
         rows.logits,

@@ -21,18 +21,19 @@ if TYPE_CHECKING:
 class FusedLinearCUDLoss(nn.Module):
     """`CUDLoss` (Eq. 9) from the last hidden states and the class weights, without storing the logits of all rows.
 
-    With s = student_hidden @ student_weight.T + student_bias and t likewise, the loss and the gradients of the
-    student's hidden states, weight and bias are those of ``CUDLoss`` on s and t. Chunks of rows (and, for very large V,
-    tiles of classes) are processed in buffers that fit `memory_budget`; ignored rows are left out.
+    With s = student_hidden @ student_weight.T + student_bias and t from the teacher in the same way, the loss and the
+    gradients of the student's hidden states, weight and bias are those of ``CUDLoss`` on s and t. Chunks of rows (and,
+    for very large V, tiles of classes) are processed in buffers that fit `memory_budget`; ignored rows are skipped.
 
     Args:
         temperature, kd_weight, ce_weight, calibration, ignore_index, unlabeled_index, reduction, num_classes, backend,
             check_finite: as in `CUDLoss`.
         save: "gradient": the gradients are computed in forward, with four products. "state": in backward, with six
-            products; only the row states are kept. "auto": "gradient" for scalar reductions, "state" for
+            products; only the row states are saved. "auto": "gradient" for scalar reductions, "state" for
             reduction="none" and for float16.
-        memory_budget: bytes that a call may take beyond its inputs and the gradients it returns; "auto": 256 MiB.
-        accumulate_dtype: in which weight gradients are summed over chunks, if wider than the weight. Default float32.
+        memory_budget: bytes that a call may allocate besides the gradients that it returns; "auto": 256 MiB.
+        accumulate_dtype: dtype in which weight gradients are summed over chunks, if wider than the weight. Default
+            float32.
         student_logit_scale, teacher_logit_scale: factors of the logits, > 0 (Cohere). Default 1.0.
         student_logit_softcap, teacher_logit_softcap: c of c tanh(z / c), > 0 (Gemma); None: no cap. Default None.
         process_group, class_offset: as in `CUDLoss`, for classes that are sharded over ranks: weights (V_r, D), biases

@@ -31,8 +31,8 @@ from .columns import Filled, Work, gradients, merged_state, part_state
 from .gradients import Found, Gradients
 from .layers import Needs, Problem
 
-_CALL = 256  # bytes a row of the call: packed states, losses, labels, weights
-_MERGE = 1024  # bytes a row of a tile while states merge, in f64
+_CALL = 256  # bytes per row of the call: packed states, losses, labels, weights
+_MERGE = 1024  # bytes per row of a tile while states are merged, in f64
 _REFERENCE = 14  # largest number of temporary (R, C) matrices of the compute dtype, where PyTorch replaces a kernel
 
 

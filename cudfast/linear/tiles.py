@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 FEW = 32  # least rows in a chunk of whole rows: below, 4 products are slower than 6 with many rows, because of memory
-OTHERS = 64  # this part of the budget is left for internal buffers of the products: 2 of 256 MiB were measured
+OTHERS = 64  # 1 / 64 of the budget is reserved for internal buffers of the products: 2 of 256 MiB were measured
 NARROW = 2048  # least classes of a tile: below, products of any number of rows are slower
 
 
