@@ -1,4 +1,4 @@
-"""What `python -m cudfast gpu-model` says, beside the measurements: a model, no GPU takes part."""
+"""The output of `python -m cudfast gpu-model`, beside the measurements: a model, no GPU is used."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def bench_gpu_model(benchmark: BenchmarkFixture, tables: list[Table]) -> None:
     benchmark.extra_info.update(model=True, estimates=[e._asdict() for e in found])
     rows: list[tuple[str, ...]] = [
         (f"{e.gpu}  {e.kernel}", f"{e.bytes_per_element:g}", f"{e.instructions_per_element:.1f}",
-         f"{e.exponentials_per_element:.1f}", f"{e.picoseconds:.2f}", e.bound)
+         f"{e.exponentials_per_element:.1f}", f"{e.picoseconds:.2f}", e.bound, f"{e.share:.0%}")
         for e in found if (e.dtype, e.classes) == ("bf16", 32_000)
     ]  # fmt: skip
     title = "MODEL of GPUs, not a measurement: bfloat16, V = 32,000, per element of (N, V)"
-    tables.append(Table(title, ("", "bytes", "instructions", "exponentials", "ps", "bound by"), rows))
+    tables.append(Table(title, ("", "bytes", "instructions", "exponentials", "ps", "bound by", "of torch.add"), rows))

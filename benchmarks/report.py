@@ -174,8 +174,20 @@ def gpu(found: Found, verified: Mapping[str, Any] | None, folder: Path) -> list[
     for e in estimates:
         if e["dtype"] == "bf16":
             counts = [f"{e[f'{what}_per_element']:.3g}" for what in ("bytes", "instructions", "exponentials")]
-            rows.append([e["gpu"], e["kernel"], f"{e['classes']:,}", *counts, f"{e['picoseconds']:.2f}", e["bound"]])
-    lines += table(["GPU", "kernel", "V", "bytes", "instructions", "exponentials", "ps", "bound by"], rows)
+            rows.append(
+                [
+                    e["gpu"],
+                    e["kernel"],
+                    f"{e['classes']:,}",
+                    *counts,
+                    f"{e['picoseconds']:.2f}",
+                    e["bound"],
+                    f"{e['share']:.0%}",
+                ]
+            )
+    lines += table(
+        ["GPU", "kernel", "V", "bytes", "instructions", "exponentials", "ps", "bound by", "of torch.add"], rows
+    )
     if verified:
         lines += [f"**Measured on {verified['device']}** (`make gpu-verify`)", ""]
         measured = []

@@ -110,6 +110,17 @@ def test_what_does_not_fit_is_dropped_by_priority_and_named(tmp_path: Path) -> N
     assert len(done(log)) == 6
 
 
+def test_a_step_that_cannot_list_its_items_fails_and_the_run_goes_on(tmp_path: Path) -> None:
+    def broken(where: place.Place) -> Any:
+        yield Item("a", fine)
+        raise ValueError("no such layout")
+
+    log = Log(tmp_path, echo=False)
+    steps.run([Step("s", 1, broken), Step("t", 1, items(Item("b", fine)))], HERE, log)
+    failed = ("the rest cannot be listed", "FAILED: RuntimeError: ValueError: no such layout")
+    assert done(log) == [("a", "ok"), failed, ("b", "ok")]
+
+
 def test_eight_minutes_hold_the_whole_plan_but_the_last_step() -> None:
     todo = plan.steps(HERE, Path())
     names = ["floor", "cuda", "triton", "times", "sweep", "peers", "ncu", "sanitizers"]
@@ -209,16 +220,19 @@ class Hangs(supervise.Watch):
 
 @pytest.mark.parametrize(
     ("statuses", "status"),
-    [([0], 0), ([supervise.AGAIN, 1], 1), ([None, supervise.AGAIN, 0], 0), ([-6, 0], 0), ([2], 2)],
+    [([0], 0), ([supervise.AGAIN, 1], 1), ([None, supervise.AGAIN, 0], 0), ([-6, 0], 0), ([-6], -6), ([2], 2)],
 )
 def test_workers_are_replaced_when_they_are_lost_or_hang(
     tmp_path: Path, statuses: list[int | None], status: int
 ) -> None:
     lines, started, left = tmp_path / "lines.jsonl", [], iter(statuses)
-    lines.write_text('{"kind": "begin", "patience": 7}\n')
+    lines.write_text('{"kind": "begin"}\n')  # of an earlier run
+    os.utime(lines, (1, 1))
 
     def start(command: Sequence[str]) -> Process:
         started.append(command)
+        if statuses != [-6]:
+            lines.write_text('{"kind": "begin", "patience": 7}\n')
         return Process(next(left))
 
     assert supervise.supervise(["work"], lines, start=start, watch=Hangs(lines)) == status

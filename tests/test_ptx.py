@@ -69,52 +69,54 @@ def test_the_table_reaches_every_cuda_kernel() -> None:
 
 
 # Triton kernels are either interpreted by Triton or compiled in a process, so this is another one.
-GROUPS = 4
+GROUPS = 3
 without_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton, whose compiler makes the PTX, is not installed"
 )
 
 
-def triton(numbers: list[int]) -> None:
+def triton(numbers: list[int], *options: str) -> list[dict[str, Any]]:
+    """What became of these calls."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.ptx.cases", *map(str, numbers)]
+    command = [sys.executable, "-m", "tests.ptx.cases", *options, *map(str, numbers)]
     root = Path(__file__).parents[1]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     assert ran.returncode == 0, ran.stderr
     lines = [json.loads(line) for line in ran.stdout.splitlines()]
     assert [line["case"] for line in lines] == [TRITON[i].title for i in numbers]
-    wrong = {line["case"]: line["wrong"] for line in lines if line["wrong"]}
-    assert not wrong
+    return lines
+
+
+def groups(full: bool) -> list[Any]:
+    """Numbers of calls, of which each process runs some."""
+    numbers = [i for i, case in enumerate(TRITON) if case.full == full]
+    marks = [pytest.mark.slow] if full else []
+    return [pytest.param(numbers[i::GROUPS], id=f"{'full ' * full}{i}", marks=marks) for i in range(GROUPS)]
+
+
+@without_triton
+@pytest.mark.parametrize("numbers", [*groups(False), *groups(True)])
+def test_triton(numbers: list[int]) -> None:
+    lines = triton(numbers)
+    assert {line["case"]: line["wrong"] for line in lines if line["wrong"]} == {}
     for number, line in zip(numbers, lines):
         assert TRITON[number].full or sum(each["instructions"] for each in line["ran"]) < MOST
 
 
 @without_triton
-@pytest.mark.parametrize("group", range(GROUPS))
-def test_triton(group: int) -> None:
-    triton([i for i, case in enumerate(TRITON) if not case.full][group::GROUPS])
-
-
-@without_triton
-@pytest.mark.slow
-@pytest.mark.parametrize("group", range(GROUPS))
-def test_triton_in_full(group: int) -> None:
-    triton([i for i, case in enumerate(TRITON) if case.full][group::GROUPS])
+def test_removed_barriers_of_a_triton_kernel_are_found() -> None:
+    (line,) = triton([2], "--without", "bar.sync")
+    assert re.match("HazardError: a (read|write) (after|of) .*(without a barrier|not written)", line["wrong"])
 
 
 # Faults that are planted: instructions of the student's kernel, left out.
-
-
-def places(function: Function, module: Module, name: str) -> list[int]:
-    end = min((f.start for f in module.functions.values() if f.start > function.start), default=len(module.code))
-    return [i for i in range(function.start, end) if module.code[i].name.startswith(name)]
 
 
 def planted(case: Case, name: str, pick: slice) -> str:
     """What is found without these instructions; "" if nothing is."""
 
     def change(module: Module, entry: Function) -> Module:
-        return module.without(*places(entry, module, name)[pick]) if "RowKernel" in entry.name else module
+        return module.without(*module.places(entry, name)[pick]) if "RowKernel" in entry.name else module
 
     interpret = Interpreter(case.seed)
     interpret.change = change
@@ -131,7 +133,7 @@ def count(name: str) -> int:
     """How many there are in the kernel of bf16 rows that are staged, at temperature 2."""
     suffix = "INS0_9RowKernelINS0_7StudentILi2ELi2EfEELb1EEEEEvT_i"
     module = launch._parsed(next(text for text in launch._modules() if suffix in text))
-    return len(places(module.entry(suffix), module, name))
+    return len(module.places(module.entry(suffix), name))
 
 
 @built

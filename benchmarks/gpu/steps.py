@@ -63,6 +63,19 @@ def run_item(step: str, item: Item, log: Log) -> None:
     log.write("done", **about, verdict=verdict, seconds=time.perf_counter() - start)
 
 
+def items_of(step: Step, place: Place) -> Iterator[Item]:
+    """Of a step; where they cannot be listed, that is an item which fails."""
+    try:
+        yield from step.items(place)
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+
+        def fail(log: Log) -> None:
+            raise RuntimeError(message)
+
+        yield Item("the rest cannot be listed", fail)
+
+
 class LostError(RuntimeError):
     """No more work can be done in this process."""
 
@@ -109,7 +122,7 @@ def run(
     for step in steps:
         if step.name not in plan["ends"]:
             continue
-        for item in step.items(place):
+        for item in items_of(step, place):
             if only not in f"{step.name}: {item.what}" or (step.name, item.what) in settled:
                 continue
             end = plan["ends"][step.name]

@@ -59,6 +59,11 @@ class Watch:
         return self._clock() - self._since > patience
 
 
+def _written(path: Path) -> int:
+    """When a file was written last."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def supervise(
     command: Sequence[str],
     lines: Path,
@@ -76,7 +81,7 @@ def supervise(
         watch: says when a process hangs.
         pause: seconds between two looks.
     """
-    status = AGAIN
+    status, stale = AGAIN, _written(lines)
     for attempt in range(MOST):
         watch = watch or Watch(lines)
         watch.restart()
@@ -90,7 +95,7 @@ def supervise(
                     process.kill()
                     status = process.wait()
                     break
-        begun = lines.exists() and last_line(lines).get("kind") != "end"
+        begun = _written(lines) != stale and last_line(lines).get("kind") != "end"
         if status != AGAIN and not (status < 0 and begun):
             break
     return int(status)

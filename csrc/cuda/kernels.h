@@ -265,10 +265,18 @@ struct RowKernel {
     });
   }
 
+  // An excluded row has no gradient.
+  CUDFAST_KERNEL void skip(Executor& x, int row) const {
+    x.each([&](Thread th) {
+      if (th.index == 0) x.shared<Board>(th.rank).map = {};
+      if (writes(x, th) && call.from != From::state) report(row, State{}, 0);
+    });
+  }
+
   // Each thread's share again: the gradient, zeros in excluded rows and in padding. see(thread, view) returns the
   // function that changes the values of a thread's chunks before they are mapped.
   template <class See>
-  CUDFAST_KERNEL void map(Executor& x, int row, bool counts, See see) const {
+  CUDFAST_KERNEL void map(Executor& x, int row, See see) const {
     x.join();  // the gradient may overwrite the logits, of which other blocks read single elements until here
     x.each([&](Thread th) {
       const View view = this->view(x, th, row);
@@ -276,7 +284,7 @@ struct RowKernel {
       auto seen = see(th, view);
       for (int chunk = view.chunks.begin + th.index; chunk < view.chunks.end; chunk += x.threads()) {
         R g[width] = {};
-        if (counts && map.counts) {
+        if (map.counts) {
           Values v;
           view.load(x, th, chunk, v);
           seen(chunk, v);
@@ -310,13 +318,11 @@ struct RowKernel {
       finish(x, row, m);
     } else if (call.only_parts) {
       return;
-    } else if (call.from != From::state) {
-      x.each([&](Thread th) {
-        if (writes(x, th)) report(row, State{}, 0);
-      });
+    } else {
+      skip(x, row);
     }
     if (!call.out.gradient.data) return;
-    map(x, row, !m.ignored, [](Thread, const View&) { return [](int, Values&) {}; });
+    map(x, row, [](Thread, const View&) { return [](int, Values&) {}; });
   }
 };
 

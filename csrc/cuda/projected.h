@@ -391,6 +391,8 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
       b.search = {};
       b.alone = -1;
       b.log_one = 0;  // complete() takes it where nothing bounds the entropy, too
+      b.map = {};     // a row that does not count has no gradient
+      b.sight = {};
     });
     if (marks().ignored) {
       x.each([&](Thread th) {
@@ -403,7 +405,7 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
     }
     if (!marks().ignored) finish(x, row, marks());
     if (!call.out.gradient.data) return;
-    this->map(x, row, !marks().ignored,
+    this->map(x, row,
               [&](Thread th, const View& view) { return seeing(x, th, row, marks(), view, board(x, th).sight); });
   }
 };

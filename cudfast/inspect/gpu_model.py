@@ -1,11 +1,17 @@
-"""`python -m cudfast gpu-model`: a model of the kernels' times on GPUs, which need not be present.
+"""`python -m cudfast gpu-model`: a model of the kernels' speed on GPUs, which need not be present.
 
-Triton's kernels are compiled for the device; those in CUDA C++ were compiled when cudfast was built. Bytes,
-instructions and exponentials per element are counted in the machine code of their main loops. A kernel takes at least
-the longest of three times: its bytes over the memory's bandwidth, its instructions over the rate of float32
-instructions, its exponentials over that of the special function units. Launches, latencies and the caches' own
-bandwidth are not modelled. The second pass over a row costs no memory traffic if the rows in flight fit in L2, or if
-they are staged in shared memory.
+Triton's kernels are compiled for the device; those in CUDA C++ were compiled when cudfast was built. Bytes and
+instructions per element come from the machine code of their main loops. A loop needs at least the longest of these
+times: its bytes over the bandwidth that it can use, its instructions over the rate at which they are issued, and those
+of each pipe over that pipe's rate. It uses a part of the bandwidth if too few bytes are in flight (Little's law).
+Registers, shared memory and threads limit the number of programs that run on a processor at once. If there are several,
+loads of one overlap with arithmetic of another, and the time is the longest sum over the loops; if there is one, it is
+the sum of the longest times. The second pass over a row costs no memory traffic if the rows in flight fit in L2, or if
+they are staged in shared memory. The share is the rate over that of torch.add, which moves the same bytes; at 100% a
+kernel is as fast as memory.
+
+Launches and the work per row (barriers, merges, float64) are not modelled. Shares measured on a GPU should therefore be
+at most those of the model.
 """
 
 from __future__ import annotations
@@ -50,6 +56,13 @@ GPUS = {
 }  # fmt: skip
 
 
+# Issue slots, and lanes for comparisons and bits, for each lane that does float32 multiply-adds: CUDA C++ Programming
+# Guide. AMD's vector units do all of them at one rate.
+PIPES = {"sm_80": (2.0, 1.0), "sm_90": (1.0, 0.5), "sm_100": (1.0, 0.5), "gfx942": (1.0, 1.0)}
+REACHED = 0.9  # of a data sheet's bandwidth, by torch.add. An assumption, to be replaced by a measurement on a GPU
+AHEAD = 4  # iterations whose asynchronous copies are in flight: csrc/cuda/kernels.h
+LATENCY = 0.8e-6  # seconds from a load to its bytes, under load. An assumption
+
 # Bytes of a processor's shared memory, of which each block reserves a KiB, and the largest cluster, in blocks, that
 # every device supports: CUDA C++ Programming Guide.
 SHARED = {"sm_80": (164 << 10, 1), "sm_90": (228 << 10, 8), "sm_100": (228 << 10, 8)}
@@ -69,6 +82,9 @@ class Estimate(NamedTuple):
     exponentials_per_element: float
     picoseconds: float  # per element of (N, V)
     bound: str  # the resource that limits the kernel
+    half_rate_per_element: float  # instructions on the pipe of comparisons and bits
+    in_flight: float  # bytes of loads in flight on a processor, over those that its share of the bandwidth needs
+    share: float  # of torch.add's rate, or of torch.neg's for one matrix
 
 
 def programs(found: Machine, gpu: GPU) -> int:
@@ -80,29 +96,60 @@ def programs(found: Machine, gpu: GPU) -> int:
     return max(1, min(limits))
 
 
-def estimate(
-    kernel: str, found: Machine, arrays: int, walks: int, dtype: str, classes: int, name: str, cluster: int = 1
-) -> Estimate:
-    """The model's result for rows of `classes` columns, N large; walks: number of times the arrays are read from
-    memory."""
+class Kernel(NamedTuple):
+    """The properties of a kernel that the model needs besides its machine code."""
+
+    name: str
+    arrays: int  # of logits
+    looks: int  # number of times they are read from memory if they do not fit in L2
+    columns: tuple[float, ...]  # of a thread's iteration, for each loop
+    written: tuple[float, ...]  # bytes per element, by each loop
+    cluster: int = 1  # programs that share a row
+
+
+def _bytes(kernel: Kernel, found: Machine, size: int, cached: bool) -> list[tuple[int, float]]:
+    """(read, written) per element, for each loop."""
+    moved = []
+    for index, loop in enumerate(found.loops):
+        again = index > 0 and (cached or kernel.looks == 1)
+        moved.append((kernel.arrays * size if loop.bytes_read and not again else 0, kernel.written[index]))
+    return moved
+
+
+def estimate(kernel: Kernel, found: Machine, dtype: str, classes: int, name: str) -> Estimate:
+    """The model's result for rows of `classes` columns, N large."""
     gpu, size = GPUS[name], DTYPES[dtype]
     resident = programs(found, gpu)
-    in_flight = gpu.processors * resident / cluster * classes * size * arrays
-    read = arrays * (1 if in_flight <= gpu.cache else walks)
-    # Per element: a loop's counts over the columns of a thread's iteration, which follow from the bytes that it reads.
-    per_element = [arrays * size / (loop.bytes_staged or loop.bytes_read) for loop in found.loops]
-    moved = size * read + sum(loop.bytes_written * each for loop, each in zip(found.loops, per_element))
-    instructions = sum(loop.instructions * each for loop, each in zip(found.loops, per_element))
-    exponentials = sum(loop.exponentials * each for loop, each in zip(found.loops, per_element))
-    times = {
-        "memory": moved / gpu.bandwidth,
-        "instructions": instructions / gpu.instructions,
-        "exponentials": exponentials / gpu.exponentials,
-    }
-    bound = max(times, key=lambda key: times[key])
+    rows = gpu.processors * resident / kernel.cluster
+    moved = _bytes(kernel, found, size, rows * classes * size * kernel.arrays <= gpu.cache)
+    bandwidth, (issue, half) = REACHED * gpu.bandwidth, PIPES[gpu.target]
+    needed, fewest = bandwidth * LATENCY / gpu.processors, 1.0
+    times: list[dict[str, float]] = []
+    for loop, columns, (read, written) in zip(found.loops, kernel.columns, moved):
+        ahead = loop.bytes_read * (AHEAD if loop.copied else 1) * found.threads * resident
+        usable = min(1.0, ahead / needed) if read else 1.0
+        fewest = min(fewest, usable)
+        slot = 1 / (columns * gpu.instructions)
+        times.append({
+            "memory": (read + written) / bandwidth,
+            "bytes in flight": (read / usable + written) / bandwidth if usable < 1 else 0.0,
+            "instructions": loop.instructions * slot / issue,
+            "arithmetic": loop.arithmetic * slot,
+            "half-rate instructions": loop.half_rate * slot / half,
+            "exponentials": loop.exponentials / columns / gpu.exponentials,
+        })  # fmt: skip
+    sums = {what: sum(each[what] for each in times) for what in times[0]}
+    bound = max(sums, key=lambda what: sums[what])
+    seconds = sums[bound] if resident > 1 else sum(max(each.values()) for each in times)
+    least = (kernel.arrays + any(kernel.written)) * size
+
+    def per_element(what: str) -> float:
+        return sum(float(getattr(loop, what)) / columns for loop, columns in zip(found.loops, kernel.columns))
+
     return Estimate(
-        kernel, name, dtype, classes, found.registers, resident,
-        moved, instructions, exponentials, times[bound] * 1e12, bound,
+        kernel.name, name, dtype, classes, found.registers, resident, sum(map(sum, moved)),
+        per_element("instructions"), per_element("exponentials"), seconds * 1e12, bound, per_element("half_rate"),
+        fewest, least / bandwidth / seconds,
     )  # fmt: skip
 
 
@@ -115,7 +162,7 @@ def _cuda(dtype: str, classes: int, name: str) -> Iterator[Estimate]:
     gpu = GPUS[name]
     if gpu.target not in cuda.targets():
         return
-    for variant in cuda.VARIANTS:
+    for variant in (*cuda.VARIANTS, *cuda.PROJECTED):
         found = cuda.machine(variant, dtype, gpu.target)
         cluster = 1
         if variant.staged:
@@ -127,7 +174,10 @@ def _cuda(dtype: str, classes: int, name: str) -> Iterator[Estimate]:
             cluster = fitting[0]
             found = found._replace(shared=row // cluster + cuda.HEADER)
         kernel = f"{variant.name}{f' by {cluster} blocks' if cluster > 1 else ''}"
-        yield estimate(kernel, found, variant.arrays, 1 if variant.staged else 2, dtype, classes, name, cluster)
+        columns = float(variant.columns or 16 // DTYPES[dtype])
+        looks, written = 1 if variant.staged else 2, (0, DTYPES[dtype])
+        about = Kernel(kernel, variant.arrays, looks, (columns,) * 2, written, cluster)
+        yield estimate(about, found, dtype, classes, name)
 
 
 def liger() -> tuple[Variant, ...]:
@@ -202,28 +252,22 @@ def estimates(gpus: Sequence[str] = ()) -> list[Estimate]:
 
 def _triton(variant: Variant, found: Machine, dtype: str, classes: int, name: str) -> Estimate:
     arrays = variant.rows_read // variant.looks
-    return estimate(variant.name, found, arrays, variant.looks, dtype, classes, name)
+    columns = tuple(loop.bytes_read / (arrays * DTYPES[dtype]) for loop in found.loops)
+    written = tuple(loop.bytes_written / each for loop, each in zip(found.loops, columns))
+    return estimate(Kernel(variant.name, arrays, variant.looks, columns, written), found, dtype, classes, name)
 
 
 def table(found: list[Estimate]) -> str:
     """The table in Markdown, with the sources below it."""
     head = (
-        "GPU",
-        "dtype",
-        "V",
-        "kernel",
-        "registers",
-        "programs",
-        "bytes",
-        "instructions",
-        "exponentials",
-        "ps",
-        "bound by",
-    )
+        "GPU", "dtype", "V", "kernel", "registers", "programs", "in flight", "bytes", "instructions", "half rate",
+        "exponentials", "ps", "bound by", "of torch.add",
+    )  # fmt: skip
     rows = [
         (
-            e.gpu, e.dtype, f"{e.classes:,}", e.kernel, str(e.registers), str(e.programs), f"{e.bytes_per_element:g}",
-            f"{e.instructions_per_element:.1f}", f"{e.exponentials_per_element:.1f}", f"{e.picoseconds:.2f}", e.bound,
+            e.gpu, e.dtype, f"{e.classes:,}", e.kernel, str(e.registers), str(e.programs), f"{e.in_flight:.0%}",
+            f"{e.bytes_per_element:g}", f"{e.instructions_per_element:.1f}", f"{e.half_rate_per_element:.1f}",
+            f"{e.exponentials_per_element:.1f}", f"{e.picoseconds:.2f}", e.bound, f"{e.share:.0%}",
         )
         for e in found
     ]  # fmt: skip

@@ -20,6 +20,9 @@ class Loop(NamedTuple):
     bytes_written: int
     narrowest: int  # bytes of the narrowest access of global memory, 0 where there is none
     bytes_staged: int = 0  # read from shared memory
+    arithmetic: int = 0  # of the instructions: on the pipe of float32 multiply-adds
+    half_rate: int = 0  # of the instructions: on the pipe of comparisons, selections and bits
+    copied: bool = False  # what is read goes to shared memory, by asynchronous copies
 
 
 class Machine(NamedTuple):
@@ -111,6 +114,19 @@ def width(access: str) -> int:
     return int(found[1]) // 8 if found else 4
 
 
+# CUDA C++ Programming Guide, throughput of arithmetic instructions; what is in neither list needs a slot to be issued.
+ARITHMETIC = {"FFMA", "FADD", "FMUL", "IMAD", "HFMA2", "HADD2", "HMUL2"}
+HALF_RATE = {
+    "FMNMX", "FMNMX3", "FSETP", "FSET", "FSEL", "SEL", "LOP3", "PLOP3", "PRMT", "ISETP", "IADD3", "IADD", "VIADD",
+    "LEA", "SHF", "IMNMX", "VIMNMX", "IABS", "F2FP", "HMNMX2", "HSETP2", "VOTE", "MOV",
+}  # fmt: skip
+
+
+def opcode(text: str) -> str:
+    """Of an instruction, without its predicate and its variants."""
+    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0]
+
+
 def loop_of(body: list[str]) -> Loop:
     """Counts of a loop's instructions. LDGSTS copies from global to shared memory."""
     counts = Counter[str]()
@@ -129,4 +145,7 @@ def loop_of(body: list[str]) -> Loop:
         counts["STG"],
         min(widths, default=0),
         counts["LDS"],
+        sum(opcode(text) in ARITHMETIC for text in body),
+        sum(opcode(text) in HALF_RATE for text in body),
+        counts["LDGSTS"] > 0,
     )

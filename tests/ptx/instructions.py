@@ -220,11 +220,18 @@ def _flushed(compute: Callable[..., Array]) -> Callable[..., Array]:
     return lambda *values: flush(compute(*map(flush, values)))
 
 
-_FLOAT1 = {
+_FLOAT1: dict[str, Callable[..., Array]] = {
     "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal,
 }  # fmt: skip
-_FLOAT2 = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "min": np.fmin, "max": np.fmax}
-_INTEGER = {
+_FLOAT2: dict[str, Callable[..., Array]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "min": np.fmin,
+    "max": np.fmax,
+}
+_INTEGER: dict[str, Callable[..., Array]] = {
     "add": np.add, "sub": np.subtract, "div": _divide, "rem": np.fmod, "min": np.minimum, "max": np.maximum,
 }  # fmt: skip
 _PLAIN = {"rn", "ftz", "lo", "wide", "hi", "approx", "full", "NaN", "sat", "rm"}  # modifiers of arithmetic

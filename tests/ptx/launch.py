@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from cudfast import ClassSets
 from cudfast.inspect.machine import run
 
 from .machine import Launch, Machine
-from .parse import Module, parse
+from .parse import Function, Module, parse
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +54,7 @@ class Interpreter:
     def __init__(self, seed: int | None = None) -> None:
         self.seed = seed
         self.ran: list[Ran] = []
-        self.change = lambda module, entry: module
+        self.change: Callable[[Module, Function], Module] = lambda module, entry: module
 
     def __call__(self, module: Module, suffix: str, launch: Launch) -> None:
         entry = module.entry(suffix)
@@ -80,7 +80,7 @@ def ranges(values: Any) -> tuple[tuple[int, int], ...]:
 @functools.cache
 def _modules(target: str = "sm_90") -> tuple[str, ...]:
     """The PTX of each compilation in the module that was built; none if it holds no such PTX."""
-    from cudfast.backends.cuda import _cuda
+    from cudfast.backends.cuda.compiled import _cuda
 
     with tempfile.TemporaryDirectory() as folder:
         run("cuobjdump", "-xptx", "all", str(Path(_cuda.__file__).resolve()), cwd=folder)
@@ -138,10 +138,6 @@ def _compile(sources: list[Path], built: Path) -> None:
         os.replace(f"{folder}/built", built)
 
 
-class _Machine(ctypes.Structure):  # csrc/cuda/launch.h
-    _fields_ = [(name, ctypes.c_int) for name in ("processors", "shared", "capability", "cluster")]
-
-
 _Recorder = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, *[ctypes.c_int] * 5)
 
 
@@ -149,15 +145,12 @@ class _Calls:
     """The recorder's functions. The tensors of a call are the memory that its launches may touch."""
 
     def __init__(self, interpret: Interpreter, device: Device) -> None:
-        self._module, self._interpret, self._ranges = _recorder(), interpret, ()
+        self._module, self._interpret = _recorder(), interpret
+        self._ranges: tuple[tuple[int, int], ...] = ()
         self._error: BaseException | None = None
         self._run = _Recorder(self._launch)  # kept alive with this
         library = ctypes.CDLL(self._module.__file__)
-        ctypes.c_void_p.in_dll(library, "cudfast_recorder").value = ctypes.cast(self._run, ctypes.c_void_p).value
-        machine = _Machine.in_dll(library, "cudfast_machine")
-        machine.processors, machine.shared, machine.capability, machine.cluster = (
-            device.processors, device.shared, 90, device.cluster,
-        )  # fmt: skip
+        library.cudfast_record(self._run, device.processors, device.shared, device.cluster)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._module, name)
@@ -194,7 +187,6 @@ def cuda(interpret: Interpreter, device: Device) -> Iterator[None]:
     """backend="cuda" on CPU tensors is interpreted."""
     from cudfast.backends import cuda as backend
 
-    _modules()  # of the module that is there now
     before, backend._cuda = backend._cuda, _Calls(interpret, device)
     try:
         yield

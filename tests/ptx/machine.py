@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import random
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .accesses import access_of
+from .barriers import Barriers, Parked, Unit
 from .collectives import collective_of
 from .instructions import Array, value_of
 from .memory import Global, HazardError, Shared
@@ -18,7 +19,7 @@ from .registers import Active, Frame
 
 Run = Callable[[Active], None]
 _NOTHING = ("nothing", "membar", "fence", "createpolicy", "griddepcontrol", "prefetch", "prefetchu", "discard")
-_LIMIT = 20_000_000  # instructions of a cluster: more is a loop without an end
+_LIMIT = 20_000_000  # instructions of a launch: more is a loop without an end
 
 
 class Launch(NamedTuple):
@@ -32,31 +33,8 @@ class Launch(NamedTuple):
     ranges: tuple[tuple[int, int], ...] = ()  # of addresses that the kernel may touch
 
 
-class _Unit:
-    """Threads that run until all of them wait: by place, deepest in calls first, those that are there.
-
-    A group stalls at an instruction that needs whole warps until the others of its warps are there, too.
-    """
-
-    def __init__(self, span: slice) -> None:
-        self.span = span
-        self.groups: dict[tuple[int, int], Array] = {}
-        self.stalled: dict[tuple[int, int], Array] = {}
-
-    def add(self, key: tuple[int, int], mask: Array) -> None:
-        if mask.any():
-            for others in (self.groups, self.stalled):
-                if key in others:
-                    mask = mask | others.pop(key)
-            self.groups[key] = mask
-
-
 class _MissingError(Exception):
     """Threads of a warp are elsewhere, and may come."""
-
-
-# Where they go on.
-_Waiting = tuple[_Unit, tuple[int, int], Active]
 
 
 class Machine:
@@ -65,14 +43,14 @@ class Machine:
     def __init__(self, module: Module, entry: Function, launch: Launch, seed: int | None = None) -> None:
         self.module, self.entry, self.launch = module, entry, launch
         self.random = None if seed is None else random.Random(seed)
-        self.steps = 0  # instructions run so far, of a unit
+        self.steps = 0  # instructions that units have run
+        self._next: Any = None  # depth and place behind the instruction; None: it has placed its threads
         count = launch.cluster * launch.threads
         self.threads = np.arange(count)
         self.block, self.index = self.threads // launch.threads, self.threads % launch.threads
         arguments, symbols = self._arguments()
         self.constants = Global([(arguments, arguments + len(launch.arguments))])
         self.memory = Global(launch.ranges)
-        self._first = np.zeros((2, count), np.int64)  # of the cluster's blocks: filled in for each
         special = {
             "%tid.x": self.index, "%tid.y": 0, "%tid.z": 0, "%ntid.x": launch.threads, "%laneid": self.index % 32,
             "%nctaid.x": launch.grid[0], "%nctaid.y": launch.grid[1], "%ctaid.z": 0,
@@ -86,7 +64,7 @@ class Machine:
         spans = [slice(i, min(i + size, count)) for i in range(0, count, size)]
         if self.random and launch.threads % 32:
             raise ValueError(f"{launch.threads} threads in random order: expected whole warps")
-        self._units = [_Unit(span) for span in spans]
+        self._units = [Unit(span) for span in spans]
 
     def _arguments(self) -> tuple[int, dict[str, int]]:
         """Where the arguments are, and the addresses of names."""
@@ -127,9 +105,7 @@ class Machine:
         self._runs.clear()
         self.shared = Shared(launch.cluster, launch.shared, launch.threads)
         self.alive = np.ones(count, bool)
-        self._waiting: dict[tuple[int, str], list[_Waiting]] = {}  # at a block's barrier, by rank and number
-        self._joining: list[_Waiting] = []  # at the cluster's barrier
-        self._arrived, self._passed = np.zeros(count, bool), np.zeros(count, bool)  # at the cluster's barrier
+        self._barriers = Barriers(self)
         self._callers: list[Array] = []  # by depth, the place behind each thread's call
         for unit in self._units:
             unit.add((0, self.entry.start), np.ones(unit.span.stop - unit.span.start, bool))
@@ -147,7 +123,7 @@ class Machine:
             while unit.groups and left > 0:
                 left -= self._advance(unit)
 
-    def _advance(self, unit: _Unit) -> int:
+    def _advance(self, unit: Unit) -> int:
         """Runs the deepest and first threads of a unit as far as the next ones, or a jump; how many instructions."""
         key = min(unit.groups)
         depth, place = key
@@ -274,6 +250,9 @@ class Machine:
         to, source = frame.parameter(result), self.frame(callee).parameter(callee.result)
         return lambda active: active.assign(to, source[active.span])
 
+    def _bar(self, instruction: Instruction, frame: Frame) -> Run:
+        return self._barriers.run_of(instruction)
+
     def _trap(self, instruction: Instruction, frame: Frame) -> Run:
         def run(active: Active) -> None:
             raise HazardError("a trap")
@@ -286,11 +265,7 @@ class Machine:
         self.alive[active.threads] = False
         for rank in range(self.launch.cluster):
             self.shared.ended[rank] = not self.alive[self.block == rank].any()
-        for rank, barrier in list(self._waiting):
-            self._release(rank, barrier)
-        self._complete()
-
-    # Barriers.
+        self._barriers.end()
 
     def together(self, active: Active) -> None:
         """Makes sure that whole warps are here."""
@@ -302,71 +277,8 @@ class Machine:
                 raise HazardError("threads of a warp are missing")
             raise _MissingError
 
-    def _bar(self, instruction: Instruction, frame: Frame) -> Run:
-        kind = instruction.name
-        if kind == "bar.warp.sync":
-
-            def warp(active: Active) -> None:
-                self.together(active)
-                self.shared.ordered[1, active.threads] = self.shared.time
-
-            return warp
-        if kind in ("bar.sync", "barrier.sync", "barrier.sync.aligned") and len(instruction.operands) == 1:
-            return lambda active: self._wait(instruction.operands[0], active)
-        if kind.startswith("barrier.cluster.arrive") and "relaxed" not in kind:
-            return self._arrive
-        if kind.startswith("barrier.cluster.wait"):
-            return self._await
-        raise NotImplementedError(f"tests/ptx has no {kind}: {instruction.text}")
-
-    def _wait(self, barrier: str, active: Active) -> None:
-        self.together(active)
-        after, self._next = self._next, None
-        ranks = self.block[active.span]
-        for rank in np.unique(ranks[active.mask]).tolist():
-            self._waiting.setdefault((rank, barrier), []).append((self._unit, after, active.those(ranks == rank)))
-            self._release(rank, barrier)
-
-    def _release(self, rank: int, barrier: str) -> None:
-        """Threads of a block go on if all that are left wait at this barrier."""
-        waiting = self._waiting[rank, barrier]
-        if sum(len(active.threads) for *_, active in waiting) < (self.alive & (self.block == rank)).sum():
-            return
-        for unit, after, active in self._waiting.pop((rank, barrier)):
-            self._order(active, 4 if self.launch.cluster == 1 else 3)
-            unit.add(after, active.mask)
-
-    def _order(self, active: Active, levels: int) -> None:
-        self.shared.ordered[1:levels, active.threads] = self.shared.time
-
-    def _arrive(self, active: Active) -> None:
-        self.together(active)
-        if (self._arrived | self._passed)[active.threads].any():
-            raise HazardError("a thread arrives twice")
-        self._arrived[active.threads] = True
-        self._complete()
-
-    def _complete(self) -> None:
-        """The cluster's barrier, once all that are left have arrived."""
-        if not self._arrived.any() or not self._arrived[self.alive].all():
-            return
-        self._arrived[:] = False
-        self._passed |= self.alive
-        for unit, after, active in self._joining:
-            self._pass(active)
-            unit.add(after, active.mask)
-        self._joining.clear()
-
-    def _pass(self, active: Active) -> None:
-        self._passed[active.threads] = False
-        self._order(active, 4)
-
-    def _await(self, active: Active) -> None:
-        self.together(active)
-        if not (self._arrived | self._passed)[active.threads].all():
-            raise HazardError("a thread waits for the cluster without having arrived")
-        if self._passed[active.threads].all():
-            self._pass(active)
-            return
-        self._joining.append((self._unit, self._next, active))
-        self._next = None
+    def park(self, active: Active) -> Parked:
+        """Takes threads out, with where they go on behind the instruction."""
+        assert self._next is not None
+        parked, self._next = Parked(self._unit, self._next, active), None
+        return parked

@@ -61,6 +61,11 @@ class Module(NamedTuple):
         (found,) = (f for f in self.functions.values() if f.entry and f.name.endswith(suffix))
         return found
 
+    def places(self, function: Function, name: str) -> list[int]:
+        """Where instructions of a function begin like this."""
+        end = min((f.start for f in self.functions.values() if f.start > function.start), default=len(self.code))
+        return [i for i in range(function.start, end) if self.code[i].name.startswith(name)]
+
     def without(self, *places: int) -> Module:
         """The same module, with nothing at some places of its code."""
         code = list(self.code)

@@ -4,10 +4,10 @@
 
 #if CUDFAST_DTYPE < 0
 
-cudfast::Recorder cudfast_recorder = nullptr;
-cudfast::Machine cudfast_machine{};
-
 namespace cudfast {
+
+Recorder recorder = nullptr;
+Machine recorded;
 
 template <>
 const Kernels& kernels<Where::device>() {
@@ -15,5 +15,13 @@ const Kernels& kernels<Where::device>() {
 }
 
 }  // namespace cudfast
+
+extern "C" void cudfast_record(cudfast::Recorder recorder, int processors, int shared, int cluster) {
+  cudfast::recorder = recorder;
+  cudfast::recorded.processors = processors;
+  cudfast::recorded.shared = shared;
+  cudfast::recorded.capability = 90;
+  cudfast::recorded.cluster = cudfast::recorded.widest = cluster;
+}
 
 #endif

@@ -14,21 +14,26 @@ using Recorder = const char* (*)(const char* type, const void* kernel, int bytes
 
 }  // namespace cudfast
 
-extern "C" __attribute__((visibility("default"))) cudfast::Recorder cudfast_recorder;
-extern "C" __attribute__((visibility("default"))) cudfast::Machine cudfast_machine;
+// For all launches that follow: the function, and what they think the GPU has.
+extern "C" __attribute__((visibility("default"))) void cudfast_record(cudfast::Recorder recorder, int processors,
+                                                                      int shared, int cluster);
 
 namespace cudfast {
+
+extern Recorder recorder;
+extern Machine recorded;
+
 namespace {
 
 template <class Kernel>
 const char* run(const Kernel& kernel, const Grid& grid, void*) {
-  return cudfast_recorder(typeid(Kernel).name(), &kernel, sizeof kernel, grid.blocks, grid.cluster, grid.threads,
-                          kHeaderBytes + grid.staged);
+  return recorder(typeid(Kernel).name(), &kernel, sizeof kernel, grid.blocks, grid.cluster, grid.threads,
+                  kHeaderBytes + grid.staged);
 }
 
 template <class Kernel>
 const char* find_machine(int, Machine& found) {
-  found = cudfast_machine;
+  found = recorded;
   return nullptr;
 }
 

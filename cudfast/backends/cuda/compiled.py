@@ -26,6 +26,7 @@ class Variant(NamedTuple):
     exponentials: int  # of the method per element, forward and backward
     arrays: int  # of logits
     staged: bool
+    columns: int = 0  # of a thread's iteration; 0: as many as 16 bytes hold
 
 
 VARIANTS = tuple(
@@ -35,6 +36,11 @@ VARIANTS = tuple(
         ("student, any temperature", "7StudentILi0ELi{}EfE", 6, 2),
         ("teacher", "7TeacherILi{}EfE", 2, 1),
     )
+    for how, staged in (("staged", True), ("two sweeps", False))
+)
+# Bounds on masses. The dtype is known when they run: of the ways through their loops, the shortest is read.
+PROJECTED = tuple(
+    Variant(f"CUDA projected, {how}", f"15ProjectedKernelIfLb{int(staged)}E", 7, 2, staged, 8)
     for how, staged in (("staged", True), ("two sweeps", False))
 )
 
@@ -122,6 +128,10 @@ def kernels_of(symbol: str, target: str) -> list[tuple[dict[str, int], tuple[Loo
 
 
 def machine(variant: Variant, dtype: str, target: str) -> Machine:
-    """The machine code of a kernel in the module. Its main loops are the sums and the gradient."""
+    """The machine code of a kernel in the module. Its main loops are the sums and the gradient; in a projected kernel,
+    those that have exponentials and read or write memory.
+    """
     ((usage, loops),) = kernels_of(variant.symbol.format(DTYPES[dtype]), target)
+    if variant.columns:
+        loops = tuple(loop for loop in loops if loop.exponentials and (loop.bytes_read or loop.bytes_written))
     return Machine(usage["REG"], usage["STACK"] + usage["LOCAL"], HEADER, THREADS, loops)
