@@ -1,4 +1,4 @@
-"""What is raced: every way to call the library, PyTorch, yardsticks, and the floor under all of them."""
+"""The contestants of a race: every way to call the library, PyTorch, yardsticks, and the floor, a lower bound."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Contestant:
     """One way to do the work.
 
     Args:
-        name: how the table calls it.
-        call: what is timed.
+        name: its name in the table.
+        call: the function that is timed.
         prepare: runs before each call, untimed.
         reads, writes: how many (N, V) matrices the work must read and write at least.
-        wait: until the device has done what it was asked.
+        wait: waits until the device is done.
         clock: the time in seconds, from any origin.
     """
 
@@ -41,7 +41,7 @@ class Contestant:
     clock: Callable[[], float] = time.perf_counter
 
     def work(self, shape: Shape, dtype: torch.dtype) -> int:
-        """Bytes that must move: (reads + writes) * N * V * s, with s bytes an element."""
+        """Bytes that must move: (reads + writes) * N * V * s, with s bytes per element."""
         return (self.reads + self.writes) * shape.rows * shape.classes * dtype.itemsize
 
     def seconds(self, warm: int) -> float:
@@ -58,13 +58,13 @@ class Contestant:
         result = self.call()
         self.wait()
         end = self.clock()
-        del result  # freeing it is timed for nobody: pytest-benchmark does not, either
+        del result  # freeing is not timed for any contestant, as in pytest-benchmark
         return end - start
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A loss that is raced: the library's ways to call it, the same in plain PyTorch, and what it reads."""
+    """A loss in a race: the library's ways to call it, the same loss in plain PyTorch, and its inputs."""
 
     title: str
     forms: Callable[..., dict[str, Forward]]
@@ -73,7 +73,7 @@ class Entry:
     temperature: float
 
     def rest(self, data: Inputs) -> tuple[torch.Tensor, ...]:
-        """What the loss takes beside the logits."""
+        """The inputs of the loss besides the logits."""
         return (data.teacher, data.labels) if self.reads == 2 else (data.labels,)
 
     def ours(self, data: Inputs, **fields: Any) -> list[Contestant]:
@@ -85,23 +85,23 @@ class Entry:
         ]
 
     def pytorch(self, data: Inputs, *, compile: bool = True) -> list[Contestant]:
-        """The plain form, as it is and through torch.compile."""
+        """The plain PyTorch loss, eager and through torch.compile."""
         losses = {"eager PyTorch": self.plain, **({"torch.compile": compiled(self.plain)} if compile else {})}
         calls = {name: with_gradient(through(loss, data.student, *self.rest(data))) for name, loss in losses.items()}
         return [Contestant(name, call, reads=self.reads) for name, call in calls.items()]
 
     def floor(self, data: Inputs) -> Contestant:
-        """Reads every matrix of logits and writes one matrix, and no more."""
+        """Only reads every matrix of logits and writes one matrix."""
         student = data.plain
         if self.reads == 2:
             return Contestant("torch.add", lambda: torch.add(student, data.teacher, out=data.gradient))
         return Contestant("torch.neg", lambda: torch.neg(student, out=data.gradient), reads=1)
 
     def check(self, contestants: list[Contestant], data: Inputs) -> None:
-        """The gate, for contestants that compute this loss.
+        """Compares the contestants that compute this loss with float64.
 
         Raises:
-            AssertionError: one of them is further from float64 than it may be.
+            AssertionError: the error of one of them exceeds the tolerance.
         """
         rest = self.rest(data)
         true = truth(self.plain, data.plain, *rest)
@@ -114,7 +114,7 @@ class Entry:
 
 
 def yardsticks(data: Inputs) -> list[Contestant]:
-    """Less work than any distillation does: cross-entropy with its gradient, and one softmax."""
+    """Computations with less work than any distillation loss: cross-entropy with its gradient, and one softmax."""
     student = data.plain
     ce = with_gradient(through(functional.cross_entropy, data.student, data.labels))
     return [
@@ -124,7 +124,7 @@ def yardsticks(data: Inputs) -> list[Contestant]:
 
 
 def waiting(contestants: list[Contestant], device: str) -> list[Contestant]:
-    """The same, timed until the device is done."""
+    """The same contestants, with times that include waiting for the device."""
     if device == "cpu":
         return contestants
     wait = partial(torch.get_device_module(torch.device(device)).synchronize)

@@ -1,1 +1,1 @@
-"""What is installed, the machine, and what GPU kernels should take."""
+"""Reports on the installation and the machine, and a model of the times of GPU kernels."""

@@ -32,14 +32,14 @@ from .machine import Machine
 class GPU(NamedTuple):
     """Rates of one GPU, from its vendor's data sheet or architecture white paper."""
 
-    target: str  # what it is compiled for
+    target: str  # the compilation target
     bandwidth: float  # bytes/s
     instructions: float  # float32 instructions of a thread/s: half of the FLOP/s of fused multiply-adds
     exponentials: float  # /s
     processors: int
     cache: float  # bytes of L2; of MI300X the Infinity Cache
     registers: int  # of a processor
-    threads: int  # that a processor holds at most
+    threads: int  # the most that run on a processor
     source: str
 
 
@@ -75,7 +75,7 @@ class Estimate(NamedTuple):
     dtype: str
     classes: int
     registers: int
-    programs: int  # that a processor holds at once
+    programs: int  # that run on a processor at once
     bytes_per_element: float  # to and from memory
     instructions_per_element: float
     exponentials_per_element: float
@@ -87,7 +87,8 @@ class Estimate(NamedTuple):
 
 
 def programs(found: Machine, gpu: GPU) -> int:
-    """Programs that a processor holds at once, by registers, threads and staged rows; registers come in groups of 8."""
+    """Programs that run on a processor at once, by registers, threads and staged rows; registers come in groups of
+    8."""
     limits = [gpu.registers // (-(-found.registers // 8) * 8 * found.threads), gpu.threads // found.threads]
     if gpu.target in SHARED:
         limits.append(SHARED[gpu.target][0] // (found.shared + 1024))
@@ -152,7 +153,7 @@ def estimate(kernel: Kernel, found: Machine, dtype: str, classes: int, name: str
 
 
 def _cuda(dtype: str, classes: int, name: str) -> Iterator[Estimate]:
-    """The fused kernels in CUDA C++, when they were built for this GPU: rows staged where they fit, else two sweeps."""
+    """The fused CUDA C++ kernels, if they were built for this GPU: rows are staged if they fit, else swept twice."""
     if isinstance(load("cuda"), str):
         return
     from ..backends.cuda import compiled as cuda
@@ -179,10 +180,10 @@ def _cuda(dtype: str, classes: int, name: str) -> Iterator[Estimate]:
 
 
 def liger() -> tuple[Variant, ...]:
-    """Liger's kernels of the same kind, with the blocks and threads that it launches; none when it is not installed.
+    """Liger's kernels of the same kind, with the blocks and threads that it launches; none if it is not installed.
 
-    Its divergences take log probabilities, which somebody has to make first: a read and a write of each side. Modelled
-    for NVIDIA only: on AMD its masked accesses are branches, which `compiled` takes for rare ones.
+    Its divergences take log probabilities, which must be computed first: a read and a write of each side. Modelled for
+    NVIDIA only: on AMD its masked accesses are branches, which `compiled` would count as rarely executed code.
     """
     try:
         ops = [importlib.import_module(f"liger_kernel.ops.{name}") for name in ("kl_div", "jsd", "cross_entropy")]
@@ -220,7 +221,7 @@ def _compiled(case: tuple[str, str, str]) -> Machine:
 
 
 def estimates(gpus: Sequence[str] = ()) -> list[Estimate]:
-    """Every kernel on those GPUs, or on all; the compiler runs on every core.
+    """Every kernel on the given GPUs, or on all; the compiler runs on every core.
 
     Raises:
         ValueError: the name of a GPU that is not in GPUS.
@@ -256,7 +257,7 @@ def _triton(variant: Variant, found: Machine, dtype: str, classes: int, name: st
 
 
 def table(found: list[Estimate]) -> str:
-    """Markdown, the sources under it."""
+    """The table in Markdown, with the sources below it."""
     head = (
         "GPU", "dtype", "V", "kernel", "registers", "programs", "in flight", "bytes", "instructions", "half rate",
         "exponentials", "ps", "bound by", "of torch.add",

@@ -1,4 +1,4 @@
-"""What this installation can do, and proof that it does: the text of `python -m cudfast info`."""
+"""The text of `python -m cudfast info`: the features of this installation, and a self-check of each backend."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KNOWN_LOSS = 1.3487058729273549
 
 
 def _device(backend: str) -> str | None:
-    """Where a backend can be checked here."""
+    """A device on which a backend can be checked, or None."""
     if backend == "cuda":
         return "cuda" if torch.cuda.is_available() else None
     if backend != "triton":
@@ -29,7 +29,7 @@ def _device(backend: str) -> str | None:
 
 
 def self_check(backend: str) -> str:
-    """Computes one known loss: "ok", or what went wrong."""
+    """Computes one known loss: "ok", or a description of the error."""
     device = _device(backend)
     if device is None:
         return "left out: no GPU here"
@@ -48,7 +48,7 @@ _NO_OPENMP = " (the compiler has no OpenMP; that of Clang is libomp)"
 
 
 def _backend(name: str, missing: str) -> dict[str, Any]:
-    """Whether a backend can be used, the reason if not, and the self-check: its verdict and the time of its call."""
+    """Whether a backend can be used, the reason if not, and the self-check: its result and the time of its call."""
     if missing:
         return {"available": False, "reason": missing}
     begin = time.perf_counter()
@@ -58,7 +58,7 @@ def _backend(name: str, missing: str) -> dict[str, Any]:
 
 
 def _native() -> dict[str, Any]:
-    """The build of the native core, and what it runs on; empty where it is missing."""
+    """The build of the native core, and the processor features that it uses; empty if it is missing."""
     if isinstance(backends.load("native"), str):
         return {}
     import cudfast._native as _native
@@ -100,7 +100,7 @@ def _line(backend: dict[str, Any]) -> str:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """A report as text, one fact a line."""
+    """A report as text, one fact per line."""
     lines = [(name, found[name]) for name in ("cudfast", "torch", "numpy")]
     lines.append(("python", f"{found['python']} on {found['system']}"))
     lines += [(f"backend {name}", _line(backend)) for name, backend in found["backends"].items()]

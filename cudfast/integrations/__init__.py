@@ -1,1 +1,1 @@
-"""cudfast inside trainers that exist: one module each, imported only when it is asked for."""
+"""cudfast in other libraries' trainers: one module for each, imported only by the user."""

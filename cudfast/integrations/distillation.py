@@ -1,4 +1,4 @@
-"""What the losses are to Trainer of transformers: a student's batch kept for its teacher, and the loss of both."""
+"""The losses for Trainer of transformers: the student's batch is stored for the teacher, then the loss is computed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DROPPED = (
 
 
 def _logits(outputs: Any) -> Tensor:
-    """(..., V) of a model's outputs, whichever form they have."""
+    """Logits (..., V) from a model's outputs: a tensor, a mapping or a tuple."""
     if isinstance(outputs, Tensor):
         return outputs
     found: Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
@@ -36,7 +36,7 @@ def _logits(outputs: Any) -> Tensor:
 
 
 def _shifts(model: nn.Module) -> bool | None:
-    """Whether the model's own loss holds position i against label i + 1, by Trainer's rule; None: no way to know."""
+    """Whether the model's own loss compares position i with label i + 1, by Trainer's rule; None: unknown."""
     inner = unwrapped(model)
     if not hasattr(inner, "loss_type"):
         return None
@@ -56,19 +56,19 @@ def _num_items(value: float | Tensor | None, device: torch.device) -> float | Te
 
 
 class Handles:
-    """Of hooks that belong together."""
+    """The handles of several hooks, removed together."""
 
     def __init__(self, *handles: RemovableHandle) -> None:
         self.handles = handles
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Removes the hooks."""
         for handle in self.handles:
             handle.remove()
 
 
 class Distillation:
-    """The loss of a student's outputs, given what is kept of the batch: all that both forms of the hook share."""
+    """The loss of a student's outputs and the stored batch, for both `TrainerLoss` and `DistillationTrainer`."""
 
     def __init__(self, loss: Any, teacher: nn.Module | None, student: nn.Module | None, shift: bool | None) -> None:
         check_loss(loss, (CUDLoss, FusedLinearCUDLoss, DUSLoss))
@@ -85,14 +85,14 @@ class Distillation:
         self.shift = _shifts(student) if shift is None and student is not None else shift
         self.teacher_inputs = Inputs() if teacher is None else Inputs.of(teacher)
         self.student_inputs = Inputs() if student is None else Inputs.of(student)
-        self.columns_dropped = True  # by Trainer: those that the student's forward does not name
+        self.columns_dropped = True  # whether Trainer drops the columns that the student's forward does not name
         self._columns: frozenset[str] = frozenset()
         self._batch: dict[str, Any] | None = None
 
     def keep(self, batch: Mapping[str, Any], logits_too: bool) -> dict[str, Any]:
-        """Keeps the teacher's inputs, and returns the student's and what Trainer reads itself; see `Inputs.of_batch`.
+        """Stores the teacher's inputs; returns the student's, with those that Trainer reads. See `Inputs.of_batch`.
 
-        Where all logits of the student will be read, and not only the loss, `logits_too` says so.
+        logits_too: whether all logits of the student will be read, and not only the loss.
         """
         columns = {k: v for k, v in batch.items() if k not in _NOT_THE_TEACHERS}
         self._columns = frozenset(columns)
@@ -102,11 +102,11 @@ class Distillation:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Within it, `keep` is called, the student is run, and the loss is called."""
+        """Context in which `keep` is called, the student is run, and the loss is called."""
         yield
 
     def watch(self, student: nn.Module) -> Handles:
-        """`keep` and what `reading` does, by hooks on the student."""
+        """Does the work of `keep` and `reading` in hooks on the student."""
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             if not args and kwargs.keys() <= _NOT_THE_TEACHERS:
@@ -116,7 +116,7 @@ class Distillation:
         return Handles(student.register_forward_pre_hook(keep, with_kwargs=True))
 
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: float | Tensor | None = None) -> Tensor:
-        """The loss of what the model returned; Trainer calls it."""
+        """The loss of a model's outputs; Trainer calls it."""
         logits = _logits(outputs)
         rows = self._rows(logits, labels, num_items_in_batch)
         if self.teacher is None:
@@ -126,7 +126,7 @@ class Distillation:
         return value
 
     def _rows(self, logits: Tensor, labels: Tensor | None, num_items: float | Tensor | None) -> dict[str, Any]:
-        """Each row's label, and what the sum over rows is divided by."""
+        """The label of each row, and the divisor of the sum over rows."""
         if labels is None:
             hint = ", pass label_names=['labels'] to TrainingArguments if the student's forward does not name labels"
             raise ValueError(
@@ -137,15 +137,16 @@ class Distillation:
         if logits.dim() == 3 and labels.dim() == 2:
             if self.shift is None:
                 raise ValueError(
-                    f"logits have shape {tuple(logits.shape)}, and the model does not say whose labels they are: pass "
-                    "shift=True where position i predicts label i + 1 (causal language models), or shift=False"
+                    f"logits have shape {tuple(logits.shape)}, and the model does not define which labels they "
+                    "predict: pass shift=True if position i predicts label i + 1 (causal language models), or "
+                    "shift=False"
                 )
-            if self.shift:  # rather than logits[:, :-1], whose gradient would be copied into a matrix of zeros
+            if self.shift:  # not logits[:, :-1], whose gradient would be copied into a matrix of zeros
                 labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         return {"labels": labels.to(logits.device), "num_items": _num_items(num_items, logits.device)}
 
     def _taught(self, device: torch.device) -> Any:
-        """What the teacher makes of the batch that was kept."""
+        """The teacher's outputs for the stored batch."""
         teacher, batch, self._batch = self.teacher, self._batch, None
         assert teacher is not None
         if batch is None:
@@ -155,7 +156,7 @@ class Distillation:
             )
         if teacher.training:
             raise RuntimeError(
-                "the teacher is in training mode, where dropout changes its answers: call teacher.eval()"
+                "the teacher is in training mode, where dropout changes its outputs: call teacher.eval()"
             )
         place = next((p.device for p in teacher.parameters()), device)
         if place != device and not hasattr(teacher, "hf_device_map"):
@@ -174,7 +175,7 @@ class Distillation:
             ) from error
 
     def _remedy(self) -> str:
-        """What to do where the teacher's inputs are not those that it takes."""
+        """Advice for an error of the teacher's forward because of its inputs."""
         student, teacher = self.student_inputs, self.teacher_inputs
         if self.columns_dropped and self._columns <= student.names:
             return f"If a column is missing, {_DROPPED}"
@@ -187,7 +188,7 @@ class Distillation:
 
 
 def check_loss(loss: Any, accepted: tuple[type[Any], ...], hint: str = "") -> None:
-    """That the loss is of an accepted kind, and counts what trainers count."""
+    """Raises unless the loss is of an accepted kind and its divisor is that of trainers."""
     if not isinstance(loss, accepted):
         raise TypeError(
             f"loss: expected {' or '.join(kind.__name__ for kind in accepted)}, got {type(loss).__name__}{hint}"
@@ -200,7 +201,7 @@ def check_loss(loss: Any, accepted: tuple[type[Any], ...], hint: str = "") -> No
 
 
 def check_arguments(args: Any) -> None:
-    """That TrainingArguments ask for nothing that the losses do not have and Trainer would leave out silently."""
+    """Raises for TrainingArguments that the losses do not support and Trainer would ignore silently."""
     if args.label_smoothing_factor:
         raise ValueError(
             f"TrainingArguments(label_smoothing_factor={args.label_smoothing_factor}): expected 0, as the losses' "
@@ -219,7 +220,7 @@ def _check_apart(teacher: nn.Module, student: nn.Module) -> None:
 
 
 class HiddenDistillation(Distillation):
-    """The same from the hidden states of two causal models."""
+    """`Distillation` from the hidden states of two causal models."""
 
     def __init__(self, loss: Any, teacher: nn.Module | None, student: nn.Module | None, shift: bool | None) -> None:
         super().__init__(loss, teacher, student, shift)

@@ -1,4 +1,4 @@
-"""Causal language models of transformers, read before their last layer."""
+"""The hidden states before the last layer of causal language models of transformers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Head:
     """The last layer of a causal model: ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``.
 
     Args:
-        model: as transformers has them, with a backbone in `base_model` and an `nn.Linear` as output embeddings.
-        name: what errors call it, "student" or "teacher".
-        scale, softcap: of its logits. Where they are 1.0 and None, `logit_scale` and `final_logit_softcapping` of the
-            model's config hold.
+        model: a model of transformers with a backbone in `base_model` and an `nn.Linear` as output embeddings.
+        name: the model's name in errors, "student" or "teacher".
+        scale, softcap: of its logits. If they are 1.0 and None, `logit_scale` and `final_logit_softcapping` of the
+            model's config are used.
 
     Raises:
-        TypeError: a model that is not made like that. ValueError: a last layer that ZeRO-3 has partitioned, and (from
-            `taken`) logits that are made otherwise.
+        TypeError: a model of another structure. ValueError: a last layer that ZeRO-3 has partitioned, and (from
+            `taken`) logits that do not equal that formula.
     """
 
     def __init__(self, model: nn.Module, name: str, scale: float, softcap: float | None) -> None:
@@ -50,7 +50,7 @@ class Head:
         self._checked = False
 
     def watch(self) -> RemovableHandle:
-        """From here on, `hidden` is what the backbone returned last; the handle ends that."""
+        """Stores the last output of the backbone in `hidden` from now on, until the handle is removed."""
 
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self.hidden = output[0]
@@ -70,7 +70,8 @@ class Head:
             self.hidden = None
 
     def taken(self, logits: Tensor) -> Tensor:
-        """The hidden states (B, S, D) that gave these logits (B, K, V) of the last K positions; once."""
+        """The hidden states (B, S, D) of these logits (B, K, V), which are those of the last K positions. Call it once
+        per forward."""
         hidden, self.hidden = self.hidden, None
         assert hidden is not None
         self._check_gathered()
@@ -86,7 +87,7 @@ class Head:
 
     @torch.no_grad()
     def _check(self, hidden: Tensor, logits: Tensor) -> None:
-        """That nothing else happens between the backbone and the logits, to the precision of bfloat16."""
+        """Raises unless the logits are those of the last layer for these hidden states, to bfloat16 precision."""
         made = F.linear(hidden, self.layer.weight, self.layer.bias).float() * self.scale
         if self.softcap is not None:
             made = self.softcap * torch.tanh(made / self.softcap)

@@ -1,4 +1,4 @@
-"""Which entries of a batch a model of transformers is called with."""
+"""The entries of a batch that are inputs of a model of transformers."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def _inside(model: Any) -> Any:
 
 
 def _signature(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
-    """The arguments that can be given by name, and whether others can."""
+    """The arguments that can be passed by name, and whether other names are accepted."""
     try:
         parameters = inspect.signature(forward).parameters.values()
-    except (TypeError, ValueError):  # a callable that is not Python's
+    except (TypeError, ValueError):  # a callable without a Python signature
         return frozenset(), True
     names = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
     return names - {"self"}, any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -42,11 +42,11 @@ def _signature(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model's forward takes.
+    """The inputs of a model's forward.
 
     Args:
         names: the arguments that it names.
-        open: whether it takes any other entry, too. Models of transformers that name their inputs do not: their
+        open: whether it accepts all other entries. Models of transformers that name their inputs do not: their
             ``**kwargs`` are options of attention.
     """
 
@@ -55,7 +55,7 @@ class Inputs:
 
     @classmethod
     def of(cls, model: nn.Module) -> Inputs:
-        """From the signature of the model's forward, or of its class's where a forward put in its place has none."""
+        """The inputs by the signature of the model's forward, or of its class's if a replaced forward has none."""
         inner = unwrapped(model)
         names, others = _signature(inner.forward)
         if not names and others:
@@ -63,10 +63,11 @@ class Inputs:
         return cls(names, others and not (names and isinstance(inner, _PreTrainedModel)))
 
     def of_batch(self, batch: Mapping[str, Any], other: Inputs) -> dict[str, Any]:
-        """The entries for this model, beside another one: those that it names, and those that neither model names.
+        """The entries for this model when another one uses the same batch: those that this one names, and those that
+        neither model names.
 
-        A model that is open is called with the whole batch. Beside it, the names of the other model are not all that
-        it takes, so a model that is not open is called with what it names.
+        An open model gets the whole batch. If the other model is open, entries that neither names may be meant for it,
+        so this model gets only those that it names.
         """
         if self.open:
             return dict(batch)

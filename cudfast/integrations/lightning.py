@@ -19,31 +19,31 @@ from lightning import LightningModule  # noqa: E402
 class DistillationModule(LightningModule):
     """Trains a student with `CUDLoss` under a frozen teacher, or a teacher with `DUSLoss`, in Lightning's Trainer.
 
-    The teacher runs in eval mode under ``torch.no_grad()`` and follows the module to its device and dtype. It is no
-    submodule: ``parameters()`` and ``train()`` reach the student alone, and ``state_dict`` and checkpoints hold the
-    student and the loss's alpha where it is one per class.
+    The teacher runs in eval mode under ``torch.no_grad()`` and is moved with the module to its device and dtype. It is
+    not a submodule: ``parameters()`` and ``train()`` concern the student alone, and ``state_dict`` and checkpoints
+    contain the student, and the loss's alpha if it has one value per class.
 
     Training logs ``train_loss`` and, each step, the means of the loss's statistics over the rows that have them:
     ``train_teacher_confidence``, ``train_moved_mass``, ``train_label_prob``, ``train_label_prob_calibrated``,
     ``train_student_nll``, ``train_student_confidence`` and ``train_accuracy`` (with `DUSLoss`: ``train_label_prob``,
     ``train_entropy``, ``train_confidence`` and ``train_accuracy``). Validation logs ``val_loss`` and ``val_accuracy``
-    of the epoch, each batch weighted by its rows that count, and by those that have a label.
+    of the epoch. Their means weight a batch by its number of rows that are not ignored, and of labelled rows.
 
     A batch is a pair (inputs, labels), or a mapping with "labels" whose other entries are the models' keyword
-    arguments; override `split` for anything else, and `logits_of` for a model that returns neither logits (..., V) nor
-    an object with ``.logits``.
+    arguments. Override `split` for other batches, and `logits_of` for models that return neither logits (..., V) nor an
+    object with ``.logits``.
 
     Args:
         student: the model that is trained.
         teacher: the model that it learns from, every parameter with requires_grad False; None to train with `DUSLoss`.
         loss: `CUDLoss` with a teacher, `DUSLoss` without; reduction "mean" or "sum".
-        optimizer: from the list of the student's trainable parameters, an optimizer, or anything else that Lightning's
-            ``configure_optimizers`` may return. Default `torch.optim.AdamW`.
+        optimizer: function from the list of the student's trainable parameters to an optimizer, or to any other result
+            that Lightning's ``configure_optimizers`` may return. Default `torch.optim.AdamW`.
 
     Raises:
-        TypeError: a loss that does not go with the teacher, or a batch of another kind.
+        TypeError: `CUDLoss` without a teacher, `DUSLoss` with one, another loss, or a batch of another kind.
         ValueError: a teacher that requires grad or shares memory with the student, reduction="none", or a batch
-            without labels. And what the loss raises.
+            without labels. Errors of the loss are raised as well.
 
     Example:
         >>> from lightning import Trainer
@@ -81,7 +81,7 @@ class DistillationModule(LightningModule):
             teacher.eval()
         self.student = student
         self.loss = loss
-        self._teacher = (teacher,)  # in a tuple, so that it is no submodule
+        self._teacher = (teacher,)  # in a tuple, so that it is not a submodule
         self._optimizer = optimizer
 
     @property
@@ -90,7 +90,7 @@ class DistillationModule(LightningModule):
         return self._teacher[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistillationModule:
-        """What .to(), .cuda(), .half() and the like call: the teacher goes where the module goes."""
+        """Called by .to(), .cuda(), .half() and similar methods; also converts the teacher."""
         if self.teacher is not None:
             self.teacher._apply(fn, recurse)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -136,7 +136,7 @@ class DistillationModule(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         loss, stats = self.measure(batch)
         rows = per_row(stats)
-        count = int((~next(iter(rows.values())).isnan()).sum())  # every row that counts has the first statistic
+        count = int((~next(iter(rows.values())).isnan()).sum())  # every row that is not ignored has the first statistic
         if self.loss.options.reduction == "sum":
             loss = loss / max(count, 1)
         accuracy = rows["accuracy"]
@@ -151,7 +151,7 @@ class DistillationModule(LightningModule):
 
 
 def per_row(stats: StudentStatistics | TeacherStatistics) -> dict[str, Tensor]:
-    """What can be averaged: each float statistic and "accuracy", (...), NaN where a row has none."""
+    """The statistics that can be averaged: the float ones and "accuracy", (...), NaN in rows that have none."""
     correct = stats.student_correct if isinstance(stats, StudentStatistics) else stats.correct
     rows = {name: value for name, value in stats._asdict().items() if value.is_floating_point()}
     rows["accuracy"] = correct.to(stats.label_prob.dtype).masked_fill(stats.label_prob.isnan(), torch.nan)
@@ -159,7 +159,7 @@ def per_row(stats: StudentStatistics | TeacherStatistics) -> dict[str, Tensor]:
 
 
 def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
-    """A step must not reach the teacher."""
+    """Raises if an optimizer step could change the teacher."""
     memory = {p.untyped_storage().data_ptr(): name for name, p in student.named_parameters() if not p.is_meta}
     for name, parameter in teacher.named_parameters():
         shared = None if parameter.is_meta else memory.get(parameter.untyped_storage().data_ptr())

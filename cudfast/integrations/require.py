@@ -1,4 +1,4 @@
-"""Frameworks that are not installed."""
+"""Imports of optional frameworks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def require(module: str, extra: str) -> Any:
-    """The module, or an ImportError that says what to install.
+    """The module, or an ImportError that names the extra to install.
 
     Example:
         >>> require("json", "transformers").dumps([])

@@ -16,7 +16,7 @@ register_mid_level_loss = require("torchdistill.losses.registry", "torchdistill"
 
 
 def logits_at(io_dict: Mapping[str, Mapping[str, Any]], path: str, io: str, model: str) -> Tensor:
-    """What a forward hook of torchdistill kept of one module of the student or the teacher."""
+    """The input or output of a module of the student or the teacher, from a forward hook of torchdistill."""
     try:
         return cast(Tensor, io_dict[path][io])
     except KeyError:
@@ -31,9 +31,9 @@ def logits_at(io_dict: Mapping[str, Mapping[str, Any]], path: str, io: str, mode
 class CUDLoss(nn.Module):
     """`cudfast.CUDLoss` with the arguments of torchdistill's KDLoss: ``alpha * CE + beta * temperature^2 * KL``.
 
-    Without calibration, labels in every row and reduction "batchmean" it is KDLoss. Where targets are None, KDLoss
-    drops beta and temperature^2; this loss keeps them. Its "mean" is "batchmean", where KDLoss divides by the classes,
-    too. The classes are the last axis.
+    Without calibration, with labels in every row and reduction "batchmean", it equals KDLoss. If targets are None,
+    KDLoss drops beta and temperature^2, and this loss keeps them. Reduction "mean" is the same as "batchmean" here,
+    whereas KDLoss also divides by the number of classes. The classes are the last axis.
 
     Args:
         student_module_path, teacher_module_path: the modules whose input or output are logits (..., V).
@@ -42,16 +42,16 @@ class CUDLoss(nn.Module):
         alpha: weight of cross-entropy, >= 0. Default 0.2 (paper).
         beta: weight of the distillation term, >= 0. Default None: 1 - alpha.
         reduction: "batchmean", "sum" or "none". Default "batchmean".
-        calibration: None, `WClip` or `Projection`, or WClip's fields as YAML has them: ``{budget: 0.5, margin: 0.7}``.
-            Default ``WClip(budget=0.5, margin=0.7)`` (paper).
-        options: everything else that `cudfast.CUDLoss` takes.
+        calibration: None, `WClip` or `Projection`, or a mapping of WClip's fields, in YAML
+            ``{budget: 0.5, margin: 0.7}``. Default ``WClip(budget=0.5, margin=0.7)`` (paper).
+        options: all other arguments of `cudfast.CUDLoss`.
 
     Shapes:
         logits (..., V), targets (...) or None; returns ().
 
     Raises:
-        TypeError: an alpha that is no number. ValueError: a module path that is not in the io dict. And what
-            `cudfast.CUDLoss` raises.
+        TypeError: alpha is not a number. ValueError: a module path that is not in the io dict. Errors of
+            `cudfast.CUDLoss` are raised as well.
 
     Example:
         >>> import torch
@@ -95,7 +95,7 @@ class CUDLoss(nn.Module):
         teacher_io_dict: Mapping[str, Mapping[str, Any]],
         targets: Tensor | None = None,
     ) -> Tensor:
-        """The loss of what both models' hooks kept."""
+        """The loss of the tensors that both models' hooks stored."""
         student = logits_at(student_io_dict, *self.student, "student")
         teacher = logits_at(teacher_io_dict, *self.teacher, "teacher")
         return cast(Tensor, self.loss(student, teacher, targets))
@@ -103,18 +103,18 @@ class CUDLoss(nn.Module):
 
 @register_mid_level_loss(key="DUSLoss")
 class DUSLoss(nn.Module):
-    """`cudfast.DUSLoss` for torchdistill's TrainingBox, which calls the model that it trains the student.
+    """`cudfast.DUSLoss` for torchdistill's TrainingBox, where the trained model is called the student.
 
     Args:
         student_module_path: the module whose input or output are logits (..., V).
         student_module_io: "input" or "output".
-        options: what `cudfast.DUSLoss` takes.
+        options: arguments of `cudfast.DUSLoss`.
 
     Shapes:
         logits (..., V), targets (...); returns ().
 
     Raises:
-        ValueError: a module path that is not in the io dict. And what `cudfast.DUSLoss` raises.
+        ValueError: a module path that is not in the io dict. Errors of `cudfast.DUSLoss` are raised as well.
 
     Example:
         >>> import torch
@@ -134,5 +134,5 @@ class DUSLoss(nn.Module):
         teacher_io_dict: Mapping[str, Mapping[str, Any]],
         targets: Tensor,
     ) -> Tensor:
-        """The loss of what the model's hook kept; `teacher_io_dict` is not read."""
+        """The loss of the tensor that the model's hook stored; `teacher_io_dict` is not read."""
         return cast(Tensor, self.loss(logits_at(student_io_dict, *self.student, "student"), targets))

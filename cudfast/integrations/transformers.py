@@ -19,32 +19,33 @@ Trainer: Any = require("transformers", "transformers").Trainer
 class TrainerLoss:
     """`CUDLoss`, `FusedLinearCUDLoss` or `DUSLoss` for ``Trainer(..., compute_loss_func=TrainerLoss(...))``.
 
-    With `CUDLoss` a forward pre-hook on the student keeps each batch, and the teacher runs on it under
+    With `CUDLoss` a forward pre-hook on the student stores each batch, and the teacher runs on it under
     ``torch.no_grad()``, without labels and cache. The sum over rows is divided by `num_items_in_batch`, so the loss
-    does not depend on gradient accumulation; rows of label -100 count for nothing. Logits (B, S, V) of a causal model
-    are held against the next label, as the model's own loss does; those of a classifier (B, C), and of token
-    classification, masked and encoder-decoder models, against their own.
+    does not depend on gradient accumulation; rows of label -100 are excluded. Logits (B, S, V) of a causal model
+    predict the next label, as in the model's own loss; those of a classifier (B, C), and of token classification,
+    masked and encoder-decoder models, predict the label of their own position.
 
-    Each model is called with the columns that its forward names; one whose forward takes ``**kwargs`` in place of names
-    gets all that are there. `Trainer` drops columns by the student's signature: a student that hides its names needs
+    Each model gets the columns that its forward names; a model whose forward takes ``**kwargs`` instead of names gets
+    all columns. `Trainer` drops columns by the student's signature, so a student without named inputs needs
     ``TrainingArguments(remove_unused_columns=False, label_names=["labels"])``. With a `compute_loss_func` Trainer
-    ignores `label_smoothing_factor`, which nothing here can see: leave it at 0.
+    ignores `label_smoothing_factor`, which this class cannot check: leave it at 0.
 
-    With `FusedLinearCUDLoss` the hook makes both causal models stop before their last layer (`logits_to_keep=1`), and
-    the student's logits exist in evaluation only, where `Trainer` may return them; see `DistillationTrainer`.
+    With `FusedLinearCUDLoss` the hook makes both causal models stop before their last layer (`logits_to_keep=1`). The
+    student's logits exist in evaluation only, where `Trainer` may return them; see `DistillationTrainer`.
 
     Args:
         loss: `CUDLoss`; `FusedLinearCUDLoss` for causal language models; `DUSLoss` to train a teacher.
             reduction="mean" and ignore_index=-100.
-        teacher: in eval mode, on the device that trains; None for `DUSLoss`.
-        student: the model given to Trainer; None for `DUSLoss`. ``handle.remove()`` takes the hook off it.
-        shift: whether logits (B, S, V) predict the next label. Default None: as the student's own loss has it.
+        teacher: in eval mode, on the device of the training; None for `DUSLoss`.
+        student: the model given to Trainer; None for `DUSLoss`. ``handle.remove()`` removes the hook from it.
+        shift: whether logits (B, S, V) predict the next label. Default None: as in the student's own loss.
 
     Raises:
         TypeError: a loss of another kind, or a model that is missing. ValueError: options that Trainer cannot honour,
-            parameters of the teacher that would be trained; when called: no labels, logits (B, S, V) of a model that
-            does not say whether they shift, widths that differ without `num_classes`, inputs that the teacher refuses.
-            RuntimeError, when called: a teacher in training mode or elsewhere, a student that did not run.
+            parameters of the teacher that would be trained; when called: no labels, logits (B, S, V) of a model whose
+            own loss does not define `shift`, different widths without `num_classes`, inputs that the teacher's forward
+            does not accept. RuntimeError, when called: a teacher in training mode or on another device, a student that
+            was not run.
 
     Example:
         >>> import torch
@@ -71,35 +72,36 @@ class TrainerLoss:
 
     @property
     def shift(self) -> bool | None:
-        """Whether logits (B, S, V) are held against the next label; None where nothing says."""
+        """Whether logits (B, S, V) predict the next label; None if it is unknown."""
         return self._distillation.shift
 
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: float | Tensor | None = None) -> Tensor:
-        """The loss of what the model returned; Trainer calls it."""
+        """The loss of a model's outputs; Trainer calls it."""
         return self._distillation(outputs, labels, num_items_in_batch)
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
-    """`transformers.Trainer` with a teacher: the same loss as `TrainerLoss`, without a hook that stays on the student.
+    """`transformers.Trainer` with a teacher: the same loss as `TrainerLoss`, without a permanent hook on the student.
 
-    The teacher is moved to the device that trains and runs under the student's autocast. Dataset columns that only the
-    teacher's forward names are kept for it, and the student does not see them; where a forward takes ``**kwargs`` in
-    place of names, no column is dropped. With `FusedLinearCUDLoss` both causal
-    models stop before their last layer (`logits_to_keep=1`), and logits never exist, except the student's where
-    evaluation returns predictions; its scales and soft caps are those of the loss, or else `logit_scale` and
-    `final_logit_softcapping` of the models' configs, and the first batch's last position checks them. That needs the
-    weights of the last layer to be whole: neither FSDP nor ZeRO-3.
+    The teacher is moved to the device of the training and runs under the student's autocast. Dataset columns that only
+    the teacher's forward names are kept for it, and the student does not get them; if a forward takes ``**kwargs``
+    instead of names, no column is dropped.
+
+    With `FusedLinearCUDLoss` both causal models stop before their last layer (`logits_to_keep=1`), and logits do not
+    exist, except the student's if evaluation returns predictions. Scales and soft caps are those of the loss, or else
+    `logit_scale` and `final_logit_softcapping` of the models' configs; they are checked at the last position of the
+    first batch. The weights of the last layer must not be sharded: neither FSDP nor ZeRO-3.
 
     Args:
-        *args, **kwargs: as `transformers.Trainer`, but `compute_loss_func`; `model` is the student.
+        *args, **kwargs: as `transformers.Trainer`, except `compute_loss_func`; `model` is the student.
         teacher_model: in eval mode, its parameters are not trained.
         loss: `CUDLoss`, or `FusedLinearCUDLoss` for causal language models.
         shift: as in `TrainerLoss`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `TrainerLoss`; ValueError for a `label_smoothing_factor`, which the
-            losses do not have; TypeError for models that `FusedLinearCUDLoss` cannot read before their last layer,
-            ValueError where the logits are made otherwise than it would make them.
+            losses do not support; for `FusedLinearCUDLoss`, TypeError for models whose hidden states before the last
+            layer are not accessible, and ValueError if their logits do not equal its own.
 
     Example:
         >>> trainer = DistillationTrainer(
@@ -126,7 +128,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.compute_loss_func = distillation(loss, teacher_model, self.model, shift)
         self.compute_loss_func.columns_dropped = False
         if "labels" not in self.label_names and self.args.label_names is None:
-            self.label_names = ["labels"]  # as the loss takes them, where the student's forward does not name them
+            self.label_names = ["labels"]  # the name for the loss, if the student's forward does not name labels
         if not hasattr(teacher_model, "hf_device_map"):
             teacher_model.to(self.args.device)
         self._returns_logits = False
@@ -161,7 +163,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def _inputs(self) -> tuple[Inputs, Inputs]:
-        """Of student and teacher."""
+        """The inputs of student and teacher."""
         return self.compute_loss_func.student_inputs, self.compute_loss_func.teacher_inputs
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -169,13 +171,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._signature_columns = list(set(self._signature_columns).union(*(found.names for found in self._inputs)))
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        """As Trainer's, where both models name their inputs."""
+        """As Trainer's, if both models name their inputs."""
         if any(found.open for found in self._inputs):
             return dataset
         return super()._remove_unused_columns(dataset, description)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
-        """As Trainer's, where both models name their inputs."""
+        """As Trainer's, if both models name their inputs."""
         if any(found.open for found in self._inputs):
             return data_collator
         return super()._get_collator_with_removed_columns(data_collator, description)

@@ -27,24 +27,24 @@ def cud_trainer(trainer: type[Any], loss: CUDLoss | FusedLinearCUDLoss, *, label
     """A subclass of one of TRL's distillation trainers whose divergence is this loss.
 
     `GKDTrainer` and `GOLDTrainer` take `CUDLoss`, of logits; `DistillationTrainer` takes `FusedLinearCUDLoss`, of
-    hidden states, with the logit scale and soft cap that TRL reads from the models' configs. Data, generation and the
-    tokens that count are TRL's; so is the number that the sum is divided by. The loss's own temperature and weights
-    hold, and `beta` and `temperature` of TRL's config do not reach it (`temperature` still samples).
+    hidden states, with the logit scale and soft cap that TRL reads from the models' configs. TRL determines the data,
+    the generation, the tokens that are included and the divisor of the sum. The loss uses its own temperature and
+    weights, not `beta` and `temperature` of TRL's config (`temperature` is still used for sampling).
 
     Args:
         trainer: `GKDTrainer`, `GOLDTrainer`, `DistillationTrainer`, or a subclass.
         loss: `CUDLoss` or `FusedLinearCUDLoss`; reduction="mean" and ignore_index=-100.
-        labels: what the label of a position is. "sampled": the token that follows, from the dataset or sampled by
-            whoever generated the completion. "teacher": the teacher's top-1; its target is then never clipped. None:
-            there is none, and the loss is plain distillation.
+        labels: the label of a position. "sampled": the token that follows, from the dataset or from the model that
+            generated the completion. "teacher": the teacher's top-1; its target is then never clipped. None: no label,
+            and the loss is plain distillation.
 
     Returns:
-        The subclass, to be called as the trainer is.
+        The subclass, with the trainer's arguments.
 
     Raises:
-        TypeError: another trainer, or the other loss. ValueError: other labels; an unlabeled_index=None where labels is
-            None; options that trainers cannot honour; and, when the trainer is made, a label_smoothing_factor, and GOLD
-            with use_uld_loss=True, whose loss is another. In training, RuntimeError for a last layer that FSDP2 has
+        TypeError: another trainer, or the other loss. ValueError: other labels; unlabeled_index=None with labels=None;
+            options that trainers cannot honour; and, when the trainer is made, a label_smoothing_factor, and GOLD with
+            use_uld_loss=True, which uses another loss. In training, RuntimeError for a last layer that FSDP2 has
             sharded, and ValueError for one that ZeRO-3 has partitioned.
 
     Example:
@@ -65,7 +65,7 @@ def cud_trainer(trainer: type[Any], loss: CUDLoss | FusedLinearCUDLoss, *, label
 
 
 def _targets(labels: Labels, options: CUDOptions, sampled: Tensor, counts: Tensor, top1: partial[Tensor]) -> Tensor:
-    """The label (B, S) of each position that counts; -100 elsewhere."""
+    """The label (B, S) of each position that is included; -100 elsewhere."""
     if labels is None:
         chosen = torch.full_like(sampled, options.unlabeled_index or 0)
     else:
@@ -91,9 +91,9 @@ def _of_logits(trainer: Any, loss: Any, labels: Labels) -> type[Any]:
             labels: Tensor,
             *,
             num_items_in_batch: float | Tensor | None = None,
-            **_: Any,  # beta, temperature and reduction: the loss has its own
+            **_: Any,  # beta, temperature and reduction: those of the loss are used
         ) -> Tensor:
-            """The loss of logits (B, S, V) and the tokens (B, S) that they predict, -100 where none counts."""
+            """The loss of logits (B, S, V) and the tokens (B, S) that they predict, -100 at excluded positions."""
             classes = teacher_logits[..., : loss.options.num_classes]
             targets = _targets(choice, loss.options, labels, labels != -100, partial(classes.argmax, -1))
             value: Tensor = loss(student_logits, teacher_logits, targets, num_items=num_items_in_batch)
@@ -110,7 +110,7 @@ def _of_hidden(trainer: Any, loss: Any, labels: Labels) -> type[Any]:
             check_arguments(self.args)
 
         def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
-            """As TRL's, which calls the divergence of its module."""
+            """As TRL's method, which calls the divergence of its module."""
             divergence = partial(_divergence, loss, labels, inputs["completion_ids"])
             with mock.patch.object(_module, "_chunked_divergence_loss", divergence):
                 return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
@@ -138,8 +138,8 @@ def _divergence(
     teacher_final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In place of TRL's `_chunked_divergence_loss`, for hidden states (B, S, D) and tokens (B, S): the loss, the sum of
-    the student's entropies in nats (at temperature 1, from a product of its own) and the number of tokens."""
+    """Replaces TRL's `_chunked_divergence_loss`, for hidden states (B, S, D) and tokens (B, S). Returns the loss, the
+    sum of the student's entropies in nats (at temperature 1, from a separate product) and the number of tokens."""
     if isinstance(student_lm_head_weight, torch.distributed.tensor.DTensor):
         raise RuntimeError("the last layer is sharded by FSDP2, and FusedLinearCUDLoss needs it whole: use DDP instead")
     student = _layer("student", student_hidden_states, student_lm_head_weight, student_lm_head_bias)
@@ -189,7 +189,7 @@ def _layer(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tu
 
 @torch.no_grad()
 def _top1(hidden: Tensor, weight: Tensor, bias: Tensor | None, num_classes: int | None, memory: int) -> Tensor:
-    """The class (B, S) of the largest logit of each hidden state; scales and soft caps do not move it."""
+    """The class (B, S) of the largest logit of each hidden state; scales and soft caps do not change it."""
     rows = max(1, memory // (weight.shape[0] * weight.element_size()))
     parts = hidden.flatten(0, -2).split(rows)
     found = [F.linear(part, weight, bias)[:, :num_classes].argmax(-1) for part in parts]
