@@ -13,12 +13,12 @@ import torch
 from ..rows.call import Backend, vector_dtype
 
 NAMES = ("native", "triton", "cuda", "reference")
-GPUS = ("cuda", "xpu")  # as torch names them; ROCm is "cuda", too
+GPUS = ("cuda", "xpu")  # torch's names; ROCm is "cuda", too
 
 
 @functools.cache
 def load(name: str) -> Backend | str:
-    """The backend of that name, or why it cannot be used."""
+    """The backend with this name, or the reason why it cannot be used."""
     try:
         return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
     except ImportError as error:
@@ -26,7 +26,7 @@ def load(name: str) -> Backend | str:
 
 
 def available() -> dict[str, str]:
-    """Every backend with "" when it can be used, else the reason why not.
+    """Every backend with "" if it can be used, otherwise the reason why not.
 
     Example:
         >>> available()["reference"]
@@ -53,7 +53,7 @@ def _default(device: torch.device) -> str:
 
 
 def lacking(device: torch.device) -> str:
-    """What a GPU lacks that the Triton kernels need, or ""."""
+    """The feature for the Triton kernels that a GPU lacks, or ""."""
     found = torch.get_device_module(device).get_device_properties(device)
     if device.type == "cuda" and not torch.version.hip and found.major < 7:
         return f"{found.name} has compute capability {found.major}.{found.minor}, and Triton needs 7.0 or newer"
@@ -63,7 +63,7 @@ def lacking(device: torch.device) -> str:
 
 
 def _fits(name: str, device: torch.device) -> str:
-    """Why a backend does not work on a device, or ""."""
+    """The reason why a backend does not work on a device, or ""."""
     if name == "native" and device.type != "cpu":
         return "works on CPU tensors"
     if name == "triton" and device.type not in GPUS:

@@ -32,7 +32,7 @@ except ImportError as error:
 if _native.isa_warning():
     warnings.warn(_native.isa_warning(), RuntimeWarning, stacklevel=2)
 
-_CPU = torch.device("cpu")  # said everywhere: torch.set_default_device may have chosen another
+_CPU = torch.device("cpu")  # always passed explicitly: torch.set_default_device may have set another
 _SCALARS = {dtype: torch.empty((), dtype=dtype, device=_CPU) for dtype in (torch.float32, torch.float64)}
 _FAULTS = {number: name for name, number in _native.FAULTS.items()}
 _STRIDES = _native.FAULTS["strides"]

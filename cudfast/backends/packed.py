@@ -15,7 +15,7 @@ _REDUCTION_CODES = {"none": 0, "sum": 1, "mean": 2}
 
 
 class Kernels(NamedTuple):
-    """Everything that follows from the options alone."""
+    """The values of a call that depend on the options alone."""
 
     state: Callable[..., Any]
     gradient: Callable[..., Any]
@@ -30,7 +30,7 @@ class Kernels(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def kernels(module: ModuleType, options: CUDOptions | DUSOptions) -> Kernels:
-    """Of a compiled module, `_native` or `_cuda`."""
+    """The values for a compiled module, `_native` or `_cuda`."""
     student = isinstance(options, CUDOptions)
     return Kernels(
         state=module.student_state if student else module.teacher_state,

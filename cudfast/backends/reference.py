@@ -43,7 +43,7 @@ def _column(values: Tensor) -> Tensor:
 class Marks(NamedTuple):
     ignored: Tensor  # (N,) bool
     labelled: Tensor  # (N,) bool
-    column: Tensor  # (N, 1) int64, a valid column even where there is no label
+    column: Tensor  # (N, 1) int64, a valid column even if there is no label
     weights: RowWeights
 
 

@@ -84,7 +84,7 @@ def row_state(
     loss = torch.zeros(rows.n, dtype=torch.float64, device=device)
     with _on(device):
         place = _place(device)
-        # The gradient of a row that is shared is made from its state.
+        # If blocks share a row, its gradient is computed from its state.
         parts = _cuda.parts(rows.n, rows.classes, place[0])
         state = State(
             torch.empty(rows.n if needs_state else 0, len(columns_of(rows, options)), dtype=dtype, device=device),

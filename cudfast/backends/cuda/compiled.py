@@ -23,7 +23,7 @@ class Variant(NamedTuple):
 
     name: str
     symbol: str  # of its C++ type; {} is the dtype
-    exponentials: int  # that the method takes per element, forward and backward
+    exponentials: int  # of the method per element, forward and backward
     arrays: int  # of logits
     staged: bool
     columns: int = 0  # of a thread's iteration; 0: as many as 16 bytes hold
@@ -46,7 +46,7 @@ PROJECTED = tuple(
 
 
 def targets() -> tuple[str, ...]:
-    """Architectures that the module holds code for."""
+    """Architectures for which the module contains code."""
     return tuple(f"sm_{arch}" for arch in _cuda.ARCHITECTURES.split())
 
 

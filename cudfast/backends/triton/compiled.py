@@ -33,12 +33,12 @@ class Variant(NamedTuple):
     kernel: Any
     constants: dict[str, object]
     absent: tuple[str, ...]
-    exponentials: int  # that the method takes per element
+    exponentials: int  # of the method per element
     rows_read: int  # arrays of N V elements that the main loops read in all
     rows_written: int
     looks: int  # main loops: number of passes over a row
-    types: dict[str, str]  # of arguments; "*logits" points to logits, what is not named is an i32
-    threads: int = 0  # of a program; 0: the plan decides
+    types: dict[str, str]  # of arguments; "*logits" points to logits, an argument that is not named is an i32
+    threads: int = 0  # of a program; 0: those of the plan
 
 
 _TYPES = dict.fromkeys(("s_ptr", "t_ptr", "z_ptr", "g_ptr"), "*logits")
@@ -47,7 +47,7 @@ _TYPES |= {"labels": "*i64", "top1": "*i64", "sums": "*compute", "upstream": "*c
 _TYPES |= dict.fromkeys(("bounds", "work"), "*fp64")
 _TYPES |= dict.fromkeys(("near_offsets", "near", "wrong_offsets", "wrong"), "*i64")
 _VECTORS = ("weight", "per_row", "upstream", "parts")
-_READ = ("weight", "per_row", "parts")  # absent where the state is read
+_READ = ("weight", "per_row", "parts")  # absent in kernels that read the state
 _STUDENT = {"P": 2, "ONES": 1, "CLIP": True}
 _PROJECTED = {"P": 2, "ONES": 1, "TOP1": True}
 _TEACHER = {"DIFFERENTIATE": False}

@@ -1,4 +1,4 @@
-"""What the kernels of both losses share: where a row starts, what is known of it besides its logits, block maxima."""
+"""Functions for the kernels of both losses: addresses of rows, the values of a row besides its logits, block maxima."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from triton import knobs
 
 from .row import NOTHING, row_weights
 
-fp64 = tl.float64  # annotates arguments that must arrive in double
-SPECIAL = ("ignore_index", "unlabeled_index")  # arguments whose values compile nothing anew
+fp64 = tl.float64  # annotates arguments that must be passed in double precision
+SPECIAL = ("ignore_index", "unlabeled_index")  # arguments whose values do not specialise a kernel
 # The interpreter reduces pairs in Python, one element after the other.
 PAIRS = tl.constexpr(not knobs.runtime.interpret)
 
 
 @triton.jit
 def row_start(row, inner, outer, stride):
-    """Where row i of (..., V) starts: see `cudfast.rows.layout.row_layout`."""
+    """Offset of row i of (..., V): see `cudfast.rows.layout.row_layout`."""
     return (row // inner) * outer + (row % inner) * stride
 
 
@@ -24,7 +24,7 @@ def row_start(row, inner, outer, stride):
 def scale_rows(
     g_ptr, upstream, padded, chunk, inner, outer, stride, upstream_stride, R: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A gradient times the upstream one. Where that is 1, nothing is read; 0 stays 0, whatever it meets."""
+    """A gradient times the upstream gradient. If that is 1, the gradient is not read; 0 remains 0, even times NaN."""
     row = tl.program_id(0).to(tl.int64)
     by = tl.load(upstream + row * upstream_stride).to(R)
     if by != 1:
@@ -39,13 +39,13 @@ def scale_rows(
 
 @triton.jit
 def f64(scalar):
-    """An argument in double; the interpreter hands over Python floats."""
+    """An argument in double precision; the interpreter passes Python floats."""
     return tl.zeros((), tl.float64) + scalar
 
 
 @triton.jit
 def stored(block, pointer):
-    """The block in the type that it is stored in; by way of f32, since the interpreter knows no other to 16 bits."""
+    """The block in the type of its memory; through f32, the only conversion to 16 bits that the interpreter has."""
     if pointer.dtype.element_ty == tl.float64:
         return block
     return block.to(tl.float32).to(pointer.dtype.element_ty)
@@ -85,14 +85,14 @@ def centre(m):
     return tl.where(m == NOTHING, 0.0, m)
 
 
-# ---- what is known of a row besides its logits ----
+# ---- the values of a row besides its logits ----
 
 
 @triton.jit
 def marks(row, labels, weight, V, ignore_index, unlabeled_index):
-    """(ignored, labelled, y, kd, ce): y is a class wherever the row is labelled; weights NaN where the input is wrong.
+    """(ignored, labelled, y, kd, ce): y is always a valid class; the weights are NaN if the row's input is invalid.
 
-    Nothing of a call is read on the host. So a label that is no class makes its row's loss NaN instead of an error.
+    The host reads no values, so a label that is not a class makes the loss of its row NaN and raises no error.
     """
     w = tl.full((), 1.0, tl.float64)
     if weight is not None:
@@ -112,13 +112,13 @@ def marks(row, labels, weight, V, ignore_index, unlabeled_index):
 
 @triton.jit
 def shared(weight, divisor):
-    """A row's part of a mean. Where no row counts, 0; of a weight that is NaN, NaN."""
+    """A row's part of a mean: 0 if all rows are excluded, NaN for a weight of NaN."""
     return tl.where(divisor > 0, weight / divisor, 0 * weight)
 
 
 @triton.jit
 def per_row_value(row, per_row, scalar, low, high):
-    """Temperature or alpha of a row in f64; NaN when it is out of range."""
+    """Temperature or alpha of a row in f64; NaN if it is out of range."""
     value = f64(scalar)
     if per_row is not None:
         value = tl.load(per_row + row)

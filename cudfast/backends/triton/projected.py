@@ -1,9 +1,9 @@
-"""The student loss with a target that meets bounds on its mass and entropy: what csrc/projected.h does.
+"""The student loss with a target that meets bounds on its mass and entropy, as in csrc/projected.h.
 
-The classes of a row fall into three sets: near, wrong and the rest. The rest is swept with the other two masked out, so
-that its mass is never a difference; the two are short lists, gathered. The target then is one factor per set. Where the
-wrong class is the teacher's top-1, nobody knows it before the sweep: the largest logit so far stays out of the sums,
-and joins them when a larger one is met.
+The classes of a row are divided into three sets: near, wrong and the rest. The sweep over the rest masks the other two
+out, so that its mass is never a difference; those two are short lists, whose logits are gathered. The target is then
+one factor per set. If the wrong class is the teacher's top-1, it is unknown until the sweep ends: the largest logit so
+far is kept out of the sums, and is added to them when a larger one is found.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .student import student_pack
 
 @triton.jit
 def single(top, s_k, m_s, tau):
-    """(z, a, impossible) of one class around its own logit; z is that of every temperature."""
+    """(z, a, impossible) of one class relative to its own logit; z is the same at every temperature."""
     there = top > NOTHING
     can = s_k > NOTHING
     a = tl.where(there & can, -(s_k - m_s) / tau, 0.0)
@@ -64,7 +64,7 @@ def factor(log_m, mass, total, at):
 
 @triton.jit
 def lowered(z_tau, a, offset, base, tau):
-    """A set's sums with its factor; 0 where that is."""
+    """A set's sums times its factor; 0 if the factor is 0."""
     there = offset > NOTHING
     zero = tl.zeros_like(z_tau)
     z, _, a, _, _, _ = student_move(z_tau, zero, a, zero, zero, zero, tl.where(there, offset, 0.0), zero, base, tau)
@@ -73,7 +73,7 @@ def lowered(z_tau, a, offset, base, tau):
 
 @triton.jit
 def joined(m_t, z_tau, a, z_one, e_one, impossible, top, s_top, m_s, base, tau):
-    """The rest with one class more, whose logits are top and s_top."""
+    """The rest and one more class, with logits top and s_top."""
     new_t = tl.maximum(m_t, top)
     zero = tl.zeros_like(z_tau)
     one, a_one, blocked = single(top, s_top, m_s, tau)
@@ -95,9 +95,10 @@ def projected_rows(
 ):  # fmt: skip
     """A row, program (row, 0).
 
-    FOLD makes the state at T = 1. With ENTROPY it marks rows that miss a bound on it; `search.temper_rows` finds their
-    temperature, and AGAIN makes their state at that. Without either the state is read. MAP writes the gradient.
-    N(y) are the columns near[near_offsets[y]:near_offsets[y + 1]], or the label alone, near[row], without offsets.
+    FOLD computes the state at T = 1. With ENTROPY it marks rows that miss a bound on the entropy: `search.temper_rows`
+    finds their temperature, and AGAIN computes their state at that temperature. Without FOLD and AGAIN the state is
+    read. MAP writes the gradient. N(y) are the columns near[near_offsets[y]:near_offsets[y + 1]], or without offsets
+    the label alone, near[row].
     """
     row = tl.program_id(0).to(tl.int64)
     ignored, labelled, y, kd, ce = marks(row, labels, weight, V, ignore_index, unlabeled_index)
@@ -138,7 +139,7 @@ def projected_rows(
                 s_row, t_row, V, near, own, near_end, wrong, wrong_at, wrong_end, alone, beta, middle, tau,
                 R, FOLD, P, 3 if FOLD and ENTROPY else 2, BLOCK,
             )  # fmt: skip
-            # Read again, so that no register keeps it during the sweep.
+            # Read again, so that it needs no register during the sweep.
             ignored, labelled, y, kd, ce = marks(row, labels, weight, V, ignore_index, unlabeled_index)
             own, own_end, near_end, wrong_at, wrong_end, wants_top1 = sets_of_row(
                 row, y, labelled, bounds, near_offsets, near, wrong_offsets, TOP1
@@ -236,11 +237,11 @@ def projected_rows(
                 if FOLD:
                     confidence = tl.exp(best - total)
                     prob = tl.exp(t_y - total)
-                if misses:  # what the search starts from; all else when the temperature is known
+                if misses:  # the start of the search; all other values follow once the temperature is known
                     relaxed = zero + MISSES
                     middle = centre(m_t)
                     near_offset = value
-                m_t = centre(m_t)  # the rest may be empty, the row is not
+                m_t = centre(m_t)  # the rest may be empty although the row is not
             elif (total == NOTHING) == 0:
                 z_tau = tl.full((), float("nan"), tl.float64)
                 a = z_tau

@@ -1,4 +1,4 @@
-"""The two sweeps of a row whose near and wrong classes are summed apart: what `projected` calls the rest."""
+"""The two sweeps over the rest of a row: the classes besides the near and wrong ones, which are summed separately."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def projected_block(
     s, x, start, s_row, m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, impossible, base,
     RUN: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns, x the teacher's logits with -inf where they are summed apart. RUN: so is the top-1.
+    """One block of columns. x: teacher logits, -inf in columns that are summed separately. RUN: so is the top-1.
 
-    Sums are (BLOCK / WIDTH,): a thread's columns are added up at once, which saves registers.
+    Sums are (BLOCK / WIDTH,): each thread adds its columns first, which saves registers.
     """
     lanes = tl.arange(0, BLOCK)
     WIDTH: tl.constexpr = 2 if x.dtype == tl.float64 else 8
@@ -66,7 +66,7 @@ def projected_fold_columns(
     s_row, t_row, V, near, near_at, near_end, wrong, wrong_at, wrong_end, alone, beta, middle, tau,
     R: tl.constexpr, RUN: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """State of the rest in f64, the teacher's logits seen as beta (t - middle); and the top-1 that RUN kept out."""
+    """State of the rest in f64 for teacher logits beta (t - middle), and the top-1 that RUN has kept out of it."""
     lanes = tl.arange(0, BLOCK)
     WIDTH: tl.constexpr = 2 if R == tl.float64 else 8
     base = (f64(LOG2E) / tau).to(R)
@@ -134,7 +134,7 @@ def projected_map_columns(
     student_tau, teacher_tau, student_one, y, g_y,
     R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a row, and zeros behind V; g_y is what the label's column gets, y = -1 is none."""
+    """The gradient of a row, and zeros in the columns from V on; g_y: the value of the label's column, y = -1: none."""
     lanes = tl.arange(0, BLOCK)
     base = (f64(LOG2E) / tau).to(R)
     b = beta.to(R)

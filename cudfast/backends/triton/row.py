@@ -1,7 +1,7 @@
 """csrc/row for Triton: the same functions, in the same order, under the same tags.
 
-What is folded over columns comes as lanes (BLOCK,) in the computing type; what follows once per row are scalars in f64.
-Exponentials are powers of two, with log2(e) and 1 / tau folded into one factor.
+Values that are summed over columns are lanes (BLOCK,) in the computing type; values per row are scalars in f64.
+Exponentials are powers of two, with log2(e) and 1 / tau combined in one factor.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # Student loss: state of one row, or of some of its columns                                          [state-student]
-# (m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_one, impossible); k, s_k and the label's logits are found once a row is
-# whole. ONES: which sums at temperature 1 are wanted (0 none, 1 the student's, 2 both, 3 e_one, too).
+# (m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_one, impossible); k, s_k and the label's logits are read after the last
+# column. ONES: the sums at temperature 1 that are needed (0 none, 1 the student's, 2 both, 3 e_one, too).
 @triton.jit
 def power(e, P: tl.constexpr):
     """e^(x) from e^(x / P): temperatures 1, 2 and 4 need no second exponential."""
@@ -32,8 +32,8 @@ def power(e, P: tl.constexpr):
 def student_fold(z_tau, s_tau, a, s_one, z_one, e_one, impossible, dt, ds, base, P: tl.constexpr, ONES: tl.constexpr):
     """Adds the columns in dt = t - m_t and ds = s - m_s; base = log2(e) / tau.
 
-    `a` waits for its 1 / tau. Where a logit is -inf, dt - ds is infinite or NaN and counts for nothing; +inf is a class
-    that only the student excludes, and stays in `impossible`.
+    `a` is not yet multiplied by 1 / tau. If a logit is -inf, dt - ds is infinite or NaN and is left out of the sum;
+    +inf marks a class that only the student excludes, and remains in `impossible`.
     """
     e_t = tl.exp2(dt * base)
     e_s = tl.exp2(ds * base)
@@ -55,13 +55,13 @@ def student_fold(z_tau, s_tau, a, s_one, z_one, e_one, impossible, dt, ds, base,
 
 @triton.jit
 def below(part, whole):
-    """Distance from a part's maximum to the whole's; an empty part has nothing to rescale."""
+    """Distance from a part's maximum to that of the whole; 0 for an empty part."""
     return tl.where(part == NOTHING, 0.0, part - whole)
 
 
 @triton.jit
 def student_move(z_tau, s_tau, a, s_one, z_one, e_one, down_t, down_s, base, tau):
-    """Sums as seen from maxima further up; tau = 1 where `a` waits for its 1 / tau.                 [merge-student]"""
+    """Sums relative to larger maxima; tau = 1 if `a` is not yet multiplied by 1 / tau.              [merge-student]"""
     teacher = tl.exp2(down_t * base)
     student = tl.exp2(down_s * base)
     a = teacher * (a + z_tau * ((down_t - down_s) / tau))
@@ -77,7 +77,7 @@ def student_move(z_tau, s_tau, a, s_one, z_one, e_one, down_t, down_s, base, tau
 # Teacher loss: (m, z, e)                                                                            [state-teacher]
 @triton.jit
 def teacher_fold(z, e, x):
-    """Adds the columns in x = z_j - m; `e` counts in powers of two until the row is whole."""
+    """Adds the columns in x = z_j - m; `e` has base-2 logarithms until the last column."""
     x = x * LOG2E
     p = tl.exp2(x)
     z += p
@@ -87,7 +87,7 @@ def teacher_fold(z, e, x):
 
 @triton.jit
 def teacher_move(z, e, down, base):
-    """e' = e^(m - m') (e + z (m - m')); base: what an exponent is multiplied by for exp2.           [merge-teacher]"""
+    """e' = e^(m - m') (e + z (m - m')); base: factor of exponents for exp2.                         [merge-teacher]"""
     scale = tl.exp2(down * LOG2E)
     return scale * z, scale * (e + z * (down * base))
 
@@ -97,7 +97,7 @@ def teacher_move(z, e, down, base):
 
 @triton.jit
 def expm1(x):
-    """e^x - 1 to a few roundings, by the quotient that forgives u's own rounding."""
+    """e^x - 1 to a few roundings, by a quotient in which the rounding of u cancels."""
     u = tl.exp(x)
     near = tl.where((u == 1.0) | (u == 0.0) | (u == float("inf")), 2.0, u)
     exact = (near - 1.0) * x / tl.log(near)
@@ -106,7 +106,7 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x), the same way."""
+    """log(1 + x) to a few roundings, by the same method."""
     u = 1.0 + x
     near = tl.where((u == 1.0) | (u == 0.0), 2.0, u)
     return tl.where(u == 1.0, x, tl.where(u == 0.0, float("-inf"), tl.log(near) * x / (near - 1.0)))
@@ -126,7 +126,7 @@ def wclip(u, budget, margin):
 
 @triton.jit
 def replace(z_tau, a, impossible, m_t, m_s, s_k, t_y, s_y, r, new_t_k, new_t_y, tau):
-    """The teacher's sums after the clip: two contributions leave, two come in.                            [replace]"""
+    """The teacher's sums after the clip: two contributions are replaced.                                  [replace]"""
     moves = r > 0
     w_k = (s_k - m_s) / tau
     w_y = (s_y - m_s) / tau
@@ -149,7 +149,7 @@ def replace(z_tau, a, impossible, m_t, m_s, s_k, t_y, s_y, r, new_t_k, new_t_y, 
     )
 
 
-# The exact projection, Eq. 2. Logarithms of masses and entropies are (COUNT,): as many temperatures as are looked at.
+# The exact projection, Eq. 2. Logarithms of masses and entropies are (COUNT,): one per temperature.
 @triton.jit
 def log_add(a, b):
     high = tl.where(a > b, a, b)  # not tl.maximum, which drops a NaN
@@ -176,7 +176,7 @@ def masses(near, wrong, rest, low, high):
     lost = log1p(-high)
     wrong_over = w > log_high
     near_under = n < log_low
-    n_alone = n + (lost - not_wrong)  # when only the other bound binds
+    n_alone = n + (lost - not_wrong)  # if only the other bound is active
     w_alone = w + (left - not_near)
     wrong_binds = tl.where(near_under, (w_alone <= log_high) == 0, wrong_over)
     near_binds = tl.where(wrong_over, (n_alone >= log_low) == 0, near_under)
@@ -188,13 +188,13 @@ def masses(near, wrong, rest, low, high):
     return n, w, r, near_binds, wrong_binds, no_near, all_wrong
 
 
-NEVER = tl.constexpr(-1e8)  # a class this far below the largest of its set never happens
+NEVER = tl.constexpr(-1e8)  # a class this far below the largest of its set is impossible
 
 
 # (m, z, e, v) of a set                                                                                   [tempered]
 @triton.jit
 def tempered_fold(x, beta):
-    """What a class adds to (z, e, v), x = t - m; where beta is 0, a class that can happen weighs 1."""
+    """A class's contributions to (z, e, v), x = t - m; with beta 0, every possible class has weight 1."""
     there = x > NEVER
     x = tl.where(there, x, 0.0)
     p = tl.where(there, tl.exp2((beta * LOG2E) * x), 0.0)
@@ -204,13 +204,13 @@ def tempered_fold(x, beta):
 
 @triton.jit
 def log_mass(m, z, beta):
-    """log sum exp(beta t); -inf for a set without classes that can happen."""
+    """log sum exp(beta t); -inf for a set without possible classes."""
     return tl.where(z > 0, beta * m + tl.log(tl.where(z > 0, z, 1.0)), NOTHING)
 
 
 @triton.jit
 def entropy_share(m, z, e, v, log_m, beta):
-    """Of a set: (mass, entropy, variance within, mean), all 0 where it has no mass."""
+    """(mass, entropy, variance within, mean) of a set, all 0 if it has no mass."""
     there = (z > 0) & (log_m > NOTHING)
     log_m = tl.where(there, log_m, 0.0)
     mass = tl.where(there, tl.exp(log_m), 0.0)
@@ -224,7 +224,7 @@ def entropy_share(m, z, e, v, log_m, beta):
 def entropy(
     m_0, z_0, e_0, v_0, m_1, z_1, e_1, v_1, m_2, z_2, e_2, v_2, near, wrong, rest, near_binds, wrong_binds, beta
 ):
-    """(value, slope) of H = sum M (h - log M) over N, W and the rest; the slope is that over beta^2.       [entropy]"""
+    """(value, slope) of H = sum M (h - log M) over N, W and the rest; slope with respect to beta^2.        [entropy]"""
     mass_0, value_0, variance_0, at_0 = entropy_share(m_0, z_0, e_0, v_0, near, beta)
     mass_1, value_1, variance_1, at_1 = entropy_share(m_1, z_1, e_1, v_1, wrong, beta)
     mass_2, value_2, variance_2, at_2 = entropy_share(m_2, z_2, e_2, v_2, rest, beta)
@@ -272,7 +272,7 @@ def temper(low, low_value, low_slope, high, high_value, high_slope, wanted):
 
 @triton.jit
 def spread(low, high, step, share):
-    """Another place to look in the same sweep as `step`, when steps do not arrive: shares of log(beta).     [spread]"""
+    """Another point for the same sweep as `step`, if steps do not converge: shares of log(beta).            [spread]"""
     least = tl.where(low > 0, low, tl.minimum(high / 16.0, step / 4.0))
     return least * tl.exp(share * tl.log(high / least))
 
@@ -307,7 +307,7 @@ def student_finish(
     m_t, m_s, z_tau, s_tau, a, s_one, impossible, s_k, t_y, s_y, labelled, tau, kd_weight, ce_weight, budget, margin,
     CLIP: tl.constexpr,
 ):  # fmt: skip
-    """What a row comes to: (kd, ce, z_tau, impossible, r, t_k, t_y)."""
+    """The calibrated target and the terms of a row: (kd, ce, z_tau, impossible, r, t_k, t_y)."""
     ce = tl.where(labelled & (ce_weight > 0), ce_value(s_one, s_y, m_s), 0.0)
     r = tl.zeros_like(m_t)
     t_k = tl.zeros_like(m_t)
@@ -335,7 +335,7 @@ def student_coefficients(s_tau, s_one, z_tau, tau, kd, ce):
 
 @triton.jit
 def raised(base, exponent):
-    """base^exponent for base in [0, 1] and an exponent of any sign but below 0 at 0; 0^0 is 1."""
+    """base^exponent for base in [0, 1] and any exponent (not below 0 if base is 0); 0^0 is 1."""
     inside = tl.where(base > 0, base, 1.0)
     return tl.where(base > 0, tl.exp(exponent * tl.log(inside)), tl.where(exponent == 0, 1.0, 0.0))
 

@@ -20,12 +20,12 @@ NARROW, WIDE = (tl.constexpr(tolerance) for tolerance in search.TOLERANCE.values
 
 
 COLUMNS = tl.constexpr(21)  # of a packed state
-# Of a row whose temperature is looked for, in its last column:
-MISSES = tl.constexpr(-1.0)  # a bound on its entropy, at T = 1
-TEMPERED = tl.constexpr(-2.0)  # found
-OUT_OF_REACH = tl.constexpr(-3.0)  # the nearest that can be had
+# Marks in the last column of a row whose temperature is searched:
+MISSES = tl.constexpr(-1.0)  # the entropy at T = 1 misses a bound
+TEMPERED = tl.constexpr(-2.0)  # the temperature is found
+OUT_OF_REACH = tl.constexpr(-3.0)  # the bound is infeasible; the temperature is the nearest possible
 
-# What `work` holds of a row: two ends with (beta, entropy, slope), places, and three sums of each set for each.
+# Layout of a row in `work`: two ends with (beta, entropy, slope), places, and three sums of each set for each place.
 LOW = tl.constexpr(0)
 HIGH = tl.constexpr(3)
 PLACE = tl.constexpr(6)
@@ -84,7 +84,7 @@ def sum_places(
     t_row, V, near, near_at, near_end, wrong, wrong_at, wrong_end, alone, near_top, wrong_top, middle, work,
     R: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of every set at the first COUNT places, in one sweep over the teacher's row; into `work`."""
+    """Writes the sums of every set at the first COUNT places to `work`, in one sweep over the teacher's row."""
     place = tl.arange(0, COUNT)
     z, e, v = tempered_columns(
         t_row, V, near, near_at, near_end, wrong, wrong_at, wrong_end, alone, middle, work + PLACE, R, COUNT, BLOCK,
@@ -107,7 +107,7 @@ def store_end(at, beta, value, slope):
 
 @triton.jit
 def next_places(work, wanted):
-    """Into `work`: the next step, and where else a sweep may look."""
+    """Writes the next step to `work`, and further places for the same sweep."""
     low = tl.load(work + LOW)
     high = tl.load(work + HIGH)
     step = temper(
@@ -125,10 +125,10 @@ def find_temperature(
     t_row, V, near, near_at, near_end, wrong, wrong_at, wrong_end, alone, near_top, wrong_top, middle, row, bounds,
     start, wanted, floor, work, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(beta, whether the bound is out of reach); start: the entropy at beta = 1.
+    """(beta, whether the bound is infeasible); start: the entropy at beta = 1.
 
-    First the end is looked at, where T is infinite for a floor and nearly 0 for a ceiling; a ceiling's search wants the
-    slope at 1, too. The bracket, the places and their sums are in memory, `work`, so that no register keeps them.
+    The first sweep is at the end, where T is infinite for a floor and nearly 0 for a ceiling; for a ceiling, a second
+    one computes the slope at 1. The bracket, the places and their sums are in memory, `work`, not in registers.
     """
     unknown = tl.full((), float("nan"), tl.float64)
     store_end(work + LOW, tl.where(floor, -1.0, 0.0), start, unknown)
@@ -213,7 +213,7 @@ def temper_rows(
     V, t_inner, t_outer, t_stride, ignore_index, unlabeled_index,
     R: tl.constexpr, TOP1: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The temperatures of rows that `projected.projected_rows` has marked: see there. One row, program (row, 0)."""
+    """The temperatures of rows that `projected.projected_rows` has marked; see there. One row, program (row, 0)."""
     row = tl.program_id(0).to(tl.int64)
     at = sums + row * COLUMNS + STUDENT
     if tl.load(at + 9) == MISSES:

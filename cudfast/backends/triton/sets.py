@@ -1,4 +1,4 @@
-"""Sets of classes of a row that are summed apart: members of an ascending list, at the places [begin, end)."""
+"""Sets of classes of a row that are summed separately: members of an ascending list, at the places [begin, end)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .pieces import centre
 from .row import student_fold, tempered_fold
 
 SET = tl.constexpr(256)  # members at a time
-FAR = tl.constexpr(1 << 62)  # behind every column
+FAR = tl.constexpr(1 << 62)  # beyond every column
 
 
 @triton.jit
@@ -33,15 +33,15 @@ def zero_beside(x):
 
 @triton.jit
 def member(indices, at, end):
-    """The column at a place of the list, FAR behind its end."""
+    """The column at a place of the list; FAR beyond its end."""
     return tl.load(indices + at, mask=at < end, other=FAR)
 
 
 @triton.jit
 def apart(x, t, start, indices, at, end, column, middle, offset, beta, BLOCK: tl.constexpr):
-    """x with beta (t - middle) + offset where the block's columns are members; and the next member's place and column.
+    """x with beta (t - middle) + offset in columns of the block that are members; the next member's place and column.
 
-    `column` is the one at place `at`, the first that is not in an earlier block.
+    `column` is the member at place `at`, the first that is not in an earlier block.
     """
     lanes = tl.arange(0, BLOCK)
     while column < start + BLOCK:
@@ -63,7 +63,7 @@ def holds(indices, begin, end, column):
 
 @triton.jit
 def set_top(t_row, indices, begin, end, R: tl.constexpr):
-    """The largest logit of the members, in f64, and the first of its columns; -inf and FAR where there is none."""
+    """The largest logit of the members, in f64, and the first of its columns; -inf and FAR if there is none."""
     lanes = tl.arange(0, SET)
     top = tl.full((), float("-inf"), R)
     k = tl.full((), FAR, tl.int64)
@@ -83,7 +83,7 @@ def set_sums(
     s_row, t_row, indices, begin, end, top, beta, m_s, tau, base,
     R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr,
 ):  # fmt: skip
-    """(z_tau, a, z_one, e_one, impossible) of the members in f64, around their own maximum and the row's m_s."""
+    """(z_tau, a, z_one, e_one, impossible) of the members in f64, relative to their own maximum and the row's m_s."""
     lanes = tl.arange(0, SET)
     nothing = tl.zeros((SET,), R)
     z_tau = tl.zeros((SET,), R)
@@ -111,7 +111,7 @@ def set_sums(
 
 @triton.jit
 def set_tempered(t_row, indices, begin, end, middle, beta, R: tl.constexpr):
-    """(z, e, v) of the members around `middle`, in f64."""
+    """(z, e, v) of the members relative to `middle`, in f64."""
     lanes = tl.arange(0, SET)
     z = tl.zeros((SET,), R)
     e = tl.zeros((SET,), R)
@@ -131,7 +131,7 @@ def set_tempered(t_row, indices, begin, end, middle, beta, R: tl.constexpr):
 def sets_of_row(row, y, bounded, bounds, near_offsets, near, wrong_offsets, TOP1: tl.constexpr):
     """(own, own_end, near_end, wrong_at, wrong_end, wants_top1).
 
-    N(y) are the places [own, own_end) of the near list, summed apart up to near_end: all of them or none.
+    N(y) are the places [own, own_end) of the near list, summed separately up to near_end: all of them or none.
     """
     none = tl.zeros((), tl.int64)
     own, own_end, near_end, wrong_at, wrong_end = none, none, none, none, none
@@ -144,7 +144,7 @@ def sets_of_row(row, y, bounded, bounds, near_offsets, near, wrong_offsets, TOP1
             own_end = tl.load(near_offsets + y + 1)
         else:
             own = row
-            own_end = tl.where(tl.load(near + row) == y, row + 1, row)  # nowhere when the label is no class
+            own_end = tl.where(tl.load(near + row) == y, row + 1, row)  # empty if the label is not a class
         near_end = tl.where(low == low, own_end, own)
         if wrong_offsets is not None:
             wrong_at = tl.load(wrong_offsets + y)
@@ -156,7 +156,7 @@ def sets_of_row(row, y, bounded, bounds, near_offsets, near, wrong_offsets, TOP1
 
 @triton.jit
 def bounds_of_row(row, has_near, has_wrong, bounds):
-    """(least mass of N, most of W)."""
+    """(least mass of N, largest mass of W)."""
     least = tl.full((), 0.0, tl.float64)
     most = tl.full((), 1.0, tl.float64)
     if has_near:

@@ -1,7 +1,7 @@
-"""The kernels of the student loss. A row is folded and mapped by one program, or by several when rows are few and long.
+"""The kernels of the student loss. A row is folded and mapped by one program, or by several if rows are few and long.
 
-Offsets are int64. The first look at a row asks the cache to keep it, the second to let it go: while the rows in flight
-fit in L2, forward and backward cost two reads and one write of N V.
+Offsets are int64. The first pass over a row reads with the cache hint evict_last, the second with evict_first: if the
+rows in flight fit in L2, forward and backward cost two reads and one write of N V.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PART = tl.constexpr(9)  # values of a part of a row
 def student_block(
     s, t, start, m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, impossible, base, P: tl.constexpr, ONES: tl.constexpr
 ):
-    """One block of columns: maxima first, then the sums around them. `first`: start of the block that has m_t."""
+    """One block of columns: maxima first, then the sums relative to them. `first`: start of the block with m_t."""
     high_t, high_s = largest_of_both(t, s)
     if (high_t > m_t) | (high_s > m_s):
         new_t = tl.maximum(m_t, high_t)
@@ -63,7 +63,7 @@ def student_block(
 def student_fold_columns(
     s_row, t_row, begin, end, tau, R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """State of the columns [begin, end) in f64, as csrc/row/state.h has it, and the first column that has m_t."""
+    """State of the columns [begin, end) in f64, as in csrc/row/state.h, and the first column whose logit is m_t."""
     lanes = tl.arange(0, BLOCK)
     base = (f64(LOG2E) / tau).to(R)
     m_t = tl.full((), float("-inf"), R)
@@ -130,9 +130,9 @@ def student_map_columns(
     s_row, t_row, g_row, begin, end, V, padded, m_t, m_s, tau, student_tau, teacher_tau, student_one, y, g_y, k, g_k,
     R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the columns [begin, end), and zeros behind V when the part is the last.
+    """The gradient of the columns [begin, end), and zeros in the columns from V on if the part is the last.
 
-    g_y and g_k are what columns y and k get: the label, and the top-1 that the clip changed; -1 is no column.
+    g_y and g_k are the values of columns y and k: the label, and the top-1 that the clip changed; -1 is no column.
     """
     lanes = tl.arange(0, BLOCK)
     base = (f64(LOG2E) / tau).to(R)
@@ -169,8 +169,8 @@ def student_rows(
     R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, CLIP: tl.constexpr,
     FOLD: tl.constexpr, MERGE: tl.constexpr, MAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The columns [chunk i, chunk (i + 1)) of a row, program (row, i). FOLD makes the state, or MERGE does from parts,
-    or else it is read; MAP writes the gradient."""
+    """The columns [chunk i, chunk (i + 1)) of a row, program (row, i). FOLD computes the state, MERGE computes it from
+    parts, otherwise it is read; MAP writes the gradient."""
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1).to(tl.int64) * chunk
     end = tl.minimum(begin + chunk, V)
@@ -274,7 +274,7 @@ def student_parts(
 
 @triton.jit
 def student_merge(parts, row, count_of_parts, tau):
-    """The state of a row from those of its parts, in their order: the lowest index keeps a tie."""
+    """The state of a row from those of its parts, in their order: the lowest index of equal values is kept."""
     base = f64(LOG2E) / tau
     m_t = tl.full((), float("-inf"), tl.float64)
     m_s = tl.full((), float("-inf"), tl.float64)

@@ -1,7 +1,7 @@
 """The kernels of the teacher loss; see student.py.
 
-Offsets are int64. The first look at a row asks the cache to keep it, the second to let it go: while the rows in flight
-fit in L2, forward and backward cost one read and one write of N V.
+Offsets are int64. The first pass over a row reads with the cache hint evict_last, the second with evict_first: if the
+rows in flight fit in L2, forward and backward cost one read and one write of N V.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def teacher_fold_columns(z_row, begin, end, R: tl.constexpr, BLOCK: tl.constexpr
 def teacher_map_columns(
     z_row, g_row, begin, end, V, padded, m, inv_z, log_z, one, log, y, g_y, R: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The gradient of the columns [begin, end), g_y in column y, and zeros behind V when the part is the last."""
+    """The gradient of the columns [begin, end), g_y in column y, and zeros from column V on in the last part."""
     lanes = tl.arange(0, BLOCK)
     c = centre(m).to(R)
     one, log, inv_z, log_z = one.to(R), log.to(R), inv_z.to(R), log_z.to(R)
