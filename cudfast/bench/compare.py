@@ -20,7 +20,7 @@ from .result import Figures, Result
 SAMPLES = 2000
 CONFIDENCE = 0.95
 SLACK = 1.05
-"""What two runs of the same code differ by: memory lies elsewhere, neighbours differ; resampling cannot see it."""
+"""Difference between runs of the same code because of addresses and other processes, which resampling cannot show."""
 
 
 class Change(NamedTuple):

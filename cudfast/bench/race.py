@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from .contestants import Contestant
 
 LEAST = 3
-"""Rounds of everybody who is shown."""
+"""Least rounds of every contestant."""
 BUDGET = 12
 """Seconds of one race, unless LEAST rounds take longer."""
 

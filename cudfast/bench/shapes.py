@@ -38,4 +38,4 @@ SHAPES = {
     "10M": Shape(2, 10_000_000, "ten million identities, as in face recognition"),
     "100M": Shape(1, 100_000_000, "a hundred million identities"),
 }
-"""By name. From Llama 2 to 10M about as many logits (N V = 16 to 20 million): what differs is their cut into rows."""
+"""By name. Llama 2 to 10M have about equally many logits (N V = 16 to 20 million), in rows of different lengths."""

@@ -10,7 +10,7 @@ from .chunks import Chunk
 from .layers import Needs, Problem
 
 Found = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""Of hidden states, weight and bias; None where nobody asked."""
+"""Gradients of hidden states, weight and bias; None for those that are not needed."""
 
 
 class Gradients:
