@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     info.add_argument("--json", action="store_true", help="JSON instead of text")
     model = commands.add_parser("gpu-model", help="what the kernels should take on GPUs: a model, no GPU needed")
     model.add_argument("--json", action="store_true", help="JSON instead of a table")
-    model.add_argument("--gpu", nargs="+", default=[], metavar="NAME", help="H100, for example; default: all GPUs of the model")
+    model.add_argument("--gpu", nargs="+", default=[], metavar="NAME", help="H100, for example; default: all")
     bench = commands.add_parser("bench", help="times and memory of the losses beside PyTorch's, on this machine")
     try:
         from .bench import command
