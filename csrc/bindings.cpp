@@ -107,7 +107,7 @@ struct Memory {
   Block block;
 };
 
-// ---- row/ on scalars, so that a test can hold every function against its mirror ----
+// ---- row/ on scalars, so that a test can compare every function with its mirror ----
 
 using Numbers = std::vector<double>;
 
@@ -232,7 +232,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("PROJECTED_COLUMNS") = kProjectedColumns;
   m.attr("TEACHER_COLUMNS") = kTeacherColumns;
   m.attr("BLOCK") = kBlock;
-  py::dict faults;  // by name, for an enum of Python's
+  py::dict faults;  // by name, for an enum in Python
   for (const auto& [name, fault] : kFaults) faults[name] = static_cast<int>(fault);
   m.attr("FAULTS") = faults;
 #if defined(_OPENMP)

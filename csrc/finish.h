@@ -1,4 +1,4 @@
-// The end of a row, whoever swept it: its packed state, its loss and coefficients, and what the sweep cannot know.
+// The end of a row, for CPU and GPU: its packed state, its loss and coefficients, and the columns with other gradients.
 #pragma once
 
 #include "launch.h"
@@ -21,16 +21,16 @@ CUDFAST_HD inline void put(void* data, bool wide, int64_t i, double value) {
   }
 }
 
-// Where no row counts, 0; of a weight that is NaN, NaN.
+// 0 if all rows are excluded; NaN for a weight of NaN.
 CUDFAST_HD inline double share(double weight, double divisor) { return divisor > 0 ? weight / divisor : 0 * weight; }
 
-// Columns whose gradient is not the map's: -1 is none.
+// Columns whose gradient differs from that of the map: -1 is none.
 struct Fixes {
   int64_t column[2] = {-1, -1};
   double value[2] = {0, 0};
 };
 
-// ---- Student loss; `stride` is how many columns a packed row has ----
+// ---- Student loss; `stride` is the number of columns of a packed row ----
 
 CUDFAST_HD inline void pack(const StudentState<double>& s, const Outputs& out, bool wide, int64_t row,
                             int stride = kStudentColumns) {
@@ -68,8 +68,8 @@ CUDFAST_HD inline StudentRow finish_row(const StudentState<double>& state, bool 
   return out;
 }
 
-// The label, and the two that the clip changed. The student's values are the state's: where the gradient is written
-// over the logits they are gone by now.
+// The label's column, and the two that the clip changed. The student's logits are those of the state: an in-place
+// gradient has already overwritten the logits.
 CUDFAST_HD inline Fixes fixes(const StudentState<double>& state, const StudentRow& r, int64_t label, double tau) {
   Fixes f;
   if (label < 0) return f;

@@ -1,4 +1,4 @@
-// 16-bit floats as they are stored, and the f32 that they are computed in. Exact one way, to the nearest the other.
+// Conversions between stored 16-bit floats and f32: exact to f32, rounded to nearest from f32.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,7 @@ CUDFAST_HD inline uint16_t narrow_half(float f) {  // round to nearest, ties to 
   bits &= 0x7fffffffu;
   if (bits > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);   // NaN
   if (bits >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to 65536 or more: inf
-  if (bits < 0x38800000u) {                                               // subnormal: let the adder round
+  if (bits < 0x38800000u) {                                               // subnormal: rounded by an addition
     float small;
     std::memcpy(&small, &bits, 4);
     small += 0.5f;

@@ -1,4 +1,4 @@
-// The torch-free contract between the bindings and the sweeps: addresses, strides, sizes, options, threads.
+// The interface between the bindings and the sweeps, without torch: addresses, strides, sizes, options, threads.
 #pragma once
 
 #include <cstdint>
@@ -32,12 +32,12 @@ struct ClassSets {
   const int64_t* indices = nullptr;
 };
 
-// Bounds on the target, instead of W-Clip: (N, 4), NaN where there is none.
+// Bounds on the target, instead of W-Clip: (N, 4), NaN for no bound.
 struct Constraints {
   const double* bounds = nullptr;  // null: no constraints; min_near_mass, max_wrong_mass, min_entropy, max_entropy
   ClassSets near;                  // absent: the label alone
   ClassSets wrong;
-  bool top1 = false;  // the wrong class is the teacher's top-1 where that is not near
+  bool top1 = false;  // the wrong class is the teacher's top-1, unless that is near
   bool relax = false;
 };
 
@@ -51,7 +51,7 @@ struct Rows {
   const int64_t* labels = nullptr;  // (N,)
   const double* weight = nullptr;   // (N,)
   const double* per_row = nullptr;  // (N,) temperature of the student loss, alpha of the teacher loss
-  double scalar = 1;                // stands for per_row where that is absent
+  double scalar = 1;                // replaces per_row if that is absent
   int64_t ignore_index = -100;
   int64_t unlabeled_index = -1;
   int threads = 1;
@@ -65,7 +65,7 @@ struct Rows {
   }
   CUDFAST_HD double weight_at(int64_t row) const { return weight ? weight[row] : 1.0; }
   CUDFAST_HD double value_at(int64_t row) const { return per_row ? per_row[row] : scalar; }
-  // Whether all is computed in f64: the loss, the state and the upstream gradient are of that dtype, too.
+  // Whether the computation is in f64; then the loss, the state and the upstream gradient have that dtype, too.
   CUDFAST_HD bool wide() const { return logits.dtype == DType::f64 || (target.data && target.dtype == DType::f64); }
 };
 
@@ -78,15 +78,15 @@ struct Divisors {
 // Columns of a packed state (N, kStudentColumns) or (N, kTeacherColumns), in the order of the fields of row/state.h.
 constexpr int kStudentColumns = 11;
 constexpr int kTeacherColumns = 4;
-constexpr int kProjectedColumns = 10;  // after the student's, when there are constraints: see projected.h
+constexpr int kProjectedColumns = 10;  // after the student's, if there are constraints: see projected.h
 
-// Where results go. Null pointers are not written.
+// Memory for the results. Nothing is written to null pointers.
 struct Outputs {
-  void* loss = nullptr;  // (N,) when per_row_loss, else a scalar; f32, or f64 when wide
+  void* loss = nullptr;  // (N,) with per_row_loss, else a scalar; f32, or f64 if wide
   bool per_row_loss = false;
   void* state = nullptr;    // (N, columns), f32 or f64 as the loss
   int64_t* top1 = nullptr;  // (N,)
-  Matrix gradient;          // (N, padded), data null when not wanted
+  Matrix gradient;          // (N, padded), data null if it is not needed
 };
 
 // One upstream gradient for all rows, or one per row.
@@ -99,8 +99,8 @@ struct Upstream {
 constexpr double kLowestTemperature = 1e-4;
 constexpr double kHighestTemperature = 1e4;
 
-// What is wrong with the vectors of a call, before any sweep runs; or with a row's bounds, which only a sweep can tell.
-enum class Fault : int { none, label, weight, per_row, bounds, strides };  // strides: rows that no Matrix can find
+// An error in the vectors of a call, found before any sweep; or in a row's bounds, which only a sweep can find.
+enum class Fault : int { none, label, weight, per_row, bounds, strides };  // strides: no Matrix can describe the rows
 struct Check {
   Fault fault = Fault::none;
   int64_t row = 0;
@@ -110,8 +110,8 @@ Check check(const Rows& rows);
 // Sums of the rows' weights in each term.
 Divisors count(const Rows& rows);
 
-// First sweep: state and loss of every row; with out.gradient, the gradient too, while the row is in cache.
-// The answer names the first row that cannot meet its bounds, if any.
+// First sweep: state and loss of every row; with out.gradient, also the gradient, while the row is in cache.
+// The result names the first row that cannot meet its bounds, if any.
 Check student_state(const Rows& rows, const StudentOptions& options, bool statistics, Divisors divisors,
                     const Outputs& out);
 void teacher_state(const Rows& rows, const TeacherOptions& options, Divisors divisors, const Outputs& out);

@@ -1,6 +1,6 @@
-// The end of a row whose target meets bounds, whoever swept it. The classes of a row fall into three sets: near, wrong
-// and the rest. The rest is swept with the other two masked out, so that its mass is never a difference; the two are
-// short lists, gathered. The target then is one factor per set, and all else is the plain loss.
+// The end of a row whose target meets bounds, for CPU and GPU. The classes of a row are divided into three sets: near,
+// wrong and the rest. The sweep over the rest masks the other two out, so that its mass is never a difference; those
+// two are short lists, whose logits are gathered. The target is then one factor per set, used with the plain loss.
 #pragma once
 
 #include "finish.h"
@@ -10,11 +10,11 @@ namespace cudfast {
 namespace {
 
 struct ProjectedState : StudentState<double> {
-  double beta = 1, centre = 0;           // the teacher's logits are seen as t' = beta (t - centre); t at beta = 1
+  double beta = 1, centre = 0;           // the teacher's logits become t' = beta (t - centre); t at beta = 1
   double near = 0, wrong = 0, rest = 0;  // log of the target at each set's maximum, relative to the largest of them
   double confidence = 0, prob = 0;       // the teacher's probability of its top-1 and of the label
   double target = 0, moved = 0;          // the label's after calibration; mass that changed sets
-  double relaxed = 0;                    // 1 when a bound was out of reach
+  double relaxed = 0;                    // 1 if a bound was infeasible
 
   CUDFAST_HD double seen(double t) const { return beta == 1 ? t : beta * (t - centre); }
 };
@@ -29,7 +29,7 @@ CUDFAST_HD inline void pack(const ProjectedState& s, const Outputs& out, bool wi
   for (int i = 0; i < kProjectedColumns; ++i) put(out.state, wide, row * kAllColumns + kStudentColumns + i, values[i]);
 }
 
-// What a gradient needs of a packed state.
+// The fields of a packed state that a gradient needs.
 CUDFAST_HD inline ProjectedState unpack_projected(const Outputs& from, bool wide, int64_t row) {
   const auto extra = [&](int i) { return get(from.state, wide, row * kAllColumns + kStudentColumns + i); };
   ProjectedState state;
@@ -44,9 +44,9 @@ CUDFAST_HD inline ProjectedState unpack_projected(const Outputs& from, bool wide
 
 // The near and the wrong classes of a row.
 struct Apart {
-  StudentState<double> sums[2];  // around the row's own student maximum
+  StudentState<double> sums[2];  // relative to the row's own student maximum
   double tops[2];                // t' that the sums are relative to; 0 for a set without classes
-  bool near;                     // whether there are near classes that are summed apart: the label is one
+  bool near;                     // whether near classes, including the label, are summed separately
   double least, most;            // mass of the near, of the wrong classes
 };
 
@@ -62,8 +62,8 @@ CUDFAST_HD inline double log_total(const TemperedState<double> (&sets)[3], doubl
   return log_add(log_add(log_mass(sets[0], beta), log_mass(sets[1], beta)), log_mass(sets[2], beta));
 }
 
-// From the rest's state, with t_y, s_y, beta and centre, to that of the target: sums over all three sets, each with its
-// factor. Statistics want log_one, log sum exp t, where beta is not 1, and t_k, the teacher's logit at its top-1.
+// Turns the rest's state, with t_y, s_y, beta and centre, into that of the target: sums over all three sets, each with
+// its factor. Statistics need log_one, log sum exp t, if beta is not 1, and t_k, the teacher's logit at its top-1.
 CUDFAST_HD inline void complete(ProjectedState& state, const Apart& apart, double inv_tau, bool out_of_reach,
                                 bool statistics, double log_one, double t_k) {
   const StudentState<double>* parts[3] = {apart.sums, apart.sums + 1, &state};
@@ -86,7 +86,7 @@ CUDFAST_HD inline void complete(ProjectedState& state, const Apart& apart, doubl
     offset[i] = mass[i] == kNothing<double> ? kNothing<double> : at[i] + (log_m[i] - (mass[i] - total));
     if (offset[i] > reference) reference = offset[i];
   }
-  if (reference == kNothing<double>) return;  // no class can happen: m_t says so
+  if (reference == kNothing<double>) return;  // no class is possible: m_t is -inf
   double z_tau = 0, a = 0, impossible = 0;
   CUDFAST_UNROLL
   for (int i = 0; i < 3; ++i) {
@@ -102,19 +102,19 @@ CUDFAST_HD inline void complete(ProjectedState& state, const Apart& apart, doubl
   state.near = offset[0] - reference;
   state.wrong = offset[1] - reference;
   state.rest = offset[2] - reference;
-  if (state.m_t == kNothing<double>) state.m_t = 0;  // the rest is empty, the row is not
+  if (state.m_t == kNothing<double>) state.m_t = 0;  // the rest is empty, but not the row
   state.relaxed = target.no_near || target.all_wrong || out_of_reach;
   if (!statistics) return;
   const double log_all = state.beta == 1 ? total : log_one;
   state.confidence = exp(t_k - log_all);
   state.prob = exp(state.t_y - log_all);
-  const double change = apart.near ? log_m[0] - mass[0] : log_m[2] - mass[2];  // where the label is
+  const double change = apart.near ? log_m[0] - mass[0] : log_m[2] - mass[2];  // of the label's set
   if (state.t_y > kNothing<double>) state.target = exp(state.seen(state.t_y) + change);
   CUDFAST_UNROLL
   for (int i = 0; i < 3; ++i) state.moved += max(0.0, exp(log_m[i]) - exp(mass[i] - total));
 }
 
-// The label's gradient in double: what is left of p_y - 1 on a confident row. top: see Apart::tops.
+// The label's gradient in double, since p_y - 1 is small in a confident row. top: see Apart::tops.
 CUDFAST_HD inline double label_gradient(const ProjectedState& state, const StudentRow& r, bool near, double top,
                                         double inv_tau) {
   const double reference = near ? top - state.near : state.m_t - state.rest;

@@ -1,5 +1,5 @@
-// What the bindings share: tensors and options as Python has them, as launch.h wants them. Tensors are read through
-// their Python methods and no torch header is seen, so one binary serves every torch.
+// Conversions for both bindings: tensors and options of Python to the types of launch.h. Tensors are read through their
+// Python methods, without torch headers, so one binary works with every version of torch.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -14,10 +14,10 @@ using namespace cudfast;
 
 namespace {
 
-// Some logits' rows are not where a Matrix can find them.
+// Thrown for logits whose rows a Matrix cannot describe.
 struct NoLayout {};
 
-// A Python name, made once: for a small batch the lookups are a good part of a call.
+// A Python name, created once: for a small batch, lookups are a considerable part of a call.
 #define CUDFAST_NAME(name)                                               \
   ([]() -> PyObject* {                                                   \
     static PyObject* const interned = PyUnicode_InternFromString(#name); \
@@ -39,7 +39,7 @@ inline int64_t integer(const py::object& value) {
   return number;
 }
 
-// Where a tensor's data begin; null for None.
+// Address of a tensor's data; null for None.
 template <class T>
 inline T* address(py::handle tensor) {
   if (tensor.is_none()) return nullptr;

@@ -1,6 +1,5 @@
-// Picks the instruction set at run time, once: the widest that the processor has, or the one that
-// CUDFAST_ISA=baseline|avx2|avx512 names. Whichever it is must reproduce the baseline on a fixed block before it is
-// used.
+// Selects the instruction set at run time, once: the widest that the processor supports, or the value of
+// CUDFAST_ISA=baseline|avx2|avx512. Before it is used, it must reproduce the results of the baseline on a fixed block.
 #include <chrono>
 #include <cmath>
 #include <cstdlib>

@@ -1,5 +1,5 @@
-// launch.h for the CPU: rows over threads, columns over threads when rows are few and long. Both ways fold the same
-// blocks and merge them in the same order, so the results are the same bits.
+// launch.h for the CPU: rows over threads, or columns over threads if rows are few and long. Both ways fold the same
+// blocks and merge them in the same order, so the results are bitwise equal.
 #include "../launch.h"
 
 #include <pthread.h>
@@ -25,7 +25,7 @@ bool can_thread() { return watched == 0 && !forked; }
 
 namespace {
 
-// Below this many elements a second thread costs more than it brings (a fork and join take some 5 us).
+// Below this many elements a second thread costs more than it gains (a fork and join take some 5 us).
 constexpr int64_t kSmall = 1 << 15;
 
 struct Plan {
@@ -43,10 +43,10 @@ Plan plan(const Rows& rows) {
   return p;
 }
 
-// A gradient that no cache would hold until somebody reads it is written past the caches: an ordinary store reads a
-// line before it writes it. Rows must be lines of their own, and long: the label's element and the top-1's are written
-// last, when their lines are far away, and everything behind them waits. `least`: bytes an element, because lines that
-// are written in parts want them in quick succession. See docs/performance.md.
+// A gradient that would leave the caches before it is read is written with non-temporal stores: an ordinary store reads
+// a line before it writes it. Rows must consist of whole lines and be long: the elements of the label and the top-1 are
+// written last, when their lines are no longer cached, and later stores wait for them. `least`: bytes per element,
+// because the parts of a line must be written in quick succession. See docs/performance.md.
 constexpr int64_t kStreamBytes = 3 << 23, kStreamColumns = 1 << 14;
 
 Outputs streamed(const Rows& rows, Outputs out, int64_t least) {
@@ -60,7 +60,7 @@ Outputs streamed(const Rows& rows, Outputs out, int64_t least) {
   return out;
 }
 
-// Before another thread reads what was written so.
+// Orders non-temporal stores before later reads by other threads.
 void fence() {
 #if defined(CUDFAST_X86)
   __builtin_ia32_sfence();
@@ -71,7 +71,7 @@ void clear(const Matrix& g, int64_t row, int64_t from, int64_t to) {
   if (to > from) std::memset(g.at(row, from), 0, static_cast<size_t>((to - from) * size_of(g.dtype)));
 }
 
-// What one thread works with. Kept from call to call, so that a row costs no allocation.
+// Memory of one thread, reused by later calls, so that a row needs no allocation.
 template <class State>
 struct Scratch {
   std::vector<State> parts;    // states of a row's blocks
@@ -84,8 +84,8 @@ Scratch<State>& scratch() {
   return own;
 }
 
-// Exponentials are kept for the second sweep while two of them an element fit beside the row in a second-level cache.
-// The choice depends on the row alone, never on threads: the same bits whatever they are.
+// Exponentials are kept for the second sweep if two per element fit in a second-level cache with the row. The choice
+// depends on the row alone, so results do not depend on the number of threads.
 constexpr int64_t kKeepBytes = 5 << 18;
 
 template <class State>

@@ -1,4 +1,4 @@
-// The two losses as the driver in launch.cpp sees them: fold a block of a row, merge, finish the row, map a block.
+// The two losses for the driver in launch.cpp: fold a block of a row, merge, finish the row, map a block.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace cudfast {
 namespace {
 
-// Single elements of one row; finding the row divides, so it is done once.
+// Single elements of one row; the row's address needs a division, so it is computed once.
 struct Element {
   char* row;
   DType dtype;
@@ -40,7 +40,7 @@ inline bool is_power(double tau) { return tau == 1 || tau == 2 || tau == 4; }
 constexpr int64_t kFetchColumns = 1 << 16;  // f32: 1.25 MiB in all
 constexpr int64_t kFetchAhead = 256;
 
-// What again() says of the blocks of a row once all are folded: one that has to be folded again, or these.
+// Results of again() after all blocks of a row are folded: the index of a block that must be folded again, or these.
 constexpr int64_t kNone = -1, kEvery = -2;
 
 struct StudentLossOfRows {
@@ -51,7 +51,7 @@ struct StudentLossOfRows {
   Divisors divisors;
   bool wide;
   bool statistics;
-  Matrix gradient;  // data null when the first sweep is not followed by the second
+  Matrix gradient;  // data null if the first sweep is not followed by the second
 
   StudentBlock block(int64_t row, int64_t column, int n, Kept kept) const {
     const double tau = rows.value_at(row);
@@ -118,23 +118,23 @@ struct StudentLossOfRows {
     return cudfast::finish_row(state, labelled, rows.value_at(row), weights, options, divisors, upstream);
   }
 
-  // Whether the gradient's own memory can hold the student's exponentials until they become the gradient.
+  // Whether the gradient's own memory can store the student's exponentials until the second sweep overwrites them.
   bool keeps_in_gradient() const {
     return !gradient.stream && gradient.dtype == (wide ? DType::f64 : DType::f32) && gradient.data != rows.logits.data;
   }
 
-  // What to fetch for writing beside a column of the first sweep: where its exponential will be written in a moment, or
-  // where its gradient will, if a row, its exponentials and its gradient stay in a second-level cache until then.
+  // Address to prefetch for writing with a column of the first sweep: that of its exponential, which is written next,
+  // or that of its gradient, if a row, its exponentials and its gradient stay in a second-level cache until then.
   const char* soon(int64_t row, int64_t column) const {
     if (gradient.stream) return nullptr;
     if (keeps_in_gradient()) return gradient.at(row, column + kFetchAhead);
     return rows.classes * (wide ? 2 : 1) <= kFetchColumns ? gradient.at(row, column) : nullptr;
   }
 
-  // Exponentials can serve the second sweep when the temperature is a power.
+  // The second sweep can reuse exponentials if the temperature is a power.
   bool keeps(int64_t row) const { return is_power(rows.value_at(row)); }
 
-  // part: the block's own state when its exponentials were kept, else null.
+  // part: the block's own state if its exponentials were kept, else null.
   void map(int64_t row, int64_t column, int n, const State& state, const State* part, const Row& r, const Matrix& g,
            Kept kept) const {
     map(block(row, column, n, kept), row, column, state, part, r, g);
@@ -158,7 +158,7 @@ struct StudentLossOfRows {
       m.student_tau *= rescale(below(part->m_s, state.m_s) * inv_tau);
       m.student_one *= rescale(below(part->m_s, state.m_s));
     }
-    if (r.gradient.teacher_tau == 0) {  // what is read for statistics only must not turn 0 into NaN
+    if (r.gradient.teacher_tau == 0) {  // logits that are read for statistics only must not turn 0 into NaN
       b.t = b.s;
       b.t_dtype = b.s_dtype;
       b.kept.teacher = b.kept.student;

@@ -1,8 +1,7 @@
-// Memory for logits and gradients that outlives a call: the first touch of fresh pages costs as much as the arithmetic.
+// A pool of memory for logits and gradients: the first access to new pages takes as long as the arithmetic.
 //
-// A block that is given back stays mapped, and the next block of about its size is the same pages: no faults, no
-// zeroing. Meanwhile the kernel is free to take the pages for something else (MADV_FREE); then they are faulted in
-// again.
+// A freed block stays mapped, and the next block of about its size reuses its pages: no faults, no zeroing. Meanwhile
+// the operating system may take the pages (MADV_FREE); then they are faulted in again.
 #pragma once
 
 #include <pthread.h>
@@ -20,18 +19,18 @@ namespace cudfast {
 
 struct Block {
   void* data = nullptr;
-  size_t bytes = 0;  // what the mapping holds
+  size_t bytes = 0;  // size of the mapping
 };
 
 class Pool {
  public:
-  // Never destroyed: the last tensors of a process may go after everything else.
+  // Never destroyed: tensors may be freed after the static objects of a process.
   static Pool& instance() {
     static Pool* const pool = new Pool;
     return *pool;
   }
 
-  // At least `bytes`, with whatever is in there.
+  // At least `bytes`; the contents are arbitrary.
   Block take(size_t bytes) {
     const size_t size = (std::max<size_t>(bytes, 1) + page_ - 1) / page_ * page_;
     {
@@ -62,20 +61,20 @@ class Pool {
     munmap(block.data, block.bytes);
   }
 
-  // Gives everything that waits for a next call back to the system.
+  // Returns all unused blocks to the operating system.
   void clear() {
     const std::lock_guard<std::mutex> lock(mutex_);
     shrink(0, 0);
   }
 
-  // At most so many bytes wait for a next call; 0: none ever do.
+  // Sets the largest number of unused bytes; 0: no block is kept.
   void limit(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     limit_ = bytes;
     shrink(limit_, kMost);
   }
 
-  // Bytes that wait for a next call.
+  // Unused bytes.
   size_t kept() {
     const std::lock_guard<std::mutex> lock(mutex_);
     return total();
@@ -92,7 +91,7 @@ class Pool {
                    [] { instance().mutex_.unlock(); });
   }
 
-  // In huge pages where the system has them, and small ones at the end: no more becomes resident than is asked for.
+  // In huge pages if the system has them, and small ones at the end, so that only the requested bytes become resident.
   static Block map(size_t size) {
     const size_t wide = size + kHuge;
     void* const found = mmap(nullptr, wide, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -113,7 +112,7 @@ class Pool {
     return sum;
   }
 
-  // The blocks that have waited longest go first.
+  // Unmaps the blocks that have been unused longest first.
   void shrink(size_t bytes, size_t count) {
     while (!kept_.empty() && (kept_.size() > count || total() > bytes)) {
       munmap(kept_.back().data, kept_.back().bytes);
@@ -122,7 +121,7 @@ class Pool {
   }
 
   std::mutex mutex_;
-  std::list<Block> kept_;  // the one that came last in front
+  std::list<Block> kept_;  // unused blocks, the most recent first
   size_t limit_ = 0;       // bytes: a quarter of the machine's memory
   const size_t page_ = static_cast<size_t>(sysconf(_SC_PAGESIZE));
 };

@@ -23,16 +23,16 @@ struct ProjectedLossOfRows {
   const Rows& rows;
   bool wide;
   bool statistics;
-  std::atomic<int64_t>* unmet;  // the first row whose bounds are out of reach, or N
+  std::atomic<int64_t>* unmet;  // the first row whose bounds are infeasible, or N
 
   // ---- One row, see prepared() ----
-  Set sets[2];                  // near, wrong: those that are summed apart
+  Set sets[2];                  // near, wrong: those that are summed separately
   double tops[2] = {0, 0};      // the largest t' of each
-  const int64_t* near[2] = {};  // N(y), whether or not it is
+  const int64_t* near[2] = {};  // N(y), also if it is not summed separately
   bool wrong_is_k = false;      // the wrong set is the top-1 alone
-  int64_t k = 0;                // the teacher's top-1, when somebody asks
+  int64_t k = 0;                // the teacher's top-1, if it is needed
   View view;
-  double log_one = 0;                                            // log sum exp t, where the entropy is bound
+  double log_one = 0;                                            // log sum exp t, if the entropy has a bound
   enum { unknown, with_top1, trying, settled } stage = unknown;  // see again()
   Search search = {};
 
@@ -71,7 +71,7 @@ struct ProjectedLossOfRows {
     return rows.labelled(row) && !(std::isnan(bound(row, 2)) && std::isnan(bound(row, 3)));
   }
 
-  // The same loss for one row and its sets. `packed`: what an earlier call found.
+  // The same loss for one row and its sets. `packed`: the state from an earlier call.
   ProjectedLossOfRows prepared(int64_t row, const State* packed) const {
     ProjectedLossOfRows own = *this;
     own.find_sets(row);
@@ -115,18 +115,18 @@ struct ProjectedLossOfRows {
     }
   }
 
-  // A set as if it were a row of its own.
+  // A block with the members of a set in place of columns.
   StudentBlock block(int64_t row, const Set& set, int64_t j, int n) const {
     return set.block(base.block(row, 0, n, {}), j);
   }
 
-  // The top-1 is the wrong class where that is asked for and it is not near.
+  // The top-1 is the wrong class if the constraints request it and the top-1 is not near.
   void set_top1(int64_t row, int64_t top1) {
     k = top1;
     wrong_is_k = wants_top1(row) && !std::binary_search(near[0], near[1], k);
   }
 
-  // From the maxima of the rest's blocks, and the sets. Ties go to the lowest index.
+  // The top-1 from the maxima of the rest's blocks and the sets. Ties go to the lowest index.
   int64_t find_top1(int64_t row, const std::vector<State>& parts) const {
     const auto lower = [](const State& a, const State& b) { return a.m_t < b.m_t; };
     const int64_t best = std::max_element(parts.begin(), parts.end(), lower) - parts.begin();
@@ -146,8 +146,8 @@ struct ProjectedLossOfRows {
     return found;
   }
 
-  // After blocks were folded, as they are: the block that has to be folded again because the top-1 is summed apart; or
-  // kEvery, because the row is to be seen at another temperature; or kNone.
+  // Called after the blocks are folded. Returns the block that must be folded again because the top-1 is summed
+  // separately; or kEvery if the row must be folded at another temperature; or kNone.
   int64_t again(int64_t row, int threads, const std::vector<State>& parts) {
     if (stage == unknown) {
       stage = with_top1;
@@ -170,7 +170,7 @@ struct ProjectedLossOfRows {
 
   using Tempered = TemperedState<double>;
 
-  // At the temperature of the fold that has been, from its sums: they lack the slope.
+  // The entropy at the temperature of the last fold, from its sums, without the slope.
   End<double> folded(int64_t row, const std::vector<State>& parts) {
     TeacherState<double> rest;
     for (const State& part : parts) rest = merge(rest, {part.m_t, part.z_one, part.e_one});
@@ -243,7 +243,7 @@ struct ProjectedLossOfRows {
     return over;
   }
 
-  // ---- What the driver calls ----
+  // ---- Functions that the driver calls ----
 
   StudentBlock block(int64_t row, int64_t column, int n, Kept kept) const {
     StudentBlock b = base.block(row, column, n, kept);
@@ -309,7 +309,7 @@ struct ProjectedLossOfRows {
            Kept kept) const {
     Row rest = r;
     rest.gradient.teacher_tau *= std::exp(state.rest / rows.value_at(row));
-    const bool seen_again = !part || r.loss.impossible;  // else the exponentials know the view
+    const bool seen_again = !part || r.loss.impossible;  // else the kept exponentials include the view
     base.map(seen_again ? block(row, column, n, kept) : base.block(row, column, n, kept), row, column, state, part,
              rest, g);
   }

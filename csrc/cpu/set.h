@@ -1,4 +1,4 @@
-// A set of classes of a row that is summed apart: a short list of columns, and their logits, gathered.
+// A set of classes of a row that is summed separately: a short list of columns, and their logits, gathered.
 #pragma once
 
 #include <vector>
@@ -14,12 +14,12 @@ struct Set {
   bool wide = false;
   // Memory for the logits, in the computing type: the teacher's, t' relative to the largest once seen; the student's.
   std::vector<double> t, s;
-  double top = 0;  // the largest of the teacher's logits, or 0 where there is none
+  double top = 0;  // the largest of the teacher's logits, or 0 if there is none
 
   int64_t size() const { return static_cast<int64_t>(t.size()); }
   DType type() const { return wide ? DType::f64 : DType::f32; }
 
-  // Reads the columns [from, to), after the sweep has brought the row into a cache.
+  // Reads the columns [from, to), after the sweep has loaded the row into a cache.
   void gather(const Element& teacher, const Element& student, const int64_t* from, const int64_t* to) {
     t.resize(static_cast<size_t>(to - from));
     s.resize(t.size());
@@ -33,7 +33,7 @@ struct Set {
     top = largest == kNothing<double> ? 0 : largest;
   }
 
-  // t becomes t' relative to the set's own maximum, so that a large beta costs no digits.
+  // Replaces t with t' relative to the set's own maximum, so that a large beta causes no loss of precision.
   void see(double beta) {
     for (int64_t j = 0; j < size(); ++j) put(t.data(), wide, j, beta * (get(t.data(), wide, j) - top));
   }
@@ -57,7 +57,7 @@ struct Set {
     return like;
   }
 
-  // At inverse temperature beta, before it is seen.
+  // The sums at inverse temperature beta, before see().
   TemperedState<double> tempered(double beta) const {
     View around;
     around.centre = top;

@@ -1,8 +1,8 @@
-// The lane type: the only file that knows SIMD.
+// The lane type: the only file with SIMD code.
 //
 // Lanes<T> is one hardware vector of float or double: 64 bytes with AVX-512, 32 with AVX2, else 16 (SSE2, NEON). The
 // arithmetic is the compiler's vector extension, so most of this file is the same for every instruction set; intrinsics
-// appear where they buy instructions.
+// are used where they save instructions.
 #pragma once
 
 #include <cstdint>
@@ -59,7 +59,7 @@ struct Lanes {
   void store(T* to) const { std::memcpy(to, &v, sizeof(V)); }
 };
 
-// Whether vectors can go past the caches, a line or half of one at a time; `to` is a multiple of the vector's size.
+// Whether vectors can be stored past the caches, a line or half a line at a time; `to`: multiple of the vector's size.
 constexpr bool kStreams = CUDFAST_VECTOR_BYTES == 64;
 template <class V>
 inline void stream(V vector, char* to) {
@@ -83,7 +83,7 @@ inline Lanes<T> operator*(Lanes<T> a, Lanes<T> b) {
   return a.v * b.v;
 }
 
-// Comparisons give all bits or none per lane; select takes `yes` where they are set.
+// Comparisons set all bits or none of a lane; select returns `yes` in lanes whose bits are set.
 template <class T>
 inline typename Vector<T>::bits operator>(Lanes<T> a, Lanes<T> b) {
   return a.v > b.v;
@@ -97,7 +97,7 @@ inline Lanes<T> select(typename Vector<T>::bits mask, Lanes<T> yes, Lanes<T> no)
   return mask ? yes.v : no.v;
 }
 
-// max(a, b) and min(a, b) are b where either is NaN, as in the x86 instructions.
+// max(a, b) and min(a, b) are b if either is NaN, as in the x86 instructions.
 template <class T>
 inline Lanes<T> max(Lanes<T> a, Lanes<T> b) {
   return a.v > b.v ? a.v : b.v;
@@ -152,7 +152,7 @@ inline int first_equal(Lanes<float> a, Lanes<float> b) {
 
 // ---- Parts of a vector ----
 
-// The first `valid` lanes from memory, the others `fill`; and back, touching nothing past them.
+// Loads the first `valid` lanes, the others are `fill`; and stores them, without access to memory past them.
 template <class T>
 inline Lanes<T> load_some(const T* from, int valid, T fill) {
   T lanes[Lanes<T>::count];
@@ -167,7 +167,7 @@ inline void store_some(Lanes<T> from, int valid, T* to) {
   std::memcpy(to, lanes, static_cast<size_t>(valid) * sizeof(T));
 }
 
-// All lanes into one value of type R, as a tree.
+// Reduces all lanes to one value of type R, as a tree.
 template <class R, class T, class Op>
 inline R reduce(Lanes<T> lanes, Op op) {
   constexpr int count = Lanes<T>::count;
@@ -193,7 +193,8 @@ inline double total(Lanes<T> lanes) {
   return reduce<double>(lanes, [](double a, double b) { return a + b; });
 }
 
-// The same for f32 in registers: short rows are mostly ends. The tree is the same, so the bits are, too.
+// The same for f32 in registers, for short rows, where reductions take most of the time. The tree and thus the result
+// are the same.
 #if CUDFAST_VECTOR_BYTES == 64
 inline Lanes<float> load_some(const float* from, int valid, float fill) {
   const __mmask16 mask = static_cast<__mmask16>((1u << valid) - 1);
@@ -251,8 +252,8 @@ inline double total(Lanes<float> lanes) {
 //   float    [-87.33, 88.37]     <= kExpUlp<float>                                0      NaN
 //   double   [-708.39, 709.43]   <= kExpUlp<double>                               0      NaN
 //
-// Below the range x is held at ExpTable::lowest, where n takes the exponent bits to 0 and the result with them; the
-// little way there is subnormal. Above the range the result is unspecified: the sweeps only ask for x <= 0.
+// Below the range x is clamped to ExpTable::lowest, where n makes the exponent bits and thus the result 0; in between
+// the result is subnormal. Above the range the result is unspecified: the sweeps only use x <= 0.
 template <class T>
 struct ExpTable;
 
@@ -291,7 +292,7 @@ inline __attribute__((always_inline)) Lanes<T> exp(Lanes<T> x) {
   using V = typename Vector<T>::type;
   using Bits = typename Vector<T>::bits;
   using E = ExpTable<T>;
-  const V within = max(Lanes<T>(E::lowest), x).v;  // NaN stays
+  const V within = max(Lanes<T>(E::lowest), x).v;  // NaN remains NaN
   const V shifted = within * E::log2e + E::round;
   const V n = shifted - E::round;
   V r = within - n * E::ln2_hi;
@@ -304,7 +305,7 @@ inline __attribute__((always_inline)) Lanes<T> exp(Lanes<T> x) {
 }
 
 #if CUDFAST_VECTOR_BYTES == 32
-// AVX2 is short of multiply-adds, not of shuffles: x = (n + j / 8) ln 2 + r with |r| <= ln(2) / 16 needs a cubic only,
+// With AVX2, multiply-adds limit the speed, not shuffles: x = (n + j / 8) ln 2 + r, |r| <= ln(2) / 16, needs a cubic,
 // and 2^(j/8) is one of eight numbers in a register. `eighths` holds their bits less j << 20, which is what the bits of
 // 8 n + j add to them when they are shifted to the exponent.
 struct ExpEighths : ExpTable<float> {
@@ -343,7 +344,7 @@ inline Halves load_halves(const uint16_t* from) {
   return lanes;
 }
 
-// widened(): g++ 12 takes a conversion of vectors apart.
+// widened(): g++ 12 splits a conversion of vectors.
 #if CUDFAST_VECTOR_BYTES == 64
 inline Bits32 widened(Halves from) { return (Bits32)_mm512_cvtepu16_epi32((__m256i)from); }
 inline Halves narrowed(Bits32 from) { return (Halves)_mm512_cvtepi32_epi16((__m512i)from); }

@@ -1,6 +1,6 @@
-// The two sweeps over one block of columns. Compiled once per instruction set with CUDFAST_ISA naming it; everything
-// but the table at the end lives in an anonymous namespace. The sweeps know no losses: fold() and element() arrive from
-// row/.
+// The two sweeps over one block of columns. Compiled once per instruction set, which CUDFAST_ISA names; everything but
+// the table at the end is in an anonymous namespace. The sweeps do not depend on the losses: fold() and element() are
+// those of row/.
 #include "sweeps.h"
 
 #include "../row/element.h"
@@ -9,28 +9,29 @@
 namespace cudfast {
 namespace {
 
-// Vectors that are summed apart before they are added to the block's sums. Short chains keep the error of f32 sums near
-// one rounding; see docs/method.md, "Accuracy". One set of sums, because two of them do not fit into AVX2's registers
-// beside the exponentials.
+// Number of vectors that are summed before their sum is added to the block's. Short chains keep the error of f32 sums
+// near one rounding; see docs/method.md, "Accuracy". There is one set of sums, because two sets and the exponentials do
+// not fit into AVX2's registers.
 constexpr int kChunk = 16;
 
 template <class T>
 constexpr DType dtype_of = sizeof(T) == 4 ? DType::f32 : DType::f64;
 
-// What stands in columns that are summed apart: finite, so that they are no holes, and too low for any exponential.
+// The logit in columns that are summed separately: finite, so that they are not holes, and so low that exp gives 0.
 template <class T>
 constexpr T kApart = T(-1e30);
 
 template <class T>
 struct Range {
   T low, high;
-  // Whether a centred value may be -inf, by the logits or by overflow. NaN is not looked for: it survives the sums.
+  // Whether a centred value may be -inf, by the logits or by overflow. NaN needs no check: the sums keep it.
   bool holes() const { return !(low - high > -std::numeric_limits<T>::max()); }
   T centre() const { return high == kNothing<T> ? T(0) : high; }
 };
 
-// A block of columns as T: in place when it is stored so, else made in `buffer` (kBlock values). The last, partial
-// vector is apart: its lanes past the end repeat its first value, neutral to maximum and minimum, masked out of sums.
+// A block of columns as T: in place if it has that type, else converted into `buffer` (kBlock values). The last,
+// partial vector is separate: its lanes past the end repeat its first value, which does not change maximum and minimum,
+// and are masked out of sums.
 template <class T>
 struct Columns {
   static constexpr int width = Lanes<T>::count;
@@ -59,7 +60,7 @@ struct Columns {
   Lanes<T> last() const { return load_some(data + whole, rest, data[whole]); }
 };
 
-// at(i): the vector at column i, asked for once.
+// at(i): the vector at column i, called once.
 template <class T, class F>
 inline __attribute__((always_inline)) Range<T> range(const Columns<T>& columns, F at) {
   using L = Lanes<T>;
@@ -89,7 +90,7 @@ __attribute__((noinline)) Range<T> range(const Columns<T>& columns) {
   return range(columns, [&](int i) __attribute__((always_inline)) { return columns.at(i); });
 }
 
-// Of columns stored in 16 bits, widened into `buffer` on the way.
+// The range of columns stored in 16 bits, which are also widened into `buffer`.
 __attribute__((noinline)) Range<float> widened_range(const Columns<float>& columns, const char* from, DType dtype,
                                                      float* buffer) {
   const uint16_t* const halves = reinterpret_cast<const uint16_t*>(from);
@@ -123,7 +124,7 @@ Looked<T> looked(const char* from, DType dtype, int n, T* buffer, const View& vi
   return {columns, range(columns)};
 }
 
-// Lanes of the last vector that hold columns keep their value, the others become -inf.
+// Lanes of the last vector that are columns keep their value, the others become -inf.
 template <class T>
 Lanes<T> only(Lanes<T> lanes, int valid) {
   alignas(64) static constexpr T kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -139,8 +140,8 @@ TeacherSums<F> zero_teacher() {
   return {F(0), F(0)};
 }
 
-// The block that follows, asked for while this one is summed: the look for the maximum waits for memory, the sums wait
-// for arithmetic, and neither would overlap the other. Past the end of a row this is the next row; prefetching never
+// Prefetches the next block while this one is summed: the pass for the maximum is limited by memory and the sums by
+// arithmetic, and they would not overlap otherwise. Past the end of a row this is the next row; a prefetch never
 // faults.
 struct Ahead {
   const char* at;
@@ -182,7 +183,7 @@ __attribute__((noinline)) StudentSums<Lanes<T>> student_sums(const StudentBlock&
   const F ms(m_s), mt(m_t), inv(b.inv_tau);
   T* const kept_t = reinterpret_cast<T*>(b.kept.teacher);
   T* const kept_s = reinterpret_cast<T*>(b.kept.student);
-  const T *const at_s = s.data, *const at_t = t.data;  // by value: what is stored to might be anywhere
+  const T *const at_s = s.data, *const at_t = t.data;  // captured by value, since stores may alias them
   const char* const g = Keep ? b.g : nullptr;
   const int64_t g_size = size_of(b.g_dtype);
   return accumulate<T>(
@@ -201,7 +202,7 @@ __attribute__((noinline)) StudentSums<Lanes<T>> student_sums(const StudentBlock&
           store_some(e.student, s.rest, kept_s + s.whole);
         }
       },
-      [=](int i) __attribute__((always_inline)) {  // a call that only prefetches may be dropped as one without effect
+      [=](int i) __attribute__((always_inline)) {  // compilers may drop a call that only prefetches
         next_s.prefetch(i);
         next_t.prefetch(i);
         if (g) __builtin_prefetch(g + i * g_size, 1);
@@ -262,8 +263,8 @@ void student_state(const StudentBlock& b, StudentBlockState& out) {
   b.ones == 3 ? with_power<3>(b.power, sum) : with_temperature(b.power, b.ones, sum);
 }
 
-// Writes body(i), which has what it reads by value because what is stored to might be anywhere, for every whole vector
-// of a block and tail() for the last, partial one, in the gradient's own type.
+// Writes body(i) for every whole vector of a block and tail() for the last, partial one, in the gradient's own type.
+// body captures by value, since stores may alias its inputs.
 template <class T, class Map, class Body, class Tail>
 inline __attribute__((always_inline)) void map(int n, const Map& m, Body body, Tail tail) {
   constexpr int width = Lanes<T>::count;
@@ -283,7 +284,7 @@ inline __attribute__((always_inline)) void map(int n, const Map& m, Body body, T
   };
   if (dtype == dtype_of<T>) {
     each([](Lanes<T> x) { return x.v; });
-  } else if constexpr (sizeof(T) == 4) {  // a float64 gradient is computed in float64: what is left has 16 bits
+  } else if constexpr (sizeof(T) == 4) {  // a float64 gradient is computed in float64, so this one has 16 bits
     dtype == DType::bf16 ? each([](Lanes<T> x) { return to_bfloats(x); })
                          : each([](Lanes<T> x) { return to_halves(x); });
   } else {
@@ -308,11 +309,11 @@ __attribute__((noinline)) void student_map(const StudentBlock& b, const StudentB
   const Columns<T> s(b.s, b.s_dtype, b.n, s_buffer), t(b.t, b.t_dtype, b.n, t_buffer, b.view);
   const StudentGradient<F> c{F(m.student_tau), F(m.teacher_tau), F(m.student_one), F(0)};
   const F ms(m.m_s), mt(m.m_t), inv(b.inv_tau);
-  // This sweep waits for memory when the row is longer than the cache: some lines ahead in all three streams.
+  // Memory limits this sweep if the row is longer than the cache: prefetch some lines ahead in all three streams.
   constexpr int ahead = 512;
   const int64_t s_size = size_of(b.s_dtype), t_size = size_of(b.t_dtype), g_size = m.stream ? 0 : size_of(m.g_dtype);
   const char *const next_s = b.s + ahead * s_size, *const next_t = b.t + ahead * t_size;
-  // A gradient past the caches is not to be fetched: some line of this stack's instead.
+  // A gradient written past the caches must not be prefetched: prefetch a line of the stack instead.
   const char* const next_g = m.stream ? reinterpret_cast<const char*>(t_buffer) : m.g + ahead * g_size;
   const T *const at_s = s.data, *const at_t = t.data;
   map<T>(
@@ -409,7 +410,7 @@ TemperedSums<Lanes<T>> tempered_sums(const Columns<T>& t, T m, T inverse) {
 template <class T>
 void tempered(const TeacherBlock& b, View view, TemperedBlockSums& out) {
   const T centre = static_cast<T>(view.centre), beta = static_cast<T>(view.beta);
-  view.beta = 1;  // the columns stay as they are
+  view.beta = 1;  // the columns are not changed
   alignas(64) T buffer[kBlock];
   const Columns<T> t(b.z, b.dtype, b.n, buffer, view);
   const auto sums = beta == 0 ? tempered_sums<T, true>(t, centre, beta) : tempered_sums<T, false>(t, centre, beta);

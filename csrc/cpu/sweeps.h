@@ -1,5 +1,5 @@
-// What one instruction set offers: the two sweeps over a block of columns. Plain data only, because this header is
-// compiled for every instruction set and linked together.
+// The functions of one instruction set: the two sweeps over a block of columns. Plain data only, because the code for
+// every instruction set includes this header and is linked together.
 #pragma once
 
 #include "../launch.h"
@@ -7,19 +7,19 @@
 namespace cudfast {
 
 // Columns per block. Results do not depend on threads because blocks always start at multiples of it; two blocks of f32
-// (16 KiB) stay in any first-level cache between the look for the maximum and the sums.
+// (16 KiB) stay in any first-level cache between the pass for the maximum and the sums.
 constexpr int kBlock = 2048;
 
-// Where the first sweep leaves a block's exponentials for the second: n values of the computing type each, or null.
+// Memory for a block's exponentials between the two sweeps: n values of the computing type each, or null.
 struct Kept {
   char* teacher = nullptr;
   char* student = nullptr;
 };
 
-// The teacher's logits as a projection sees them: beta (t - centre), and -inf at columns that are summed apart.
+// The teacher's logits of a projection: beta (t - centre), and -inf in columns that are summed separately.
 struct View {
   const int64_t* apart[2][2] = {};  // two ascending lists of columns of the row, [begin, end) within the block
-  int64_t column = 0;               // the block's first
+  int64_t column = 0;               // the block's first column
   double centre = 0;
   double beta = 1;
 
@@ -33,16 +33,16 @@ struct StudentBlock {
   DType t_dtype;
   bool wide;  // compute in f64
   int n;      // <= kBlock
-  int power;  // the temperature when it is 1, 2 or 4, else 0
-  int ones;   // temperature-1 sums wanted: see fold() in row/state.h
+  int power;  // the temperature if it is 1, 2 or 4, else 0
+  int ones;   // the temperature-1 sums that are needed: see fold() in row/state.h
   double inv_tau;
   Kept kept;
-  const char* g;  // null, or what will be written soon: fetched while there is arithmetic to do
+  const char* g;  // null, or memory that will be written soon: prefetched during the arithmetic
   DType g_dtype;
   View view = {};
 };
 
-// Sums of a block around its own maxima.
+// Sums of a block relative to its own maxima.
 struct StudentBlockState {
   double m_t, m_s, z_tau, s_tau, a, s_one, z_one, impossible, e_one;
 };
@@ -81,14 +81,14 @@ struct TeacherBlockMap {
 
 struct Sweeps {
   const char* isa;
-  bool streams;  // whether `stream` is heeded
+  bool streams;  // whether `stream` is supported
   void (*student_state)(const StudentBlock&, StudentBlockState&);
   void (*student_gradient)(const StudentBlock&, const StudentBlockMap&);
   void (*teacher_state)(const TeacherBlock&, TeacherBlockState&);
   void (*teacher_gradient)(const TeacherBlock&, const TeacherBlockMap&);
-  // The teacher's logits alone, for a projection: their sums around view.centre at view.beta, which may be 0.
+  // The teacher's logits alone, for a projection: their sums relative to view.centre at view.beta, which may be 0.
   void (*tempered)(const TeacherBlock& b, const View& view, TemperedBlockSums& out);
-  int (*find)(const char* from, DType dtype, bool wide, int n, double value);  // first index that holds it, else 0
+  int (*find)(const char* from, DType dtype, bool wide, int n, double value);  // first index of `value`, else 0
   void (*exp32)(const float* x, float* y, int64_t n);                          // for tests
   void (*exp64)(const double* x, double* y, int64_t n);
 };
@@ -105,10 +105,10 @@ const Sweeps& sweeps();
 // Names of the sets that this processor can run, best last.
 const char* const* runnable(int& count);
 
-// For tests: use the named set from now on; false when it is unknown or cannot run here.
+// For tests: uses the named set from now on; false if it is unknown or cannot run on this processor.
 bool use(const char* isa);
 
-// Why CUDFAST_ISA was not honoured, or "".
+// The reason why CUDFAST_ISA was not honoured, or "".
 const char* isa_warning();
 
 // Time of the comparison with the baseline, which ran before the instruction set was first used.

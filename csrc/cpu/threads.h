@@ -1,4 +1,4 @@
-// Work over threads: OpenMP, so that the pool is the one torch already has.
+// Loops over threads with OpenMP, which shares the thread pool of torch.
 #pragma once
 
 #include <cstdint>
@@ -7,18 +7,18 @@
 
 namespace cudfast {
 
-// False in a forked child, whose copy of the pool has no threads behind it.
+// False in a forked child, whose copy of the pool has no threads.
 bool can_thread();
 
-// Whether each thread keeps the same tasks from loop to loop (its part of a row stays in its cache) or takes the next
-// one when it is free.
+// Whether each thread has the same tasks in every loop (its part of a row stays in its cache) or takes the next task
+// when it is free.
 enum class Schedule { next, same };
 
 struct Nothing {
   void operator()() const {}
 };
 
-// `last` is what every thread does at the end.
+// Every thread calls `last` at the end.
 template <class F, class Last = Nothing>
 void parallel(int threads, Schedule schedule, int64_t tasks, F task, Last last = {}) {
 #if defined(_OPENMP)
