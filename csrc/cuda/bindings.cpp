@@ -1,4 +1,4 @@
-// pybind11: the two sweeps on a GPU, or in the emulation where the device is -1. Nothing waits for the GPU.
+// pybind11: the two sweeps on a GPU, or in the emulation if the device is -1. No function synchronises with the GPU.
 #include <memory>
 #include <stdexcept>
 
@@ -29,7 +29,7 @@ void sweep_unlocked(const Call& call, const Options& options, int device, uintpt
   sweep(on.kernels, call, options, on.machine, on.stream, tuning);
 }
 
-// Both sweeps are false for logits whose rows a Matrix cannot walk.
+// Both sweeps return false for logits whose rows a Matrix cannot describe.
 template <class Options>
 bool row_state(const py::tuple& fields, const Options& options, int64_t ignore_index, int64_t unlabeled_index,
                int device, uintptr_t stream, int cluster, int threads, bool statistics, const py::object& divisors,

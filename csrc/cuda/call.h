@@ -1,4 +1,4 @@
-// One launch of a row kernel, and how rows are laid over blocks.
+// One launch of a row kernel, and the assignment of rows to blocks.
 #pragma once
 
 #include "../launch.h"
@@ -6,10 +6,10 @@
 
 namespace cudfast {
 
-// Stands for a DType where the compiler does not know it.
+// In place of a DType that is unknown at compile time.
 constexpr int kAny = -1;
 
-// Where a row's state comes from: its logits, the states of its parts, or an earlier call.
+// The source of a row's state: its logits, the states of its parts, or an earlier call.
 enum class From : int { logits, parts, state };
 
 // The argument of a kernel; plain data. Pointers are the device's.
@@ -24,11 +24,11 @@ struct Call {
   int part_count = 1;
   bool only_parts = false;
   int split = 1;  // blocks that share a row in this launch
-  int slots = 0;  // chunks of a row that a block has room for in shared memory
+  int slots = 0;  // chunks of a row that fit into a block's shared memory
 };
 
-// What is known of a row besides its logits. Nothing of a call is read on the host: a label that is no class, or a
-// weight or temperature out of range, makes its row NaN.
+// The values of a row besides its logits. The host reads no values: a label that is not a class, or a weight or
+// temperature out of range, makes the loss of its row NaN.
 struct Marks {
   bool ignored;
   bool labelled;

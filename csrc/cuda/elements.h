@@ -1,5 +1,5 @@
-// One row of logits in memory: single elements, and lines of 16 bytes, copied on chip or widened to what is computed
-// in.
+// One row of logits in memory: single elements, and lines of 16 bytes, copied to shared memory or widened to the
+// computing type.
 #pragma once
 
 #include "../halves.h"
@@ -23,7 +23,7 @@ CUDFAST_HD inline uint32_t as_bits(float f) {
   return bits;
 }
 
-// Two halves and the word that holds them, the first one low.
+// Two halves and the word that contains them, the first one in the low bits.
 CUDFAST_KERNEL void widen_pair(uint32_t word, bool bfloat, float& low, float& high) {
   if (bfloat) {
     low = as_float(word << 16);
@@ -83,7 +83,7 @@ CUDFAST_KERNEL void widen(const char* from, DType dtype, R (&to)[V]) {
   }
 }
 
-// Written once and not read again: what waits in the cache should be logits.
+// Written once and not read again: the cache should keep logits instead.
 CUDFAST_KERNEL void store(Line* at, const Line& line) {
 #if defined(__CUDA_ARCH__)
   __stcs(reinterpret_cast<uint4*>(at), make_uint4(line.word[0], line.word[1], line.word[2], line.word[3]));
@@ -127,10 +127,10 @@ CUDFAST_KERNEL void copy(char* to, const char* from) {
   const auto at = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
 #else
-  __trap();  // the plan asks for no copies here
+  __trap();  // plans use no copies for these architectures
 #endif
 }
-// Copies so far are one group; the wait is for all groups of this thread but the last `Later`.
+// Copies so far become one group; wait_for_copies() waits for all groups of this thread except the last `Later`.
 CUDFAST_KERNEL void commit_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -185,7 +185,7 @@ struct RowOf {
     }
   }
 
-  // Where V elements lie as whole lines.
+  // Address of V elements that are whole lines.
   template <int V>
   CUDFAST_KERNEL char* lines(int64_t column) const {
     char* const at = data + column * size_of(dtype());

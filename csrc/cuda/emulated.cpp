@@ -1,2 +1,2 @@
-// The kernels for a C++ compiler: tests run them, also on CPU tensors.
+// The kernels for a C++ compiler, for tests, also with CPU tensors.
 #include "rows.h"

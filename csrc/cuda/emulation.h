@@ -1,6 +1,6 @@
-// An Executor for a C++ compiler: it runs every phase of a block thread after thread, and the blocks of a cluster side
-// by side. It checks every access and fills shared memory with NaN. ThreadSanitizer sees races between blocks in it,
-// nobody those within a block.
+// An Executor for a C++ compiler: it runs every phase of a block one thread after another, and the blocks of a cluster
+// concurrently. It checks every access and fills shared memory with NaN. ThreadSanitizer finds races between blocks in
+// it; races within a block are not found.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 namespace cudfast {
 namespace {
 
-// What the blocks of a cluster have in common.
+// The shared state of the blocks of a cluster.
 class Cluster {
  public:
   const Grid grid;

@@ -1,7 +1,7 @@
 // Runs a kernel, which is written in phases: each thread's share, a merge, each thread's share again.
 //
-// On a GPU an Executor is a thread's view of its block and cluster; here is that, for nvcc. For a C++ compiler it is
-// the emulation's.
+// On a GPU an Executor is a thread's view of its block and cluster; this file defines it for nvcc. A C++ compiler uses
+// that of the emulation.
 #pragma once
 
 #include <cstdint>
@@ -37,14 +37,14 @@ class Executor {
   CUDFAST_KERNEL int rank() const { return static_cast<int>(blockIdx.x % cluster_); }
   CUDFAST_KERNEL int block(int rank) const { return static_cast<int>(blockIdx.x - blockIdx.x % cluster_) + rank; }
 
-  // A phase: f for every thread, and the threads of a block wait for each other.
+  // A phase: f for every thread, then a barrier of the block.
   template <class F>
   CUDFAST_KERNEL void each(F f) {
     f(Thread{static_cast<int>(blockIdx.x % cluster_), static_cast<int>(threadIdx.x)});
     __syncthreads();
   }
 
-  // The blocks of a cluster wait for each other.
+  // A barrier of the cluster.
   CUDFAST_KERNEL void join() {
 #if __CUDA_ARCH__ >= 900
     if (cluster_ > 1) {
@@ -52,11 +52,11 @@ class Executor {
       asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
     }
 #else
-    if (cluster_ > 1) __trap();  // the plan asks for no clusters here
+    if (cluster_ > 1) __trap();  // plans use no clusters for these architectures
 #endif
   }
 
-  // What the block `rank` of the cluster shares; 16-byte lines of staged rows, from the thread's own block.
+  // The shared memory of block `rank` of the cluster; the 16-byte lines of staged rows, in the thread's own block.
   template <class T>
   CUDFAST_KERNEL T& shared(int rank) {
     char* own = reinterpret_cast<char*>(block_memory) + kScratchBytes;
@@ -73,7 +73,7 @@ class Executor {
     return reinterpret_cast<char*>(block_memory) + kHeaderBytes + offset;
   }
 
-  // Every thread's value becomes its block's total, added up in a fixed order; `empty` adds nothing.
+  // Replaces every thread's value with its block's total, summed in a fixed order; `empty` is the neutral element.
   template <class T, class Add>
   CUDFAST_KERNEL void reduce(Local<T>& values, Add add, const T& empty = T{}) {
     static_assert(17 * sizeof(T) <= kScratchBytes, "does not fit");

@@ -1,4 +1,4 @@
-// What a kernel is written with: the shape of a launch, a thread's place in it, and words for nvcc or a C++ compiler.
+// Definitions for kernels: the shape of a launch, a thread's place in it, and keywords for nvcc or a C++ compiler.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -22,7 +22,7 @@ namespace cudfast {
 
 constexpr int kWarp = 32, kMaxThreads = 512;
 
-// A block's shared memory: 17 values for reduce(), what the kernel shares, staged rows.
+// A block's shared memory: 17 values for reduce(), the kernel's shared data, staged rows.
 constexpr int kScratchBytes = 17 * 96, kHeaderBytes = 3072;
 
 // Blocks of a launch, blocks per cluster, threads per block, bytes of shared memory beyond the header.

@@ -1,6 +1,6 @@
-// The kernels. A row belongs to a block, to a cluster of blocks, or to several blocks in two launches; its chunks of
-// columns go round the threads of its blocks. Staged: the first look at a row copies it to shared memory and the second
-// reads it there; else both read memory.
+// The kernels. A row is processed by a block, by a cluster of blocks, or by several blocks in two launches; its chunks
+// of columns are assigned to the threads of its blocks in turn. Staged: the first pass over a row copies it to shared
+// memory and the second reads it there; else both read global memory.
 #pragma once
 
 #include "losses.h"
@@ -8,8 +8,8 @@
 namespace cudfast {
 namespace {
 
-// The chunks of a row that one block takes. Chunks begin at line boundaries of the logits, so the row's first and last
-// may be partial; where the rows of student and teacher lie differently, none counts as whole.
+// The chunks of a row that one block processes. Chunks begin at line boundaries of the logits, so the row's first and
+// last may be partial; if the rows of student and teacher have different alignment, all are treated as partial.
 template <class Loss>
 struct Chunks {
   static constexpr int width = Loss::chunk;
@@ -27,7 +27,7 @@ struct Chunks {
     end = begin + each < all ? begin + each : all;
   }
   CUDFAST_KERNEL int64_t column(int chunk) const { return static_cast<int64_t>(chunk) * width - shift; }
-  // Elements [low, high) of a chunk are the row's.
+  // Elements [low, high) of a chunk belong to the row.
   CUDFAST_KERNEL int low(int chunk) const { return chunk == 0 ? shift : 0; }
   CUDFAST_KERNEL int high(int chunk) const {
     const int64_t left = classes - column(chunk);
@@ -38,12 +38,13 @@ struct Chunks {
   CUDFAST_KERNEL int64_t last() const { return column(end) < classes ? column(end) : classes; }
 };
 
-// For totals over a cluster: a block's, and that of all.
+// For totals over a cluster: that of a block, and that of all blocks.
 struct Slots {
   double block[12], all[12];
 };
 
-// Every thread's value becomes its cluster's total, added up in a fixed order. What blocks share begins with Slots.
+// Replaces every thread's value with its cluster's total, summed in a fixed order. A block's shared data begin with
+// Slots.
 template <class T, class Add>
 CUDFAST_KERNEL void total(Executor& x, Executor::Local<T>& values, Add add) {
   static_assert(sizeof(T) <= sizeof(Slots::block), "does not fit");
@@ -70,11 +71,11 @@ template <class Loss, bool Staged>
 struct RowKernel {
   using R = typename Loss::R;
   using State = typename Loss::State;
-  using Rows = RowOf<Loss::dtype>[2];  // the logits, and the teacher's where a loss has them
+  using Rows = RowOf<Loss::dtype>[2];  // the logits, and the teacher's if the loss has them
   using Values = typename Loss::Values;
   static constexpr int width = Loss::chunk, ahead = 4;  // groups of copies in flight
 
-  // What a block shares.
+  // A block's shared data.
   struct Board {
     Slots slots;
     State part, whole;
@@ -109,7 +110,7 @@ struct RowKernel {
       commit_copies();
     }
 
-    // Of the arrays from `First` on.
+    // For the arrays from `First` on.
     template <int First = 0>
     CUDFAST_KERNEL void load(Executor& x, Thread th, int chunk, Values& v) const {
       const int64_t column = chunks.column(chunk);
@@ -195,7 +196,7 @@ struct RowKernel {
     merge(x, row, m, part);
   }
 
-  // Their merge: board.part is the state of the cluster's columns.
+  // The merge of the threads' shares: board.part becomes the state of the cluster's columns.
   CUDFAST_KERNEL void merge(Executor& x, int row, const Marks& m, Parts& part) const {
     const R inv_tau = static_cast<R>(1 / m.value);
     Executor::Local<typename Loss::Top> top(x);
@@ -216,13 +217,14 @@ struct RowKernel {
     x.each([&](Thread th) {
       if (th.index != 0) return;
       const View view = this->view(x, th, row);
-      const bool all = x.cluster() > 1;  // a cluster has whole rows
+      const bool all = x.cluster() > 1;  // a cluster processes whole rows
       x.shared<Board>(th.rank).part = Loss::state(top[th], sums[th], view.rows, all ? 0 : view.chunks.first(),
                                                   all ? call.rows.classes : view.chunks.last(), m.label);
     });
   }
 
-  // The state of a row: of this launch, of its parts in memory, or an earlier call's. Merged as threads are.
+  // The state of a row: from this launch, from its parts in memory, or from an earlier call. Parts are merged like the
+  // shares of threads.
   CUDFAST_KERNEL void collect(Executor& x, int row, const Marks& m, Executor::Local<State>& whole) const {
     const int count = call.from == From::parts ? call.part_count : 1;
     CUDFAST_CHECK(count <= x.threads());
@@ -249,7 +251,7 @@ struct RowKernel {
     if (call.out.loss) static_cast<double*>(call.out.loss)[row] = loss;
   }
 
-  // The first thread of every block finishes the row; that of the first block reports it.
+  // The first thread of every block finishes the row; that of the first block writes the results.
   CUDFAST_KERNEL void finish(Executor& x, int row, const Marks& m) const {
     Executor::Local<State> whole(x);
     collect(x, row, m, whole);
@@ -350,7 +352,7 @@ struct CountKernel {
   }
 };
 
-// A gradient times the upstream one. Where that is 1, nothing is read; 0 stays 0, whatever it meets.
+// A gradient times the upstream gradient. If that is 1, the gradient is not read; 0 remains 0, even times NaN.
 struct ScaleKernel {
   Matrix gradient;
   int64_t columns;

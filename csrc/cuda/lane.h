@@ -1,4 +1,4 @@
-// What fold() and element() compute with on a GPU: an f32 under the names that row/ asks for, or a double as it is.
+// The types in which fold() and element() compute on a GPU: f32 with the functions that row/ uses, or a plain double.
 #pragma once
 
 #include "../row/element.h"

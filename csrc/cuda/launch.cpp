@@ -7,14 +7,14 @@ namespace cudfast {
 
 namespace {
 
-constexpr int64_t kShortest = 4 * kMaxThreads;  // chunks of a row that a block should have for itself, at least
+constexpr int64_t kShortest = 4 * kMaxThreads;  // least chunks of a row for each block that shares it
 
 bool one_dtype(const Rows& rows) { return !rows.target.data || rows.target.dtype == rows.logits.dtype; }
 int arrays(const Rows& rows) { return rows.target.data ? 2 : 1; }
 
 bool projected(const Rows& rows) { return rows.constraints.bounds != nullptr; }
 
-// Sweeps one after the other, by the one block or cluster that has the row.
+// Several sweeps, one after another, by the one block or cluster that processes the row.
 bool searched(const Call& call) { return projected(call.rows) && call.from == From::logits; }
 
 // As in losses.h.

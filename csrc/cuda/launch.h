@@ -1,4 +1,4 @@
-// launch.h for a GPU, in terms of launches that a GPU or the emulation makes.
+// launch.h for a GPU, by launches on a GPU or in the emulation.
 #pragma once
 
 #include <string>
@@ -7,7 +7,7 @@
 
 namespace cudfast {
 
-// What a plan has to know of a GPU.
+// The properties of a GPU for a plan.
 struct Machine {
   int processors = 0;
   int shared = 0;      // bytes of shared memory that a block may ask for
@@ -22,28 +22,28 @@ struct Tuning {
   int threads = 0;  // of a block, at most
 };
 
-// A launch is done, or the answer says why not.
+// Launches a kernel. Returns nullptr, or an error message.
 template <class Options>
 using RowLaunch = const char* (*)(const Call&, const Options&, const Grid&, void* stream);
 
-// The kernels: for logits that are all of one dtype, in the order of DType, and in the place of f64 for all others.
+// The kernels for logits that all have one dtype, in the order of DType; those in the place of f64 are for all others.
 struct Kernels {
   RowLaunch<StudentOptions> student[4];
   RowLaunch<TeacherOptions> teacher[4];
-  RowLaunch<StudentOptions> projected;  // with constraints, whatever the dtypes
+  RowLaunch<StudentOptions> projected;  // with constraints, for all dtypes
   const char* (*count)(const Rows& rows, double* divisors, void* stream);
   const char* (*scale)(const Matrix& gradient, int64_t rows, int64_t columns, Upstream upstream, int split,
                        void* stream);
   const char* (*machine)(int device, Machine& found);  // makes the device current
 };
 
-// Kernels that run on GPUs, compiled by nvcc, and those that the emulation runs.
+// Kernels for GPUs, compiled by nvcc, and kernels for the emulation.
 enum class Where { device, emulated };
 template <Where>
 const Kernels& kernels();
 
-// Blocks that share a row whose state or gradient is made from memory: more than 1 where rows are few and long, and
-// never more than the threads of the block that merges their states.
+// Number of blocks that share a row whose state or gradient is computed from global memory: more than 1 if rows are few
+// and long, and never more than the threads of the block that merges their states.
 int shared_rows(int64_t rows, int64_t classes, int processors);
 
 // The kernel that a launch runs, and how. `staged` bytes are asked for by kernels that stage rows.

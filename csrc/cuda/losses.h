@@ -1,5 +1,5 @@
-// The two losses as kernels.h sees them: fold a chunk of a row, merge around the block's maxima, finish, map a chunk.
-// D is the dtype of all logits, or kAny; R what is computed in.
+// The two losses for kernels.h: fold a chunk of a row, merge relative to the block's maxima, finish, map a chunk. D is
+// the dtype of all logits, or kAny; R is the computing type.
 #pragma once
 
 #include "../finish.h"
@@ -10,7 +10,7 @@
 namespace cudfast {
 namespace {
 
-CUDFAST_KERNEL float larger(float a, float b) { return fmaxf(a, b); }  // drops a NaN, which the sums keep
+CUDFAST_KERNEL float larger(float a, float b) { return fmaxf(a, b); }  // ignores a NaN, which the sums keep
 CUDFAST_KERNEL double larger(double a, double b) { return fmax(a, b); }
 
 template <class R>
@@ -22,17 +22,17 @@ CUDFAST_KERNEL double upstream_of(const Call& call, bool wide, int row) {
   return call.upstream.data ? get(call.upstream.data, wide, call.upstream.per_row ? row : 0) : 1.0;
 }
 
-// Whether a sum met -inf or NaN: then its chunk is folded once more, the one way that tells them apart.
+// Whether a sum contains -inf or NaN: then its chunk is folded again, by the code that distinguishes them.
 template <class R>
 CUDFAST_KERNEL bool broken(R sum) {
   return !(sum - sum == 0);
 }
 
-// One line of 16 bytes a chunk; of dtypes that the compiler does not know, eight elements.
+// A chunk is one line of 16 bytes; for dtypes that are unknown at compile time, eight elements.
 template <int D>
 constexpr int kChunk = D == kAny ? 8 : static_cast<int>(16 / size_of(static_cast<DType>(D)));
 
-// What the map of a row needs, besides its gradient's coefficients.
+// The inputs of a row's map besides its gradient's coefficients.
 template <class R>
 struct Fixed {
   bool counts;
@@ -79,7 +79,7 @@ CUDFAST_KERNEL void set(StudentMap<R>& map, const StudentState<double>& state, c
   map.inv_tau = static_cast<R>(1 / m.value);
 }
 
-// The row's value, and what its map needs.
+// The row's value, and the inputs of its map.
 template <class R>
 CUDFAST_KERNEL double finish(const Call& call, const StudentOptions& options, int row,
                              const StudentState<double>& state, StudentMap<R>& map) {
@@ -109,13 +109,13 @@ CUDFAST_KERNEL double finish(const Call& call, const TeacherOptions& options, in
   return end.value;
 }
 
-// P: the temperature when it is known to the compiler, else 0.
+// P: the temperature if it is known at compile time, else 0.
 template <int P, int D, class R_>
 struct Student {
   using R = R_;
   using F = typename LaneOf<R>::type;
   using State = StudentState<double>;
-  using Part = StudentState<R>;  // of a thread; k is the chunk of its maximum
+  using Part = StudentState<R>;  // of a thread; k is the chunk that contains its maximum
   static constexpr int dtype = D, arrays = 2, chunk = kChunk<D>;
   using Values = R[arrays][chunk];  // the student's, the teacher's
 
@@ -157,7 +157,7 @@ struct Student {
     part.impossible = larger(part.impossible, scalar(sums.impossible));
   }
 
-  // The merge of a block's threads: maxima first, then sums around them.
+  // The merge of a block's threads: maxima first, then sums relative to them.
   template <class T>
   struct TopOf {
     T m_s = kNothing<T>, m_t = kNothing<T>;
@@ -215,7 +215,7 @@ struct Student {
     }
     return s;
   }
-  // What join() adds nothing by.
+  // The neutral element of join().
   CUDFAST_KERNEL static State nothing() {
     State s;
     s.k = kBeaten;
@@ -230,7 +230,7 @@ struct Student {
     const StudentGradient<F> c{F(m.c.student_tau), F(m.c.teacher_tau), F(m.c.student_one), F(0)};
     CUDFAST_UNROLL
     for (int j = 0; j < chunk; ++j) {
-      // What is read for statistics only must not turn 0 into NaN.
+      // Logits that are read for statistics only must not turn 0 into NaN.
       const R dt = m.c.teacher_tau == 0 ? R(0) : v[1][j] - m.c_t;
       g[j] = scalar(element<P, 1, true>(c, F(dt), F(v[0][j] - m.c_s), F(m.inv_tau)));
     }

@@ -1,5 +1,5 @@
-// The student loss with a target that meets bounds, see ../projected.h. A row belongs to a block or a cluster, which
-// sweeps it until its temperature is known; staged, all sweeps but the first read shared memory.
+// The student loss with a target that meets bounds, see ../projected.h. A row is processed by a block or a cluster,
+// which sweeps it until its temperature is known; if rows are staged, all sweeps except the first read shared memory.
 #pragma once
 
 #include "../projected.h"
@@ -23,25 +23,25 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
   using Plain::loss;
   static constexpr bool wide = sizeof(R) == 8;
 
-  // Sums of every set at an inverse temperature, around the set's own maximum.
+  // Sums of every set at an inverse temperature, relative to the set's own maximum.
   struct Tempered {
     TemperedSums<R> of[3];
   };
 
-  // What the next look at the entropy is for.
+  // The purpose of the next evaluation of the entropy.
   enum class Looking { at_one, at_end, between, over };
 
-  // What a block shares; the blocks of a cluster hold the same.
+  // A block's shared data, the same in all blocks of a cluster.
   struct Board : Plain::Board {
     ProjectedState state;
     Apart apart;
-    double tops[2];         // the largest teacher's logits of the sets, -inf where there is none
+    double tops[2];         // the largest teacher's logits of the sets, -inf for an empty set
     int64_t first_top1[2];  // and the first columns of those
-    int64_t alone;          // the top-1 where it is the wrong class, else -1
+    int64_t alone;          // the top-1 if it is the wrong class, else -1
     Search search;
     Looking looking;
     Tempered sums;
-    End<double> ends[kPlaces], one;  // of a look; at beta = 1
+    End<double> ends[kPlaces], one;  // of look(); at beta = 1
     double log_one;                  // log sum exp t
     Sight<R> sight;
   };
@@ -61,13 +61,13 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
   CUDFAST_KERNEL static Members members(const ClassSets& sets, int64_t label) {
     return {sets.indices + sets.offsets[label], sets.indices + sets.offsets[label + 1]};
   }
-  // N(y), whether or not its mass is bound.
+  // N(y), also if its mass has no bound.
   CUDFAST_KERNEL Members near(int row, const Marks& m) const {
     const ClassSets& sets = call.rows.constraints.near;
     if (m.label < 0) return {};
     return sets.offsets ? members(sets, m.label) : Members{call.rows.labels + row, call.rows.labels + row + 1};
   }
-  // Near or wrong classes that are summed apart.
+  // Near or wrong classes that are summed separately.
   CUDFAST_KERNEL Members apart(Executor& x, Thread th, int row, const Marks& m, int set) const {
     if (m.label < 0 || std::isnan(bound(row, set))) return {};
     if (set == 0) return near(row, m);
@@ -89,14 +89,14 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
     return Sees(view.chunks, sight, apart(x, th, row, m, 0), apart(x, th, row, m, 1));
   }
 
-  // Without near and wrong classes, the others as they are at the state's temperature.
+  // Excludes near and wrong classes; the others are at the state's temperature.
   CUDFAST_KERNEL static Sight<R> rest_at(double beta, double centre) {
     const R none = kNothing<R>;
     return {static_cast<R>(beta), {R(0), R(0), beta == 1 ? R(0) : static_cast<R>(centre)}, {none, none, R(0)}};
   }
 
-  // The rest's state, board.part. `first`: nobody has swept the row yet. `again`: only the thread that has the column
-  // board.alone has something new.
+  // The rest's state, board.part. `first`: the first sweep over the row. `again`: only the thread with the column
+  // board.alone computes a new share.
   CUDFAST_KERNEL void fold(Executor& x, int row, const Marks& m, Parts& part, bool first, bool again) const {
     const R inv_tau = static_cast<R>(1 / m.value);
     x.each([&](Thread th) {
@@ -145,7 +145,7 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
     }
   }
 
-  // The top-1 is the wrong class where that is asked for and it is not near.
+  // The top-1 is the wrong class if the constraints request it and the top-1 is not near.
   CUDFAST_KERNEL void set_alone(Executor& x, int row, const Marks& m) const {
     once(x, [&](Thread, Board& b) {
       const bool wanted =
@@ -204,7 +204,7 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
         const Board& b = board(x, th);
         TemperedSums<R> rest{R(0), R(0), R(0)};
         CUDFAST_UNROLL
-        for (int place = 0; place < kPlaces; ++place) {  // an index would need memory
+        for (int place = 0; place < kPlaces; ++place) {  // a computed index would move the array to memory
           const TemperedSums<R> there = scalars(looks[th].rest[place]);
           rest = {place == i ? there.z : rest.z, place == i ? there.e : rest.e, place == i ? there.v : rest.v};
         }
@@ -247,7 +247,7 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
     b.ends[place] = end_at(beta, sets, b.apart.least, b.apart.most);
   }
 
-  // What the last look says; board.looking: what the next one is for.
+  // Processes the results of look(); board.looking: the purpose of the next one.
   CUDFAST_CALLED static void go_on(Board& b, double least, double most) {
     const Looking now = b.looking;
     b.looking = Looking::over;
@@ -279,7 +279,7 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
     once(x, [&](Thread, Board& b) { b.state.beta = b.search.beta; });
   }
 
-  // The sums of the sets that are apart, at the state's temperature.
+  // The sums of the sets that are summed separately, at the state's temperature.
   CUDFAST_KERNEL void sum_sets(Executor& x, int row, const Marks& m) const {
     for (int i = 0; i < 2; ++i) {
       Executor::Local<typename Loss::Sums> sums(x);
@@ -355,7 +355,7 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
     });
   }
 
-  // What a gradient needs beside a packed state.
+  // The values for a gradient that a packed state does not contain.
   CUDFAST_KERNEL void restore(Executor& x, int row, const Marks& m) const {
     once(x, [&](Thread, Board& b) { b.state = unpack_projected(call.out, wide, row); });
     set_alone(x, row, m);
@@ -385,7 +385,7 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
 
   CUDFAST_KERNEL void operator()(Executor& x) const {
     const int row = x.block(0) / call.split;
-    const auto marks = [&] { return marks_of(call.rows, loss.options, row); };  // anew, so that no register keeps them
+    const auto marks = [&] { return marks_of(call.rows, loss.options, row); };  // read again, to save registers
     once(x, [&](Thread, Board& b) {
       b.state = {};
       b.search = {};

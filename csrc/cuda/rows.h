@@ -1,5 +1,5 @@
-// The launches of one dtype, CUDFAST_DTYPE: compiled once for each of f32, bf16, f16 and for all others, by nvcc for
-// GPUs and by a C++ compiler for the emulation.
+// The launches of one dtype, CUDFAST_DTYPE: compiled once for each of f32, bf16 and f16, and once for all others, by
+// nvcc for GPUs and by a C++ compiler for the emulation.
 #pragma once
 
 #include "kernels.h"
@@ -17,8 +17,8 @@ const char* run_rows(const Call& call, const Loss& loss, const Grid& grid, void*
   return "float64 rows are not staged";
 }
 
-// Run-time flags become compile-time ones here. The default temperature has kernels of its own, with an exponential
-// less per element and sweep; others would double the time of a build.
+// Run-time flags become compile-time ones here. The default temperature has separate kernels, with one exponential less
+// per element and sweep; kernels for more temperatures would double the build time.
 template <int D>
 const char* student(const Call& call, const StudentOptions& options, const Grid& grid, void* stream) {
   if constexpr (D == kAny) {

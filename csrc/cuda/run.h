@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kMaxThreads) row_kernel(const __grid_constant_
   kernel(x);
 }
 
-// What cudaLaunchKernelEx is told.
+// The configuration for cudaLaunchKernelEx.
 struct Launch {
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute cluster{};
@@ -85,12 +85,12 @@ int largest_cluster(int shared, int most) {
     const void* const kernel = reinterpret_cast<const void*>(row_kernel<Kernel>);
     if (cudaOccupancyMaxActiveClusters(&running, kernel, &launch.config) == cudaSuccess && running > 0) return cluster;
   }
-  static_cast<void>(cudaGetLastError());  // that of a size which cannot run
+  static_cast<void>(cudaGetLastError());  // clears the error of a size that cannot run
   return 1;
 }
 
-// What is copied or clustered depends on what the code was compiled for, which may be less than what the GPU can do:
-// `Kernel` is any of the kernels, all of which are compiled for the same. Devices are asked once.
+// Whether copies and clusters are used depends on the architecture that the code was compiled for, which may be older
+// than the GPU: `Kernel` is any of the kernels, all of which are compiled for the same. Devices are queried once.
 template <class Kernel>
 const char* find_machine(int device, Machine& found) {
   static std::mutex one;
@@ -141,7 +141,7 @@ const char* run(const Kernel& kernel, const Grid& grid, void*) {
   return nullptr;
 }
 
-// A small Hopper: few processors, so that rows are shared soon.
+// A small Hopper GPU: few processors, so that blocks share rows in small tests, too.
 template <class Kernel>
 const char* find_machine(int, Machine& found) {
   found = {4, 227 << 10, 90, 8, 16};

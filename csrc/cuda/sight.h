@@ -1,4 +1,4 @@
-// What a thread of a projected row sees: sets of classes, and the teacher's logits with these apart.
+// The logits of a projected row for a thread: sets of classes, and the teacher's logits with separate values for them.
 #pragma once
 
 #include "../row/state.h"
@@ -13,7 +13,7 @@ struct Members {
   const int64_t* end = nullptr;
 
   CUDFAST_KERNEL int64_t size() const { return end - begin; }
-  // The first that is not before a column.
+  // The first member that is not before a column.
   CUDFAST_KERNEL static const int64_t* from(const int64_t* at, const int64_t* end, int64_t column) {
     while (at < end) {
       const int64_t* const middle = at + (end - at) / 2;
@@ -31,13 +31,13 @@ struct Members {
   }
 };
 
-// How the teacher's logits are seen, those of near, of wrong and of all other classes: beta (t - centre) + offset.
+// The transformation of the teacher's logits, for near, wrong and all other classes: beta (t - centre) + offset.
 template <class R>
 struct Sight {
   R beta, centre[3], offset[3];
 };
 
-// What a thread sees of its chunks, which come in ascending order.
+// A thread's transformed chunks, in ascending order.
 template <class R, class Chunks>
 struct Seeing {
   Chunks chunks;

@@ -12,8 +12,8 @@ CUDFAST_HD inline F element(const StudentGradient<F>& c, Exponentials<F> e) {
   return c.student_tau * e.student - c.teacher_tau * e.teacher + c.student_one * power<P>(e.student);
 }
 
-// The same from dt and ds, as in fold(). Holes: a class that the student cannot have has a zero gradient even where the
-// teacher gives it mass.                                                                            [element-student]
+// The same from dt and ds, as in fold(). Holes: a class that is impossible for the student has a zero gradient even if
+// the teacher gives it mass.                                                                        [element-student]
 template <int P, int Ones, bool Holes, class F>
 CUDFAST_HD inline F element(const StudentGradient<F>& c, F dt, F ds, F inv_tau) {
   const Exponentials<F> e{exp(dt * inv_tau), exp(ds * inv_tau)};

@@ -1,9 +1,9 @@
-// Functions that a GPU runs, too.
+// Functions for CPU and GPU.
 #pragma once
 
 #if defined(__CUDACC__)
 #define CUDFAST_HD __host__ __device__
-#define CUDFAST_UNROLL _Pragma("unroll")  // so that an array is registers
+#define CUDFAST_UNROLL _Pragma("unroll")  // so that arrays are in registers
 #else
 #define CUDFAST_HD
 #define CUDFAST_UNROLL

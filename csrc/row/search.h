@@ -1,5 +1,5 @@
-// The search for the inverse temperature at which a row's entropy meets a bound: where to look next, and when it is
-// over.
+// The search for the inverse temperature at which a row's entropy meets a bound: the next places, and the end of the
+// search.
 #pragma once
 
 #include "target.h"
@@ -8,10 +8,10 @@ namespace cudfast {
 namespace {
 
 constexpr int kSweeps = 12;  // over the teacher's row
-constexpr int kSteps = 8;    // sweeps, after which every further one looks at several places
+constexpr int kSteps = 8;    // sweeps, after which every further one evaluates several places
 constexpr int kPlaces = 4;
-constexpr double kNats = 1e-5;    // how far the entropy may stay from its bound
-constexpr double kHottest = 1e6;  // T is looked for up to here, down to its inverse
+constexpr double kNats = 1e-5;    // largest distance of the entropy from its bound
+constexpr double kHottest = 1e6;  // T is searched up to this value, and down to its inverse
 
 struct Search {
   bool wide = false;
@@ -19,17 +19,17 @@ struct Search {
   double wanted = 0;
   End<double> low = {}, high = {};
   int sweeps = 0;
-  double beta = 1;              // where it stands
-  double places[kPlaces] = {};  // where the next sweep looks, and how many they are
+  double beta = 1;              // current value
+  double places[kPlaces] = {};  // betas for the next sweep, and their number
   int count = 1;
   double slope = 0;           // of the last sweep that had one
-  bool near = false;          // so near that the next step mostly arrives
+  bool near = false;          // so near that the next step usually is the last
   bool out_of_reach = false;  // no temperature meets the bound
 
   CUDFAST_HD double tolerance() const { return wide ? 1e-12 : 5e-6; }
 
-  // Whether the entropy at beta = 1 misses a bound. Then the next sweep looks at the end, where T is infinite for a
-  // floor and nearly 0 for a ceiling.
+  // Whether the entropy at beta = 1 misses a bound. Then the next sweep is at the end, where T is infinite for a floor
+  // and nearly 0 for a ceiling.
   CUDFAST_HD bool misses(double entropy, double least, double most) {
     floor = entropy < least - tolerance();
     if (!floor && !(entropy > most + tolerance())) return false;
@@ -38,7 +38,7 @@ struct Search {
     return true;
   }
 
-  // Whether a bound can be met before that end; if not, the search is over.
+  // Whether the bound is met between beta = 1 and that end; if not, the search is over.
   CUDFAST_HD bool reaches(const End<double>& end) {
     const double missed = end.found.value - wanted;
     if (!(floor ? missed <= 0 : missed >= 0)) return true;
@@ -47,14 +47,14 @@ struct Search {
     return false;
   }
 
-  // Between the end and where it began; a ceiling's search, far from there, was worth a sweep for the slope at 1.
+  // Starts between that end and beta = 1; for a ceiling, which is far from there, a sweep has computed the slope at 1.
   CUDFAST_HD void start(const End<double>& end, const End<double>& one) {
     low = floor ? end : one;
     high = floor ? one : end;
     sweeps = floor ? 2 : 3;
   }
 
-  // Goes on to the next beta. Whether that is near enough for the fold that follows to find out.
+  // Moves to the next beta. Returns whether it is so near that the next fold can replace a sweep.
   CUDFAST_HD bool step() {
     const double before = beta;
     beta = places[0] = max(temper(low, high, wanted), 1 / kHottest);
@@ -63,7 +63,7 @@ struct Search {
     return near && count == 1 && std::fabs(beta - before) < before / 16;
   }
 
-  // What a sweep found at its places; a fold has one, and no slope. Whether the search is over with this.
+  // Takes the results of a sweep at its places; a fold has one, without a slope. Returns whether the search is over.
   CUDFAST_HD bool took(const End<double>* found) {
     const bool folded = std::isnan(found[0].found.slope);
     double least = std::numeric_limits<double>::infinity();

@@ -1,10 +1,10 @@
-// Row states: what a row of logits is reduced to, and how two parts of a row become one.
+// Row states: the values that a row of logits is reduced to, and the merge of two parts of a row.
 //
 // A state is a commutative monoid up to rounding: empty(), and merge() with the empty state as its identity. Lanes,
-// blocks, threads and ranks all merge with the same function. Sums are kept relative to the maxima, so nothing
-// overflows; the equations are in docs/method.md under the tags given here.
+// blocks, threads and ranks all merge with the same function. Sums are relative to the maxima, so nothing overflows;
+// the equations are in docs/method.md under the tags given here.
 //
-// R is the scalar type of a state (double on the CPU), F whatever the sweep folds: a scalar or a vector of lanes.
+// R is the scalar type of a state (double on the CPU), F the type that a sweep folds: a scalar or a vector of lanes.
 // The anonymous namespace is deliberate: these headers are compiled once per instruction set, and code generated for
 // one set must never be linked into another.
 #pragma once
@@ -21,9 +21,9 @@ namespace {
 template <class R>
 constexpr R kNothing = -std::numeric_limits<R>::infinity();
 
-// What fold() and element() ask of a scalar; cpu/simd.h and cuda/lane.h have the same names for lanes.
+// The functions of scalars that fold() and element() use; cpu/simd.h and cuda/lane.h define the same for lanes.
 #if defined(__CUDACC__)
-// One copy of each in a kernel, which has dozens of calls: a third of a compiler's time.
+// Those in double are not inlined: a kernel has dozens of calls, which would take a third of the compile time.
 CUDFAST_HD inline float exp(float x) { return ::expf(x); }
 CUDFAST_HD inline float log(float x) { return ::logf(x); }
 __host__ __device__ __noinline__ inline double exp(double x) { return ::exp(x); }
@@ -47,13 +47,13 @@ struct StudentState {
   R a = 0;              // sum exp((t - m_t) / tau) * ((t - m_t) - (s - m_s)) / tau
   R s_one = 0;          // sum exp(s - m_s)
   R z_one = 0;          // sum exp(t - m_t); only statistics need it
-  R t_y = kNothing<R>;  // teacher logit of the label, where the label lives
+  R t_y = kNothing<R>;  // teacher logit of the label, if this part contains it
   R s_y = kNothing<R>;  // student logit of the label
-  R impossible = 0;     // 1 when some class has t finite and s = -inf
-  int64_t k = 0;        // teacher's top-1, the lowest index on a tie
+  R impossible = 0;     // 1 if some class has t finite and s = -inf
+  int64_t k = 0;        // teacher's top-1, the lowest index of equal logits
 };
 
-// What lanes accumulate over columns, around maxima that are already known.
+// Sums of lanes over columns, relative to maxima that are already known.
 template <class F>
 struct StudentSums {
   F z_tau, s_tau, a, s_one, z_one, impossible;
@@ -82,22 +82,22 @@ CUDFAST_HD inline F power(F e) {
   }
 }
 
-// e^((t - m_t) / tau) and e^((s - m_s) / tau): all that the gradient needs of a column when the temperature is a power.
+// e^((t - m_t) / tau) and e^((s - m_s) / tau): the gradient needs only these of a column if the temperature is a power.
 template <class F>
 struct Exponentials {
   F teacher, student;
 };
 
-// Adds the columns held in dt = t - m_t and ds = s - m_s. P is the temperature when that is 1, 2 or 4, else 0, and then
-// Ones says which temperature-1 sums are wanted (0 none, 1 the student's, 2 both); 3 adds e_one, whatever P is. Holes:
-// some logit may be -inf.
+// Adds the columns in dt = t - m_t and ds = s - m_s. P is the temperature if that is 1, 2 or 4, else 0; with P = 0,
+// Ones selects the temperature-1 sums (0 none, 1 the student's, 2 both); 3 adds e_one for every P. Holes: some logit
+// may be -inf.
 template <int P, int Ones, bool Holes, class F>
 CUDFAST_HD inline Exponentials<F> fold(StudentSums<F>& sums, F dt, F ds, F inv_tau) {
   const F x = dt * inv_tau;
   const F w = ds * inv_tau;
   const Exponentials<F> e{exp(x), exp(w)};
   F excess = x - w;
-  if constexpr (Holes) {  // 0 * inf is excluded, not computed; x > -inf is false for NaN, which e.teacher carries on
+  if constexpr (Holes) {  // 0 * inf is excluded; x > -inf is false for NaN, which remains in e.teacher
     const F floor = F(kNothing<float>);
     excess = select(x > floor, select(w > floor, excess, F(0)), F(0));
     sums.impossible = max(sums.impossible, select(x > floor, select(w > floor, F(0), F(1)), F(0)));
@@ -121,22 +121,22 @@ CUDFAST_HD inline Exponentials<F> fold(StudentSums<F>& sums, F dt, F ds, F inv_t
   return e;
 }
 
-// exp of a distance between maxima; most merges move nothing.
+// exp of a distance between maxima, which is 0 in most merges.
 template <class R>
 CUDFAST_HD inline R rescale(R shift) {
   return shift == 0 ? R(1) : exp(shift);
 }
 
-// Distance from a part's maximum to the whole's; an empty part has nothing to rescale.
+// Distance from a part's maximum to that of the whole; 0 for an empty part.
 template <class R>
 CUDFAST_HD inline R below(R part, R whole) {
   return part == kNothing<R> ? R(0) : part - whole;
 }
 
-// A top-1 that another part's beats.
+// Marks a top-1 that is smaller than that of another part.
 constexpr int64_t kBeaten = std::numeric_limits<int64_t>::max();
 
-// `part` as seen from new maxima m_t and m_s, at least its own.                                     [merge-student]
+// `part` relative to new maxima m_t and m_s, which are at least its own.                            [merge-student]
 template <class R>
 CUDFAST_HD inline StudentState<R> move(StudentState<R> part, R m_t, R m_s, R inv_tau) {
   const R down_t = below(part.m_t, m_t);
@@ -154,8 +154,8 @@ CUDFAST_HD inline StudentState<R> move(StudentState<R> part, R m_t, R m_s, R inv
   return part;
 }
 
-// Union of two disjoint sets of columns that are seen from the same maxima. Ties go to the lower index, whatever the
-// order of the parts.
+// Union of two disjoint sets of columns whose states are relative to the same maxima. Ties go to the lower index,
+// independent of the order of the parts.
 template <class R>
 CUDFAST_HD inline StudentState<R> join(const StudentState<R>& a, const StudentState<R>& b) {
   StudentState<R> both = a;
@@ -166,7 +166,7 @@ CUDFAST_HD inline StudentState<R> join(const StudentState<R>& a, const StudentSt
   both.a += b.a;
   both.s_one += b.s_one;
   both.z_one += b.z_one;
-  both.t_y = a.t_y > b.t_y ? a.t_y : b.t_y;  // the label lives in one part only
+  both.t_y = a.t_y > b.t_y ? a.t_y : b.t_y;  // only one part contains the label
   both.s_y = a.s_y > b.s_y ? a.s_y : b.s_y;
   both.impossible = a.impossible > b.impossible ? a.impossible : b.impossible;
   return both;

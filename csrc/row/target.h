@@ -1,4 +1,4 @@
-// Calibration: which coordinates of the teacher change, and to what.                                   Eq. 2, 4-8
+// Calibration: the teacher's logits that change, and their new values.                                 Eq. 2, 4-8
 #pragma once
 
 #include "state.h"
@@ -10,7 +10,7 @@ namespace {
 // partition function cancels: r = delta * Z1 = min(budget, -margin * expm1(u)).                              [clip]
 template <class R>
 struct Clip {
-  R r = 0;    // moved mass times Z1; 0 when nothing moves
+  R r = 0;    // moved mass times Z1; 0 if nothing moves
   R t_k = 0;  // new teacher logit of the top-1, minus m_t
   R t_y = 0;  // new teacher logit of the label, minus m_t
 };
@@ -22,14 +22,14 @@ CUDFAST_HD inline Clip<R> wclip(R u, R budget, R margin) {
   const R gap = -margin * below_one;
   clip.r = budget < gap ? budget : gap;
   clip.t_y = u;
-  if (clip.r > 0) {  // r = 0 leaves both logits exactly as they are, whatever u is
+  if (clip.r > 0) {  // r = 0 leaves both logits exactly as they are, for any u
     clip.t_k = std::log1p(-clip.r);
     clip.t_y = log((1 + below_one) + clip.r);
   }
   return clip;
 }
 
-// The teacher's sums after the clip: two contributions leave, two come in.                                [replace]
+// The teacher's sums after the clip: two contributions are replaced.                                      [replace]
 template <class R>
 struct TargetSums {
   R z_tau, a, impossible;
@@ -43,7 +43,7 @@ CUDFAST_HD inline TargetSums<R> replace(const StudentState<R>& state, const Clip
   const R w_y = (state.s_y - state.m_s) * inv_tau;
   const R new_k = clip.t_k * inv_tau;
   const R new_y = clip.t_y * inv_tau;
-  if (w_k == kNothing<R> || w_y == kNothing<R>) {  // the clip gives the label mass that the student cannot have
+  if (w_k == kNothing<R> || w_y == kNothing<R>) {  // mass on a label or top-1 that is impossible for the student
     sums.impossible = 1;
     return sums;
   }
@@ -51,7 +51,7 @@ CUDFAST_HD inline TargetSums<R> replace(const StudentState<R>& state, const Clip
   const R mass_y = exp(new_y);
   sums.z_tau += (mass_k - 1) + mass_y;  // exp((t_k - m_t) / tau) was exactly 1
   sums.a += (mass_k * (new_k - w_k) + w_k) + mass_y * (new_y - w_y);
-  if (state.t_y > kNothing<R>) {  // a label at -inf had contributed nothing
+  if (state.t_y > kNothing<R>) {  // a label at -inf has no contribution
     const R old_y = (state.t_y - state.m_t) * inv_tau;
     const R mass_old = exp(old_y);
     sums.z_tau -= mass_old;
@@ -68,12 +68,12 @@ CUDFAST_HD inline R log_add(R a, R b) {
   return high == kNothing<R> ? high : high + std::log1p(exp(low - high));
 }
 
-// Log masses of the target on N, on W and on the rest; which bounds bind, and which cannot be met.          [masses]
+// Log masses of the target on N, W and the rest; which bounds are active, and which cannot be met.          [masses]
 template <class R>
 struct Masses {
   R near, wrong, rest;
   bool near_binds, wrong_binds;
-  bool no_near;    // a mass is wanted on classes that have none
+  bool no_near;    // a mass is required on classes that have none
   bool all_wrong;  // all mass is on classes that may not have it
 };
 
@@ -88,7 +88,7 @@ CUDFAST_HD inline Masses<R> masses(R near, R wrong, R rest, R low, R high) {
   if (target.all_wrong) high = 1;
   const R log_low = log(low), log_high = log(high), left = std::log1p(-low), lost = std::log1p(-high);
   const bool wrong_over = w > log_high, near_under = n < log_low;
-  const R n_alone = n + (lost - not_wrong), w_alone = w + (left - not_near);  // when only the other bound binds
+  const R n_alone = n + (lost - not_wrong), w_alone = w + (left - not_near);  // if only the other bound is active
   target.wrong_binds = near_under ? !(w_alone <= log_high) : wrong_over;
   target.near_binds = wrong_over ? !(n_alone >= log_low) : near_under;
   if (target.near_binds && target.wrong_binds) {
@@ -120,10 +120,10 @@ struct TemperedSums {
   F z, e, v;
 };
 
-// A class this far below the largest of its set never happens, however near beta comes to 0.
+// A class this far below the largest of its set is impossible, however near beta is to 0.
 constexpr float kNever = -1e8f;
 
-// Flat: at beta = 0, where every class that can happen weighs 1.
+// Flat: at beta = 0, where every possible class has weight 1.
 template <bool Flat, class F>
 CUDFAST_HD inline void fold(TemperedSums<F>& sums, F x, F beta) {
   const auto there = x > F(kNever);
@@ -140,14 +140,14 @@ CUDFAST_HD inline void fold(TemperedSums<F>& sums, F x, F beta) {
   sums.v = sums.v + px * x;
 }
 
-// log sum exp(beta t); -inf for a set without classes that can happen.
+// log sum exp(beta t); -inf for a set without possible classes.
 template <class R>
 CUDFAST_HD inline R log_mass(const TemperedState<R>& state, R beta) {
   return state.z == 0 ? kNothing<R> : beta * state.m + log(state.z);
 }
 
 // H = sum M (h - log M) over N, W and the rest, h the entropy within; its slope with respect to beta^2 is minus half a
-// variance of t: within a set whose mass is bound, and over the union of the sets that share what is left.    [entropy]
+// variance of t: within a set whose bound is active, and over the union of the other sets.                    [entropy]
 template <class R>
 struct Entropy {
   R value = 0;  // nats
@@ -178,19 +178,20 @@ CUDFAST_HD inline Entropy<R> entropy(const TemperedState<R> (&sets)[3], const Ma
   return {value, -variance / 2};
 }
 
-// An end of a bracket around the temperature that is looked for.
+// An end of the bracket around the temperature.
 template <class R>
 struct End {
   R beta;
-  Entropy<R> found;  // the slope NaN where nobody has summed it
+  Entropy<R> found;  // the slope is NaN if it has not been summed
 };
 
 // The next beta between two ends, the entropy above `wanted` at `low`, below it at `high`.                     [temper]
 //
-// Over beta^2 the entropy of normal logits is a straight line. So the first choice is the cubic through both ends,
-// beta^2 as a function of the entropy, wherever its slopes say that it is monotone; without the one at `high`, a
-// parabola. Else a Newton step that stays in its end's half of the bracket, from the end whose entropy is nearer if it
-// does: in log(H - H_high) where that is small, since entropy dies exponentially, else in log(beta). Else the middle.
+// For normally distributed logits the entropy is linear in beta^2. Therefore the first choice is the cubic through both
+// ends, beta^2 as a function of the entropy, if its slopes show that it is monotone; without the slope at `high`, a
+// parabola. The second choice is a Newton step that stays in its end's half of the bracket, preferably from the end
+// whose entropy is nearer: in log(H - H_high) if that is small, since the entropy decays exponentially, otherwise in
+// log(beta). The last choice is the middle.
 template <class R>
 CUDFAST_HD inline R temper(const End<R>& low, const End<R>& high, R wanted) {
   const R drop = low.found.value - high.found.value, left = wanted - high.found.value, above = drop - left;
@@ -213,7 +214,7 @@ CUDFAST_HD inline R temper(const End<R>& low, const End<R>& high, R wanted) {
   return high_good ? from_high : middle;
 }
 
-// Another place to look in the same sweep as `step`, when steps do not arrive: even shares of log(beta).      [spread]
+// Another point for the same sweep as `step`, if steps do not converge: even shares of log(beta).             [spread]
 template <class R>
 CUDFAST_HD inline R spread(const End<R>& low, const End<R>& high, R step, R share) {
   R least = low.beta;

@@ -1,14 +1,14 @@
 // Each loss term: its value and the coefficients of its gradient, side by side.                            Eq. 3, 9
 //
 // Scalars only, once per row. A term's gradient is a combination of the columns {p, p^(tau), q^(tau), p log p, 1[j=y]};
-// the coefficients land in StudentGradient or TeacherGradient and element.h applies them to the row.
+// the coefficients are in StudentGradient or TeacherGradient, and element.h applies them to the row.
 #pragma once
 
 #include "target.h"
 
 namespace cudfast {
 
-// Plain data without code of its own, so that it may cross from one instruction set's file to another.
+// Plain data without functions, so that files for different instruction sets can share it.
 struct StudentOptions {
   double kd_weight;
   double ce_weight;
@@ -30,12 +30,12 @@ struct TeacherOptions {
 
 namespace {
 
-// ---- Reduction: how much a row counts in each term ----                                            [row-weights]
+// ---- Reduction: the weight of a row in each term ----                                              [row-weights]
 
 template <class R>
 struct RowWeights {
-  R kd = 0;  // 0 where the row counts for nothing
-  R ce = 0;  // 0 where the row has no label
+  R kd = 0;  // 0 if the row is excluded
+  R ce = 0;  // 0 if the row has no label
 };
 
 template <class R>
@@ -70,7 +70,7 @@ CUDFAST_HD inline R ce_value(R s_one, R s_y, R m_s) {
   return log(s_one) - (s_y - m_s);
 }
 
-// Coefficients of dL/ds_j, what element.h needs of a row.                                         [student-gradient]
+// Coefficients of dL/ds_j, the input of element.h for a row.                                      [student-gradient]
 template <class R>
 struct StudentGradient {
   R student_tau = 0;  // of exp((s_j - m_s) / tau):   kd tau / S_tau
@@ -79,14 +79,14 @@ struct StudentGradient {
   R label = 0;        // of -1[j = y]:                ce
 };
 
-// What a row comes to: the calibrated target, then every term. labelled: the row has a label to clip to and to learn.
+// The calibrated target and every term of a row. labelled: the row has a label, for the clip and for cross-entropy.
 template <class R>
 CUDFAST_HD inline StudentLoss<R> finish(const StudentState<R>& state, bool labelled, R tau,
                                         const StudentOptions& options) {
   StudentLoss<R> loss;
   if (labelled && options.ce_weight > 0) loss.ce = ce_value(state.s_one, state.s_y, state.m_s);
   if (!(options.kd_weight > 0)) return loss;
-  const bool wrong = labelled && options.clip && state.t_y < state.m_t;  // an equal logit has nothing to gain
+  const bool wrong = labelled && options.clip && state.t_y < state.m_t;  // equal logits: no mass would move
   if (wrong) loss.clip = wclip(state.t_y - state.m_t, R(options.budget), R(options.margin));
   const TargetSums<R> target = replace(state, loss.clip, 1 / tau);
   loss.kd = kd_value(state, target, tau);
@@ -121,7 +121,7 @@ struct Term {
 };
 
 // alpha (1 - p)^gamma (-log p). The slope is alpha (gamma p a^(gamma-1) log p - a^gamma), a = 1 - p; log p / a tends to
-// -1 as p reaches 1, so no power below 0 is ever taken.                                                      [focal]
+// -1 as p approaches 1, so no negative power is needed.                                                      [focal]
 template <class R>
 CUDFAST_HD inline Term<R> focal(R log_p, R gamma, R alpha) {
   const R a = -std::expm1(log_p);
@@ -131,8 +131,8 @@ CUDFAST_HD inline Term<R> focal(R log_p, R gamma, R alpha) {
   return {-alpha * a_gamma * log_p, alpha * a_gamma * (gamma * (1 - a) * ratio - 1)};
 }
 
-// w = 1{p < threshold} + scale (1 - p)^power; the step has no slope. At p = 1 the slope only ever meets an entropy that
-// vanishes faster, so its limit there is 0.                                                                   [gate]
+// w = 1{p < threshold} + scale (1 - p)^power; the step has no slope. At p = 1 the slope is multiplied by an entropy
+// that vanishes faster, so its limit there is 0.                                                              [gate]
 template <class R>
 CUDFAST_HD inline Term<R> gate(R log_p, const TeacherOptions& o) {
   const R a = -std::expm1(log_p);
@@ -146,7 +146,7 @@ template <class R>
 struct TeacherLoss {
   R value = 0;
   R entropy = 0;  // nats
-  R slope = 0;    // of the whole loss with respect to log p_y, the entropy itself held fixed
+  R slope = 0;    // of the whole loss with respect to log p_y, with the entropy held fixed
   R weight = 0;   // of -H: entropy_weight * w
   R log_z = 0;
 };
