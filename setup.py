@@ -28,7 +28,7 @@ def run(*command: str) -> None:
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake. A failed build leaves a package that works without the native core and knows why."""
+    """Runs CMake. A failed build gives a package that works without the native core and contains the reason."""
 
     def build_extension(self, ext: Extension) -> None:
         package = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
@@ -39,7 +39,7 @@ class CMakeBuild(build_ext):
             try:
                 self.run_cmake(package)
             except ChildProcessError as error:
-                if os.environ.get("CUDFAST_CUDA", "") != "":  # somebody decided
+                if os.environ.get("CUDFAST_CUDA", "") != "":  # the user has chosen
                     raise
                 print(f"cudfast: {error}; once more without CUDA", file=sys.stderr)
                 self.run_cmake(package, "-DCUDFAST_CUDA=0")
@@ -66,7 +66,7 @@ class CMakeBuild(build_ext):
         run(*configure)
         run("cmake", "--build", str(build), *jobs)
         shutil.copy2(next(build.glob("_native*.so")), package)
-        # setuptools carries the extension that it knows to where an editable package lives, and no other.
+        # For an editable package, setuptools copies only the extension that is declared to the sources.
         home = ROOT / "cudfast" if self.editable_mode else package
         for stale in home.glob("_cuda*.so"):
             stale.unlink()

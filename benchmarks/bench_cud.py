@@ -25,7 +25,7 @@ def bench_float32(race: Runner, name: str) -> None:
     data = make(shape)
     ours = CUD.ours(data)
     CUD.check(ours, data)
-    huge = name == "100M"  # seconds and gigabytes for whoever keeps temporaries
+    huge = name == "100M"  # losses with temporaries need seconds and gigabytes
     found, absent = peers.distillation(data, skip="takes some 3 GB and seconds" if huge else "")
     own = CUD.pytorch(data, compile=COMPILE and not huge)
     contestants = [*ours, *own, *found, *yardsticks(data), CUD.floor(data)]

@@ -67,10 +67,10 @@ class Runner:
         memory: bool = True,
         more_at_most: Callable[[Result], Iterable[Goal]] = lambda result: (),
     ) -> Result | None:
-        """Times everybody, then measures their memory.
+        """Times all contestants, then measures their memory.
 
-        `rounds`: at most; fewer where BUDGET seconds are over earlier. `more_at_most`: goals that follow from the
-        result. None under --benchmark-disable, where the gate was all that was asked for.
+        `rounds`: the largest number; fewer if BUDGET seconds are over earlier. `more_at_most`: goals that follow from
+        the result. Returns None under --benchmark-disable, which only runs the gate.
         """
         race = Race(list(contestants), warm=warm)
         ours = race.contestants[0]

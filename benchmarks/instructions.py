@@ -3,9 +3,9 @@
     python -m benchmarks.instructions [--write]
 
 Counts depend on the compiler and on the instruction set, and on nothing else. They are kept in instructions.json with
-the compiler's name; where another compiler built the kernels they cannot be compared, and without valgrind nothing is
-counted: both are said. A change beyond TOLERANCE, in either direction, fails, until `--write` has recorded it and the
-commit says why. valgrind runs no AVX-512: what is counted is the baseline and AVX2.
+the compiler's name. If another compiler built the kernels they cannot be compared, and without valgrind nothing is
+counted; both cases print a message. A change beyond TOLERANCE, in either direction, fails until `--write` has recorded
+it; the commit gives the reason. valgrind does not run AVX-512: the baseline and AVX2 are counted.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ WHAT = {
 
 
 def distillation(data: Inputs, *, skip: str = "") -> tuple[list[Contestant], dict[str, str]]:
-    """Those that can be raced from logits, and why the others cannot. `skip`: why none of them takes part."""
+    """The peers that can be raced from logits, and the reasons why others cannot. `skip`: a reason to leave out all."""
     found, absent = [], {"liger-kernel": "from logits, needs a GPU"}
     for name, build in DISTILLATION.items():
         if skip:

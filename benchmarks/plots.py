@@ -116,7 +116,7 @@ def scaling(race: Result, path: Path) -> str:
 
 
 def gpu(estimates: Sequence[Mapping[str, Any]], verified: Mapping[str, Any] | None, path: Path) -> str:
-    """The model's GB/s, hatched, for the fused student kernel; what a GPU gave, solid, where somebody ran one."""
+    """The model's GB/s of the fused student kernel, hatched, and the measured GB/s, solid, if there are any."""
     size = {"bf16": 2, "fp32": 4, "bfloat16": 2, "float32": 4}
     rows = [
         (f"{e['gpu']}, V = {e['classes']:,} (model)", 3 * size[e["dtype"]] / e["picoseconds"] * 1e3, "model")

@@ -1,4 +1,4 @@
-"""Fresh memory is NaN in every test, so that an element nobody wrote is seen."""
+"""Fresh memory is NaN in every test, so that unwritten elements are found."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """What the exact projection must be: a convex solver for short rows, the optimality conditions for rows of any length.
 
-Nothing here is shared with the library, and nothing knows its closed form. One row's target q minimises KL(q || p)
+Nothing here is shared with the library, and its closed form is not used. One row's target q minimises KL(q || p)
 subject to q(N) >= min_near, q(W) <= max_wrong and H(q) >= floor. With multipliers >= 0 its Lagrangian
 
     KL(q || p) - near (q(N) - min_near) + wrong (q(W) - max_wrong) - nu (H(q) - floor) + total (sum q - 1)
 
-is stationary where, for every class that can happen,
+is stationary where, for every possible class,
 
     (1 + nu) (log q + 1) = log p - total + near [on N] - wrong [on W]
 
@@ -70,9 +70,9 @@ def _problem(V: int) -> tuple[cp.Problem, cp.Variable, tuple[cp.Parameter, ...]]
 def nearest(row: Row) -> Solution:
     """The minimiser without the ceiling, by Clarabel, polished.
 
-    An interior point method in float64 stops at about 1e-7 in q, and sees no further where the objective is flat. So
-    its multipliers start Newton's method on the optimality conditions; a bound whose multiplier or slack then comes out
-    negative changes sides.
+    An interior point method in float64 stops at about 1e-7 in q, because the objective is flat there. Therefore its
+    multipliers are the start of Newton's method on the optimality conditions; a bound whose multiplier or slack is then
+    negative changes between active and inactive.
     """
     there = row.log_p > -np.inf
     log_p, near, wrong = row.log_p[there], row.near[there].astype(float), row.wrong[there].astype(float)

@@ -1,4 +1,4 @@
-"""Batches of hidden states and last layers, and what the tests of the fused losses compare."""
+"""Batches of hidden states and last layers, and the comparisons for the tests of the fused losses."""
 
 from __future__ import annotations
 

@@ -34,10 +34,10 @@ def start(rank: int, ranks: int, folder: Path) -> None:
 
 
 def leave() -> None:
-    """Ends a process's share in its group, once its models are out of scope.
+    """Destroys the process group, after its models are out of scope.
 
-    DDP would wait for a process that is gone. A thread of the group that outlives the interpreter ends the process with
-    SIGABRT: "terminate called without an active exception".
+    DDP would wait for a process that has ended. A thread of the group that outlives the interpreter ends the process
+    with SIGABRT: "terminate called without an active exception".
     """
     gc.collect()
     if dist.is_initialized():
@@ -65,9 +65,9 @@ def spawn(target: Callable[..., None], ranks: int, *args: object) -> list[int | 
 def run_cases(
     rank: int, ranks: int, folder: Path, cases: dict[str, Callable[[], None]], last: Callable[[], None]
 ) -> None:
-    """Every case in turn, in all ranks at once; what went wrong lies in folder/NAME.RANK. The first failure ends it.
+    """Runs every case in turn, in all ranks at once; errors are written to folder/NAME.RANK. The first failure ends it.
 
-    last: a case after which the group is of no use.
+    last: a case after which the group cannot be used.
     """
 
     def run(case: Callable[[], None]) -> str:

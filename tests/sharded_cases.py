@@ -1,4 +1,4 @@
-"""What tests/test_sharded.py runs in every one of four processes."""
+"""The cases that tests/test_sharded.py runs in each of four processes."""
 
 from __future__ import annotations
 

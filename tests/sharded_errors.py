@@ -1,4 +1,4 @@
-"""Ranks that do not go together: every one of them ends with an error that names one that differs."""
+"""Ranks with incompatible arguments: every rank raises an error that names one that differs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def teachers_that_are_cut_elsewhere() -> None:
 
 @case
 def ranks_that_do_not_go_together() -> None:
-    """All ranks end with an error that names one that differs, and the group can be used again."""
+    """All ranks raise an error that names one that differs, and the group can be used again."""
     rank, group = dist.get_rank(), dist.group.WORLD
     s, t, labels = batch(f32)
     s, t, inside = s[:, :8], t[:, :8], labels % 32
@@ -91,7 +91,7 @@ def ranks_that_do_not_go_together() -> None:
 
 @case
 def heads_that_do_not_go_together() -> None:
-    """What one rank refuses, or wants no gradient of, leaves no other waiting; DTensors beside plain tensors."""
+    """No rank hangs if one refuses its arguments or needs no gradient; DTensors together with plain tensors."""
     rank, group = dist.get_rank(), dist.group.WORLD
     h, w, labels = torch.randn(N, 5), torch.randn(24, 5, requires_grad=True), torch.arange(N)
 
@@ -116,7 +116,7 @@ def heads_that_do_not_go_together() -> None:
 
 
 def rank_dies() -> None:
-    """The others end with its name. The last case: the group is of no use afterwards."""
+    """The error of the other ranks names it. The last case: the group cannot be used afterwards."""
     s, t, labels = batch(f32)
     if dist.get_rank() == 2:
         os._exit(0)

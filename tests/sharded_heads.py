@@ -1,4 +1,4 @@
-"""Losses of hidden states before heads whose classes are spread over ranks."""
+"""Losses of hidden states before heads whose classes are sharded over ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .shards import N, Sent, V, batch, case, close, f64, groups, mine, rows_of
 
 @case
 def fused_linear_heads() -> None:
-    """Heads whose classes are spread over ranks: hidden states whole or cut; their gradient is summed once."""
+    """Heads with sharded classes: hidden states replicated or sharded; their gradient is summed once."""
     for group, widths in groups():
         rank, ranks = dist.get_rank(group), len(widths)
         sizes = [N - ranks + 1] + [1] * (ranks - 1)
@@ -56,7 +56,7 @@ def fused_linear_heads() -> None:
 
 @case
 def fused_linear_teacher_and_what_it_sends() -> None:
-    """DUSLoss from hidden states; no rows that count; bytes: states forward, the hidden states' gradient backward."""
+    """DUSLoss from hidden states; all rows ignored; bytes: states forward, the hidden states' gradient backward."""
     for group, widths in groups():
         h, w = torch.randn(N, 5, dtype=f64), torch.randn(V, 5, dtype=f64)
         labels, alpha = torch.randint(V, (N,)), torch.rand(V) + 0.5

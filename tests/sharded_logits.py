@@ -71,7 +71,7 @@ def everything_of_a_call() -> None:
 
 @case
 def exact_projection() -> None:
-    """Bounds on masses and on the entropy, that bind, that do not and that are out of reach; sets over ranks."""
+    """Active, inactive and infeasible bounds on masses and on the entropy; sets over ranks."""
     near = ClassSets.from_groups(torch.arange(V) % 7)
     far = ClassSets.from_lists([[(y + 1) % V, (y + 50) % V] for y in range(V)], include_label=False)
     asked: list[tuple[dict[str, Any], str]] = [
@@ -191,7 +191,7 @@ def what_is_sent() -> None:
 
 @case
 def compiled() -> None:
-    """fullgraph, eager's numbers, also where ranks differ in width and backward comes after another call."""
+    """fullgraph, eager's numbers, also if ranks differ in width and backward runs after another call."""
     for group, widths in list(groups())[4:6]:  # uneven; ranks without a class
         s, t, labels = batch(f32)
         part, teacher = mine(s, group, widths).clone().requires_grad_(), mine(t, group, widths)

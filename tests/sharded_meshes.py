@@ -21,7 +21,7 @@ from .shards import N, V, batch, case, close, f64, refused
 
 @case
 def dtensors() -> None:
-    """Placements are understood; a 2-D mesh's data dimension is left alone; gradients lie as their tensors."""
+    """Placements give the shards; a 2-D mesh's data dimension is not used; gradients have their tensors' placements."""
     flat, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     turned = DeviceMesh("cpu", torch.tensor([3, 1, 0, 2]))
     s, t, labels = batch(f64, 12)
@@ -94,7 +94,7 @@ def data_parallel() -> None:
     """DDP and FSDP2 average over data ranks: with num_items = the rows of all of them / their number, parameters get
     the gradients of one process, however rows are split, with classes whole or over the other dimension of the mesh.
 
-    The trap is in the last comparison: a trunk whose gradient is a multiple of what it should be, the loss being right.
+    The last comparison finds a trunk whose gradient is a multiple of the right one although the loss is right.
     """
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     x, w, t = torch.randn(N, 6, dtype=f64), torch.randn(V, 5, dtype=f64), torch.randn(N, V, dtype=f64)

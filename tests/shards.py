@@ -1,4 +1,4 @@
-"""What every case over a process group needs: groups of ranks, cuts of a batch, and the numbers of one process."""
+"""Helpers for the cases over a process group: groups of ranks, shards of a batch, and the results of one process."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def rows_of(x: Tensor, group: Any, sizes: list[int]) -> Tensor:
 
 
 def batch(dtype: torch.dtype, rows: int = N) -> tuple[Tensor, Tensor, Tensor]:
-    """Student, teacher, labels: labels and top-1 everywhere, ties of the top-1 in far classes, classes that cannot
-    happen, rows without a label, rows that are ignored."""
+    """Student, teacher, labels: labels and top-1 in all shards, ties of the top-1 in distant classes, impossible
+    classes, rows without a label, rows that are ignored."""
     s, t = torch.randn(2, rows, V, dtype=f64) * 3
     labels = torch.randint(V, (rows,))
     labels[:4] = torch.tensor([0, V - 1, -1, -100])
-    t[:3, [5, 50, V - 1]] = 11.0  # ties: the first of them is the top-1, wherever the others live
+    t[:3, [5, 50, V - 1]] = 11.0  # ties: the first of them is the top-1, wherever the others are
     t[4, 70:] = -torch.inf
     s[5, :30] = t[5, :30] = -torch.inf
     labels[4], labels[5] = 80, 40  # a label without mass
@@ -78,7 +78,7 @@ def agree(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Loss, gradient and statistics of shards are those of one process, whatever the upstream gradient."""
+    """Loss, gradient and statistics of shards are those of one process, for any upstream gradient."""
     what = (loss.__name__, widths, options, list(kwargs))
     whole = [logits[0].clone().requires_grad_(), *logits[1:]]
     wanted, wanted_stats = loss(**options)(*whole, *args, **kwargs, return_stats=True)
@@ -105,7 +105,7 @@ def refused(error: type | tuple[type, ...], *words: str, of: Callable[[], object
 
 
 class Sent(TorchDispatchMode):
-    """Bytes that this rank hands to collectives, and their names."""
+    """Bytes that this rank passes to collectives, and their names."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Two ways to a gradient, in place and given memory, compile, and what must be refused."""
+"""Both ways to a gradient, in-place gradients and given memory, compile, and errors."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_check_finite_under_compile() -> None:
 
 
 def test_inplace_is_seen_by_autograd(batch: tuple[Tensor, ...]) -> None:
-    """tanh keeps its output for backward: overwriting that must raise, not lie."""
+    """tanh saves its output for backward: overwriting it must raise an error, not give a wrong gradient."""
     student, teacher, labels = batch
     logits = torch.tanh(student.requires_grad_())
     loss = CUDLoss(inplace=True)(logits, teacher, labels)

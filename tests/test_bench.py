@@ -1,4 +1,4 @@
-"""The measuring module: what is timed, what stops a time, what a result says. Times themselves are not tested."""
+"""The measuring module: the timed code, the gate, the contents of a result. Times themselves are not tested."""
 
 from __future__ import annotations
 

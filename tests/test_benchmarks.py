@@ -1,4 +1,4 @@
-"""What surrounds the benchmarks: peers compute what is said of them, and the report says what was measured."""
+"""The code around the benchmarks: peers compute the loss that is claimed, and the report shows the measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only the CUDA backend has, in the emulation; and the machine code of its kernels."""
+"""Features of the CUDA backend alone, in the emulation; and the machine code of its kernels."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_compiled_without_new_numbers() -> None:
 
 
 def test_without_nvcc() -> None:
-    """As after an installation without nvcc: everything else works, and info says why this does not."""
+    """As after an installation without nvcc: all else works, and info gives the reason why this does not."""
     script = """
 import sys
 sys.modules["cudfast._cuda"] = None

@@ -151,7 +151,7 @@ def test_metrics_of_certain_answers() -> None:
     rows = outcome(torch.tensor([[200.0, 0.0], [0.0, 200.0]]), torch.tensor([0, 1]))
     found = score(rows)
     assert replace(found, auroc=0) == Scores(accuracy=1, nll=0, ece=0, adaptive_ece=0, brier=0, aurc=0, auroc=0)
-    assert np.isnan(found.auroc)  # no wrong answer to tell apart
+    assert np.isnan(found.auroc)  # undefined without wrong answers
     assert metrics.reliability(rows)[0, -1] == 2
 
 

@@ -321,7 +321,7 @@ def test_cross_entropy_against_torch() -> None:
 
 
 def test_kl_against_a_distillation_of_chunks_by_hand() -> None:
-    """Plain KD: what torch's KLDivLoss says of the same logits."""
+    """Plain KD: torch's KLDivLoss of the same logits."""
     x = Batch()
     x.labels[:] = -1
     s, t = x.logits()

@@ -1,4 +1,4 @@
-"""The modules of the losses from hidden states, and what they refuse."""
+"""The modules of the losses from hidden states, and their errors."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_projection_in_chunks_of_rows(backend: str) -> None:
 
 
 def test_errors_name_the_callers_rows(backend: str) -> None:
-    """Rows are compacted and cut into chunks; whoever reads the message never sees that."""
+    """Rows are compacted and cut into chunks; messages name the caller's rows all the same."""
     x = Batch(f64, 3, 4)
     x.labels = torch.randint(V, (3, 4))
     x.labels[0] = -100

@@ -1,4 +1,4 @@
-"""What the arguments of a call mean, on both backends: reductions, masks, weights, temperatures, widths, statistics."""
+"""The meaning of a call's arguments, on both backends: reductions, masks, weights, temperatures, widths, statistics."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_temperature_of_the_call(backend: str, batch: tuple[torch.Tensor, ...]) 
 
 
 def test_vectors_of_any_layout(backend: str, batch: tuple[torch.Tensor, ...]) -> None:
-    """float64 vectors need no conversion, so their strides must be seen to."""
+    """float64 vectors need no conversion, so their strides must be respected."""
     student, teacher, labels = batch
     options = CUDOptions(backend=backend)
     weight, tau = torch.rand(2 * N, dtype=f64), torch.rand(2 * N, dtype=f64) + 1

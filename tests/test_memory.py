@@ -1,4 +1,4 @@
-"""The pool of large CPU tensors: same pages again, bounded, and out of nobody's way."""
+"""The pool of large CPU tensors: it reuses pages, is bounded, and disturbs no other memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_same_pages_again(dtype: torch.dtype) -> None:
     first = large(10, dtype)
     assert first.shape == (10, MIB // dtype.itemsize)
     assert first.dtype == dtype
-    assert first.isnan().all()  # as torch.empty under deterministic algorithms: tests see what nobody wrote
+    assert first.isnan().all()  # as torch.empty under deterministic algorithms: tests find unwritten elements
     address = first.data_ptr()
     assert address % (2 * MIB) == 0
     del first

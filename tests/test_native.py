@@ -185,7 +185,7 @@ def test_same_bits_for_any_threads_and_every_run(isa: str, n: int, v: int) -> No
     ],
 )
 def test_large_gradients_past_the_caches(isa: str, n: int, width: int, v: int, dtype: torch.dtype) -> None:
-    """Only where rows start at cache lines are they written so: one element further the bits are the same."""
+    """Only rows that start at cache lines are streamed; one element further the result is bitwise the same."""
     student, teacher = torch.randn(n, width).to(dtype).requires_grad_(), torch.randn(n, width).to(dtype)
     labels = torch.randint(v, (n,))
     memory = torch.empty(n * width + 64, dtype=dtype)
@@ -212,7 +212,7 @@ def test_ties_take_the_lowest_index(isa: str) -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """A row stride of 2^31 elements and more: the second row lies beyond any 32-bit offset (bf16, 4.3 GB untouched)."""
+    """A row stride of 2^31 elements and more: the second row is beyond any 32-bit offset (bf16, 4.3 GB untouched)."""
     v, stride = 1000, 2**31 + 16
     memory = torch.empty_strided((2, v), (stride, 1), dtype=bf16)
     student, teacher, labels = torch.randn(2, v), torch.randn(2, v), torch.randint(v, (2,))

@@ -1,4 +1,4 @@
-"""Options as objects: the text that stands for them in a graph, copies and pickles of them."""
+"""Options as objects: the text that represents them in a graph, copies and pickles of them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_copies(options: Any, copied: Callable[[Any], Any]) -> None:
 
 
 def test_options_that_are_made_while_tracing() -> None:
-    """A graph cannot hold them: an error that says so, or a break of the graph where one may be."""
+    """A graph cannot contain them: an error states that, or the graph breaks if that is allowed."""
     torch._dynamo.reset()
     student, teacher, labels = torch.randn(4, 30), torch.randn(4, 30) * 3, torch.tensor([1, -1, 7, 9])
 

@@ -1,4 +1,4 @@
-"""What a user meets besides the losses: the command line, leaks, the import."""
+"""The package besides the losses: the command line, leaks, the import."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def copied_tree(folder: Path) -> tuple[Path, list[str]]:
     for name in files:
         (copied / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / name, copied / name)
-    if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:  # knows no names of licences
+    if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:  # does not accept names of licences
         project = (copied / "pyproject.toml").read_text()
         (copied / "pyproject.toml").write_text(re.sub(r"^license.*\n", "", project, flags=re.MULTILINE))
     return copied, files
@@ -154,7 +154,7 @@ def test_isa_from_the_environment(isa: str) -> None:
 
 
 def test_without_the_native_core() -> None:
-    """As after an installation without a compiler: the loss works, says so once, and info says why."""
+    """As after an installation without a compiler: the loss works, warns once, and info gives the reason."""
     script = """
 import sys
 sys.modules["cudfast._native"] = None

@@ -44,7 +44,7 @@ def draw(seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, 
     labels = torch.randint(classes, (count,))
     labels[torch.rand(count) < 0.15] = -1
     labels[torch.rand(count) < 0.1] = -100
-    if rng.random() < 0.3:  # classes that cannot happen, for both
+    if rng.random() < 0.3:  # impossible classes, for both
         hole = torch.rand(count, classes) < 0.2
         hole[torch.arange(count), labels.clamp(min=0)] = False
         teacher, student = teacher.masked_fill(hole, -INF), student.masked_fill(hole, -INF)
@@ -117,7 +117,7 @@ def test_loss_is_that_of_the_materialised_target(seed: int, backend: str) -> Non
 @pytest.mark.parametrize("name", ["min_entropy", "max_entropy"])
 @pytest.mark.parametrize("V", [3, 40, 5000])
 def test_bounds_on_the_entropy_are_met(V: int, name: str, dtype: torch.dtype) -> None:
-    """Against a uniform student the loss says what the entropy is: KL(q || u) = log V - H(q)."""
+    """Against a uniform student the loss gives the entropy: KL(q || u) = log V - H(q)."""
     torch.manual_seed(0)
     N = 1_200 if V < 1000 else 120
     teacher, labels = awkward(V, N).to(dtype), torch.randint(V, (N,))
@@ -311,7 +311,7 @@ def test_a_label_without_mass(backend: str) -> None:
     ],
 )
 def test_wrong_sets_that_hold_the_label(made: Callable[[bool], ClassSets]) -> None:
-    """As constructors make them by default; with near sets this was an overlap, without a word of the label."""
+    """As constructors make them by default; with near sets the error was an overlap, and did not name the label."""
     alone = ClassSets.from_lists([[], [], []])
     for near in (None, alone):
         with pytest.raises(ValueError, match=r"class 0 is in its own .*include_label=False"):

@@ -1,4 +1,4 @@
-"""Calibrated targets: against a convex solver, against the optimality conditions, and what they keep."""
+"""Calibrated targets: against a convex solver, against the optimality conditions, and their invariants."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def mass(row: Row, members: Any) -> float:
 
 
 def draw_bounds(row: Row, bits: int, names: tuple[str, ...]) -> Row:
-    """Bounds that bind where their bit is set, and else have slack, as far as p alone can tell."""
+    """Bounds that are active if their bit is set, and else have slack, as far as p alone determines it."""
     a, b, (u, v, w) = mass(row, row.near), mass(row, row.wrong), (0.1 + 0.8 * torch.rand(3)).tolist()
     if "min_near_mass" in names:
         row = replaced(row, min_near=a + u * (1 - a) if bits & 1 else a * u)
@@ -263,9 +263,9 @@ def kl(q: Tensor, p: Tensor) -> Tensor:
 
 
 def test_a_ceiling_may_have_two_nearest_distributions() -> None:
-    """At p = (1/2, 1/2) and H <= 1/2 they mirror each other and p, their middle, is out: the set is not convex.
+    """At p = (1/2, 1/2) and H <= 1/2 they mirror each other and p, their middle, is infeasible: the set is not convex.
 
-    No temperature takes one of them, so the row is refused; with the least preference it is the preferred one.
+    No temperature gives one of them, so the row raises an error; with the least preference it is the preferred one.
     """
     x = torch.linspace(0, 1, 100_001, dtype=f64)
     grid, p = torch.stack([x, 1 - x], -1), torch.tensor([0.5, 0.5], dtype=f64)

@@ -18,7 +18,7 @@ RANKS = 4
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where every case has left what went wrong."""
+    """The folder with the errors of every case."""
     folder = tmp_path_factory.mktemp("ranks")
     codes = spawn(sharded_cases.main, RANKS, folder)
     (folder / "codes").write_text(str(codes))

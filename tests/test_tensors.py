@@ -1,4 +1,4 @@
-"""Every kind of tensor that PyTorch can hand over: taken, resolved, or refused with what to pass instead."""
+"""Every kind of tensor in PyTorch: used, resolved, or refused with an error that names what to pass instead."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def test_freed_storage(which: int) -> None:
 
 
 def test_under_a_mode_that_counts(backend: str) -> None:
-    """FlopCounterMode, and what else looks on: the numbers of any other call, in place too."""
+    """FlopCounterMode and other observing modes: the same numbers as without, also in place."""
     student, teacher, labels, _ = batch()
     for inplace in (False, True):
         values = []
@@ -321,7 +321,7 @@ def _default(device: str) -> Iterator[None]:
 
 
 def test_a_first_call_under_a_default_device() -> None:
-    """What a module makes when it is imported stays what it is."""
+    """Objects that a module makes when it is imported do not change."""
     import subprocess
     import sys
 

@@ -1,5 +1,5 @@
-"""Which columns of a batch teacher and student are called with, in transformers' Trainer: signatures that are hidden,
-forwards that name nothing, and what the errors advise."""
+"""The columns of a batch that teacher and student get in transformers' Trainer: hidden signatures, forwards without
+named inputs, and the advice of the errors."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ def test_label_smoothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_hook_cannot_see_label_smoothing(tmp_path: Path) -> None:
-    """Trainer calls the loss that it is given in place of its own smoothing, as docs/trainers.md says."""
+    """Trainer calls the given loss instead of its own smoothing, as docs/trainers.md states."""
     student, teacher, data = bert(0), bert(1).eval(), sentences()
     wanted = by_hand(student, teacher, CUDLoss(), data)
     args = arguments(tmp_path, label_smoothing_factor=0.1)

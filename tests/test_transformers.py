@@ -75,7 +75,7 @@ def test_hidden_states_give_the_step_of_the_logits(form: str, kind: str, tmp_pat
     close(student, wanted, 2e-6)
     assert lengths == [1] * 4
     found = trainer.evaluate()
-    assert lengths[4:] == [1 if form == "subclass" else 9]  # Trainer says nothing of what evaluation returns
+    assert lengths[4:] == [1 if form == "subclass" else 9]  # the hook cannot see what evaluation returns
     handle.remove()
     plain = trainer_of("subclass", student, teacher, CUDLoss(), args=trainer.args, eval_dataset=data)
     assert found["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)

@@ -1,4 +1,4 @@
-"""What only the Triton backend has: shared rows, inputs that nobody reads on the host. Under the interpreter."""
+"""Features of the Triton backend alone: shared rows, inputs that the host does not read. Under the interpreter."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ print(cudfast.backends.load("triton"))
 
 @pytest.mark.parametrize("name", ["min_entropy", "max_entropy"])
 def test_four_temperatures_a_sweep(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """What only a row in thousands needs, asked for in every sweep but the first ones."""
+    """Several places per sweep, which only a row in thousands needs, in every sweep except the first ones."""
     monkeypatch.setattr(search, "STEPS", 3)
     teacher, labels = awkward(300, 12), torch.randint(300, (12,))
     asked: dict[str, Any] = {"min_near_mass": 0.2, "max_wrong_mass": 0.3, "on_infeasible": "relax"}

@@ -1,7 +1,7 @@
-"""The losses as the equations say them, in plain differentiable PyTorch: the oracle of the tests.
+"""The losses from the equations, in plain differentiable PyTorch: the oracle of the tests.
 
 Nothing here is shared with the library. In float64 it is the truth; in the inputs' own dtype it is the eager PyTorch
-that a user would have written, whose error is the yardstick: ours may not be worse.
+that a user would have written, whose error is the limit for the error of the kernels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The suite on every torch that is promised: `make versions`, or python3 tests/versions.py [NAME ...].
 
-For each version: an environment in build/versions/NAME, torch and what goes with it, cudfast built and installed there,
-and a part of the suite on the installed package, from a folder without the sources. A version that fails does not end
+For each version: an environment in build/versions/NAME with torch and its dependencies, cudfast built and installed in
+it, and a part of the suite on the installed package, from a folder without the sources. A failing version does not end
 the run. The table at the end is the one in docs/versions.md; the exit code is 1 if a version failed.
 
 Needs a network, and up to 6 GB for each environment where torch is a CUDA build. What has passed is removed; KEEP=1

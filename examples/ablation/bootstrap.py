@@ -23,7 +23,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether both ends lie on one side of 0."""
+        """Whether both ends are on one side of 0."""
         return self.low > 0 or self.high < 0
 
 

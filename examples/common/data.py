@@ -1,8 +1,8 @@
 """Strings with their classes, split honestly into train, validation, test and a test under shift.
 
 One row is a pair (string, class). A string such as "Tonga" belongs to many languages, so the split is by string:
-whatever its classes, a string lies in exactly one of train, validation and test. The strings of the test under shift
-are of another source and never trained on.
+independent of its classes, a string is in exactly one of train, validation and test. The strings of the test under
+shift are from another source and are never used for training.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Split:
         yield from (piece for piece in pieces if len(piece) == size or len(pieces) == 1)
 
     def ceiling(self) -> tuple[float, float]:
-        """Accuracy and NLL (nats) of a predictor that knows every class of every string of this part."""
+        """Accuracy and NLL (nats) of a predictor that has all classes of every string of this part."""
         classes = torch.bincount(self.string)[self.string].double()
         return float((1 / classes).mean()), float(classes.log().mean())
 

@@ -1,4 +1,4 @@
-"""The methods compared: what each trains on, which knobs it has and where they may lie."""
+"""The methods that are compared: the loss of each, its knobs and their ranges."""
 
 from __future__ import annotations
 

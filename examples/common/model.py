@@ -12,7 +12,7 @@ from .ngrams import HASH_BITS
 
 
 class Net(nn.Module):
-    """A network that knows what to read of a Split."""
+    """A network with a method that reads its inputs from a Split."""
 
     @abstractmethod
     def read(self, rows: Split, which: Tensor) -> Tensor:

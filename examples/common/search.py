@@ -22,7 +22,7 @@ _TEACHERS = {method.name: method for method in (CE_TEACHER, DUS_TEACHER)}
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, the networks that learn it, for how long, and where the knobs may lie."""
+    """A data set, the networks that learn it, the lengths of their training, and the ranges of the knobs."""
 
     data: Dataset
     teacher_epochs: int

@@ -29,7 +29,7 @@ void near(const char* what, double got, double wanted, double tolerance) {
   expect(same || std::fabs(got - wanted) <= tolerance * (1 + std::fabs(wanted)), what, got, wanted);
 }
 
-// The definition, one column at a time, around the part's own maxima.
+// The definition, one column at a time, relative to the part's own maxima.
 StudentState<double> part_of(const std::vector<double>& s, const std::vector<double>& t, size_t from, size_t to,
                              double inv_tau) {
   StudentState<double> state;
@@ -123,7 +123,7 @@ void test_student(int64_t n_rows, int n, double tau, int threads) {
       near("student gradient", static_cast<double>(g[j]), truth.gradient[j - at], gradient_tolerance);
     }
   }
-  // From the saved state, written over the logits: the same bits.
+  // From the saved state, written over the logits: bitwise equal.
   Outputs from = out;
   from.gradient = rows.logits;
   student_gradient(rows, options, Divisors{}, Upstream{}, from);

@@ -58,7 +58,7 @@ double rounding(DType dtype) {
   return dtype == DType::bf16 ? 0x1p-8 : dtype == DType::f16 ? 0x1p-11 : dtype == DType::f32 ? 0x1p-24 : 0x1p-52;
 }
 
-// A way to lay rows over blocks.
+// An assignment of rows to blocks.
 struct Way {
   const char* name;
   Machine machine;
@@ -77,7 +77,7 @@ void fill(Random& random, Logits& x, int64_t rows, double scale) {
   for (int64_t i = 0; i < rows * x.width; ++i) x.set(i, normal(random));
 }
 
-// The same call once more, its gradient written over the logits: blocks of a cluster must have read what they want.
+// The same call again, with the gradient written over the logits: blocks of a cluster must have read them before.
 template <class Options>
 void test_over_logits(const std::string& what, Call call, const Options& options, const Machine& machine, Logits logits,
                       const std::vector<double>& gradient, double tolerance) {
@@ -212,7 +212,7 @@ void test_teacher(const Way& way, const Case& c) {
   test_over_logits(what, call, options, way.machine, z, g.row(0, c.rows * width), wide ? 1e-12 : 1e-6);
 }
 
-// Bounds on the target: against the CPU's kernels in double precision, which Python tests hold against dense targets.
+// Bounds on the target: against the CPU's kernels in double precision, which Python tests compare with dense targets.
 void test_projected(const Way& way, const Case& c, bool top1, bool near_sets) {
   const std::string what = std::string(way.name) + " projected, V=" + std::to_string(c.classes) + ", dtypes " +
                            std::to_string(static_cast<int>(c.s)) + std::to_string(static_cast<int>(c.t)) +
@@ -391,7 +391,7 @@ void test_parts() {
   }
 }
 
-// A GPU whose shared memory just holds the row of a case in a cluster of so many blocks.
+// A GPU whose shared memory is just large enough for the row of a case in a cluster of so many blocks.
 Way clustered(const Case& c, int blocks, int arrays = 2) {
   const int64_t width = 16 / size_of(c.s), chunks = (c.classes + 2 * width - 2) / width;
   const int64_t slots = (chunks + blocks - 1) / blocks;

@@ -213,7 +213,7 @@ class _Utilities:
 
 
 def _arguments(module: Module, values: list[tuple[Any, str]]) -> bytes:
-    """As the kernel's parameters lie; what Triton adds (scratch memory) is null."""
+    """The layout of the kernel's parameters; those that Triton adds (scratch memory) are null."""
     data = b""
     parameters = module.entry().parameters
     for (_, size, alignment), (value, kind) in itertools.zip_longest(parameters, values, fillvalue=(0, "i64")):
