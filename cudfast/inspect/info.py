@@ -111,10 +111,7 @@ def describe(found: dict[str, Any]) -> str:
                 f"{native['instruction_set']}, compared with baseline in {native['instruction_set_check_ms']:.2g} ms "
                 f"(available: {', '.join(native['instruction_sets'])})",
             ),
-            (
-                "threads",
-                f"{native['threads']}{'' if native['openmp'] else ' (the compiler has no OpenMP; that of Clang is libomp)'}",
-            ),
+            ("threads", f"{native['threads']}{'' if native['openmp'] else _NO_OPENMP}"),
             ("compiler", native["compiler"]),
         ]
     if found["cuda_architectures"]:
