@@ -147,8 +147,8 @@ def check(name: str, there: Mapping[str, str]) -> Row:
     built["CUDFAST_CUDA"] = os.environ.get("CUDFAST_CUDA", "0")  # has no torch in it, and takes minutes
     for step, command in (
         ("no environment", [there[label], "-m", "venv", home]),
-        ("torch was not installed", [*pip, *index, version.torch]),
-        ("cudfast was not installed", [*pip, ROOT, version.torch, *version.others, *TOOLS]),
+        ("torch was not installed", [*pip, *index, version.torch]),  # the long download, so not quiet
+        ("cudfast was not installed", [*pip, "--quiet", ROOT, version.torch, *version.others, *TOOLS]),
     ):
         if run(command, ROOT, **built):
             return Row(name, label, installed_in(python) if python.exists() else {}, wrong=step)
