@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from cudfast import backends, gpu_model, machine
+from cudfast import backends
+from cudfast.inspect import gpu_model, machine
 from cudfast.inspect.gpu_model import GPUS, REACHED, Estimate, Kernel
 from cudfast.inspect.machine import Loop, Machine
 
