@@ -149,7 +149,7 @@ def estimate(kernel: Kernel, found: Machine, dtype: str, classes: int, name: str
     return Estimate(
         kernel.name, name, dtype, classes, found.registers, resident, sum(map(sum, moved)),
         per_element("instructions"), per_element("exponentials"), seconds * 1e12, bound, per_element("half_rate"),
-        fewest, least / bandwidth / seconds,
+        fewest, min(1.0, least / bandwidth / seconds),  # equal times may round to more
     )  # fmt: skip
 
 
