@@ -109,7 +109,7 @@ $(COMPILERS:%=core-%): core-%: $(VENV)/.cudfast
 	$(if $(call missing,$*),@echo "make core: skipped with $*: it is not installed",$(call cpp_tests,build/$@,-DCMAKE_CXX_COMPILER=$* -DCUDFAST_WERROR=ON))
 
 aarch64: $(VENV)/.cudfast
-	$(if $(call missing,$(AARCH64)),@echo "make aarch64: skipped: not installed: $(call missing,$(AARCH64)) (apt-get install g++-aarch64-linux-gnu qemu-user)",$(call cpp_tests,build/aarch64,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(firstword $(AARCH64)) -DCMAKE_EXE_LINKER_FLAGS=-static -DCUDFAST_WERROR=ON,$(lastword $(AARCH64))))
+	$(if $(call missing,$(AARCH64)),@echo "make aarch64: skipped: not installed: $(call missing,$(AARCH64)) (apt-get install g++-aarch64-linux-gnu qemu-user)",$(call cpp_tests,build/aarch64,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(firstword $(AARCH64)) -DCUDFAST_WERROR=ON,$(lastword $(AARCH64)) -L /usr/aarch64-linux-gnu))
 
 sanitize: $(VENV)/.cudfast
 	$(call cpp_tests,build/sanitize,-DCUDFAST_SANITIZE=address$(comma)undefined)
