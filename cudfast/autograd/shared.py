@@ -38,9 +38,12 @@ class Once(torch.autograd.Function):
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
     """ctx.save_for_backward, also for tensors made under torch.inference_mode, which have no version to check."""
-    ctx.unversioned = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
-    if ctx.unversioned:
-        tensors = tuple(None if i in ctx.unversioned else x for i, x in enumerate(tensors))
+    ctx.unversioned = None
+    for x in tensors:
+        if x is not None and x.is_inference():
+            ctx.unversioned = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+            tensors = tuple(None if i in ctx.unversioned else x for i, x in enumerate(tensors))
+            break
     ctx.save_for_backward(*tensors)
 
 

@@ -13,7 +13,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def row_count(logits: Tensor) -> int:
     """N of (..., V); V may be 0. Without Size.numel(), which would specialise a traced graph to one number of rows."""
-    return math.prod(logits.shape[:-1])
+    shape = logits.shape
+    return shape[0] if len(shape) == 2 else math.prod(shape[:-1])
 
 
 def row_layout(logits: Tensor) -> tuple[int, int, int] | None:

@@ -42,7 +42,11 @@ def direct(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING):
         return False
-    return all(x is None or addressable(x) for x in tensors)
+    keys, known = torch._C._dispatch_keys, _addressable  # in line: small batches are sensitive to every call
+    for x in tensors:  # noqa: SIM110 (a generator costs more)
+        if x is not None and not known.get(keys(x).raw_repr()) and not addressable(x):
+            return False
+    return True
 
 
 class _Waited(torch.autograd.Function):
