@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...options import CUDOptions, DUSOptions, WClip
+from ...options import RowOptions, WClip
 from ...rows.call import Rows, State, columns_of, compute_dtype
 from ...rows.layout import dense, row_count, row_layout
 from ...rows.vectors import divisors_of
 from ..tuning import tuned
-from . import projected, search, student, teacher
+from . import projected, row, search, student, teacher, terms
 from .pieces import count, scale_rows
+from .settings import settings_of
 
 _COUNT_BLOCK = 1024
 _WARP = 32  # threads: on AMD, where a wave has 64, half as many
@@ -123,34 +124,31 @@ class Call(NamedTuple):
     """The arguments that all kernels of a call share."""
 
     rows: Rows
-    options: CUDOptions | DUSOptions
+    options: RowOptions
+    settings: Tensor
     plan: Plan
     wide: bool
 
     @classmethod
-    def of(cls, rows: Rows, options: CUDOptions | DUSOptions) -> Call:
-        name = "student_logits" if isinstance(options, CUDOptions) else "logits"
+    def of(cls, rows: Rows, options: RowOptions) -> Call:
+        name = "logits" if rows.target is None else "student_logits"
         target = None if rows.target is None else dense(rows.target, "teacher_logits")
         rows = rows._replace(logits=dense(rows.logits, name), target=target)
         wide = compute_dtype(rows) == torch.float64
-        units, whole = processors(rows.logits.device), rows.constraints is not None
+        device = rows.logits.device
+        units, whole = processors(device), rows.constraints is not None
         loss = "projected" if whole else "student" if target is not None else "teacher"
-        tuning = tuned("triton", rows.logits.device, loss, rows.logits.element_size(), rows.classes)
-        return cls(rows, options, plan(rows.n, rows.classes, wide, units, whole=whole, tuning=tuning), wide)
+        tuning = tuned("triton", device, loss, rows.logits.element_size(), rows.classes)
+        cut = plan(rows.n, rows.classes, wide, units, whole=whole, tuning=tuning)
+        return cls(rows, options, settings_of(options, device), cut, wide)
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float64 if self.wide else torch.float32
 
-    @property
-    def special(self) -> tuple[int, int]:
-        """ignore_index and unlabeled_index; the first one twice if there is no second."""
-        unlabeled = self.options.unlabeled_index
-        return self.options.ignore_index, self.options.ignore_index if unlabeled is None else unlabeled
-
     def new_state(self) -> State:
         """Memory for a packed state."""
-        with_top1 = isinstance(self.options, CUDOptions)
+        with_top1 = self.rows.target is not None
         device, n = self.rows.logits.device, self.rows.n
         columns = columns_of(self.rows, self.options)
         return State(
@@ -160,7 +158,7 @@ class Call(NamedTuple):
         )
 
     def divisors(self) -> Tensor:
-        """(2,) f64 on the device: divisors of the KD term and of the label terms. One launch counts the rows."""
+        """(2,) f64 on the device: divisors of all terms and of those of the label. One launch counts the rows."""
         rows = self.rows
         if rows.num_items is not None or self.options.reduction != "mean":
             return divisors_of(rows, self.options)
@@ -169,8 +167,8 @@ class Call(NamedTuple):
             rows.labels,
             rows.weight,
             found,
+            self.settings,
             rows.n,
-            *self.special,
             BLOCK=_COUNT_BLOCK,
             num_warps=4,
             enable_fp_fusion=True,
@@ -203,51 +201,39 @@ class Call(NamedTuple):
         fold: bool = False,
     ) -> None:
         """One launch of the row kernel. fold: from the logits; with `parts`: from their sums; else from `state`."""
-        rows, options, plan = self.rows, self.options, self.plan
+        rows = self.rows
         merge = parts is not None
-        whole = fold or merge
         g = rows.logits if gradient is None else gradient
-        shape = (rows.classes, g.shape[-1], rows.classes if whole else plan.chunk)
-        step = 0 if upstream is None or upstream.dim() == 0 else 1
+        programs = 1 if fold or merge else self.plan.parts
         sums = state.sums if keep else None
-        programs = 1 if whole else plan.parts
-        flags = {"FOLD": fold, "MERGE": merge, "MAP": gradient is not None}
-        if not isinstance(options, CUDOptions):
+        flags = {"FOLD": fold, "MERGE": merge, "MAP": gradient is not None, "KINDS": self.options.kinds}
+        shape = (rows.classes, g.shape[-1], self.plan.chunk)
+        if rows.target is None:
             self._launch(
                 teacher.teacher_rows, programs,
-                rows.logits, g, rows.labels, rows.weight, rows.per_row, state.divisors, upstream, parts, loss, sums,
-                *shape, *layout(rows.logits), *layout(g), *self.special, step, plan.parts,
-                float(rows.scalar), float(options.ce_weight), float(options.focal_weight),
-                float(options.entropy_weight), float(options.gamma), float(options.gate_threshold),
-                float(options.gate_scale), float(options.gate_power),
-                DIFFERENTIATE=options.differentiate_gate, **flags,
+                rows.logits, g, *self.inputs, rows.coefficients, state.divisors, upstream, parts, loss, sums,
+                *shape, *layout(rows.logits), *layout(g), *self.steps(upstream), **flags,
             )  # fmt: skip
             return
-        assert rows.target is not None
         if rows.constraints is not None:
             self._projected(state, loss, gradient, upstream, fold)
             return
-        clip = options.calibration if isinstance(options.calibration, WClip) else None
         self._launch(
             student.student_rows, programs,
-            rows.logits, rows.target, g, rows.labels, rows.weight, rows.per_row, state.divisors, upstream, parts, loss,
-            sums, state.top1, *shape, *layout(rows.logits), *layout(rows.target), *layout(g), *self.special, step,
-            plan.parts, float(rows.scalar), float(options.kd_weight), float(options.ce_weight),
-            clip.budget if clip else 0.0, clip.margin if clip else 1.0,
-            P=self.power, ONES=self.ones(statistics), CLIP=clip is not None, **flags,
+            rows.logits, rows.target, g, *self.inputs_of_target, rows.coefficients, state.divisors, upstream,
+            parts, loss, sums, state.top1, *shape, *layout(rows.logits), *layout(rows.target), *layout(g),
+            *self.steps(upstream), float(rows.scalar), P=self.power, ONES=self.ones(statistics), CLIP=self.clips,
+            **flags,
         )  # fmt: skip
 
     def _projected(
         self, state: State, loss: Tensor | None, gradient: Tensor | None, upstream: Tensor | None, fold: bool
     ) -> None:
         """The launches of `sweep` for a target with constraints: one, or more if they bound the entropy."""
-        rows, options = self.rows, self.options
-        assert isinstance(options, CUDOptions)
+        rows, target = self.rows, self.rows.target
         assert rows.constraints is not None
-        target = rows.target
         assert target is not None
         g = rows.logits if gradient is None else gradient
-        step = 0 if upstream is None or upstream.dim() == 0 else 1
         top1, entropy, writes = rows.constraints.top1, rows.constraints.entropy and fold, gradient is not None
         # Larger programs have a processor to themselves.
         registers = TWO_PROGRAMS.get(compiler(rows.logits.device), {}) if self.plan.threads <= 256 else {}
@@ -256,11 +242,10 @@ class Call(NamedTuple):
         def launch(fold: bool, again: bool, write: bool) -> None:
             self._launch(
                 projected.projected_rows, 1,
-                rows.logits, target, g, rows.labels, rows.weight, rows.per_row, state.divisors, upstream, loss,
+                rows.logits, target, g, *self.inputs_of_target, rows.coefficients, state.divisors, upstream, loss,
                 state.sums, state.top1, *sets, rows.classes, g.shape[-1], *layout(rows.logits), *layout(target),
-                *layout(g), *self.special, step, float(rows.scalar), float(options.kd_weight),
-                float(options.ce_weight), P=self.power, ONES=self.ones(False), TOP1=top1, ENTROPY=entropy,
-                FOLD=fold, AGAIN=again, MAP=write, **registers,
+                *layout(g), *self.steps(upstream), float(rows.scalar), P=self.power, ONES=self.ones(False),
+                KINDS=self.options.kinds, TOP1=top1, ENTROPY=entropy, FOLD=fold, AGAIN=again, MAP=write, **registers,
             )  # fmt: skip
 
         launch(fold, False, writes and not entropy)
@@ -268,8 +253,8 @@ class Call(NamedTuple):
             work = torch.empty(rows.n, search.WORK.value, dtype=torch.float64, device=rows.logits.device)
             self._launch(
                 search.temper_rows, 1,
-                target, rows.labels, rows.weight, state.sums, state.top1, work, *sets, rows.classes,
-                *layout(target), *self.special, TOP1=top1,
+                target, *self.inputs, state.sums, state.top1, work, *sets, rows.classes, *layout(target),
+                TOP1=top1, STUDENT=state.sums.shape[1] - search.COLUMNS.value,
             )  # fmt: skip
             launch(False, True, False)
             if writes:
@@ -284,33 +269,55 @@ class Call(NamedTuple):
         return c.bounds, *near, *wrong
 
     @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """What tells which rows count, and how much."""
+        return self.rows.labels, self.rows.weight, self.settings
+
+    @property
+    def inputs_of_target(self) -> tuple[Tensor | None, ...]:
+        """The same, with the rows' own temperatures."""
+        return self.rows.labels, self.rows.weight, self.rows.temperature, self.settings
+
+    def steps(self, upstream: Tensor | None) -> tuple[int, int]:
+        """From row to row: of the upstream gradient and of the coefficients."""
+        coefficients = self.rows.coefficients
+        return (
+            0 if upstream is None or upstream.dim() == 0 else 1,
+            0 if coefficients is None or coefficients.shape[1] == 1 else 1,
+        )
+
+    @property
     def power(self) -> int:
         """The temperature when it is 1, 2 or 4 in every row, else 0."""
-        return int(self.rows.scalar) if self.rows.per_row is None and self.rows.scalar in (1, 2, 4) else 0
+        return int(self.rows.scalar) if self.rows.temperature is None and self.rows.scalar in (1, 2, 4) else 0
+
+    @property
+    def clips(self) -> bool:
+        """Whether the target is clipped."""
+        return self.options.distils and isinstance(self.options.calibration, WClip)
 
     def ones(self, statistics: bool) -> int:
         """Which sums at temperature 1 are needed: see `row.student_fold`."""
-        assert isinstance(self.options, CUDOptions)
-        return 2 if statistics else 1 if self.options.ce_weight > 0 else 0
+        found = row.S_ONE.value if any(kind != terms.FORWARD_KL.value for kind in self.options.kinds) else 0
+        if self.options.entropy:
+            found |= row.E_S.value
+        return found | row.S_ONE.value | row.Z_ONE.value if statistics else found
 
     def fold_parts(self, statistics: bool) -> Tensor:
         """States of the parts of every row."""
         rows, plan = self.rows, self.plan
-        options = self.options
-        width = (student if isinstance(options, CUDOptions) else teacher).PART.value
+        width = (teacher if rows.target is None else student).PART.value
         found = torch.empty(rows.n, plan.parts, width, dtype=torch.float64, device=rows.logits.device)
-        if isinstance(options, CUDOptions):
-            assert rows.target is not None
+        if rows.target is None:
             self._launch(
-                student.student_parts, plan.parts,
-                rows.logits, rows.target, rows.labels, rows.weight, rows.per_row, found, rows.classes, plan.chunk,
-                *layout(rows.logits), *layout(rows.target), *self.special, float(rows.scalar),
-                P=self.power, ONES=self.ones(statistics),
+                teacher.teacher_parts, plan.parts,
+                rows.logits, *self.inputs, found, rows.classes, plan.chunk, *layout(rows.logits),
             )  # fmt: skip
         else:
             self._launch(
-                teacher.teacher_parts, plan.parts,
-                rows.logits, rows.labels, rows.weight, found, rows.classes, plan.chunk, *layout(rows.logits),
-                *self.special,
+                student.student_parts, plan.parts,
+                rows.logits, rows.target, *self.inputs_of_target, found, rows.classes, plan.chunk,
+                *layout(rows.logits), *layout(rows.target), float(rows.scalar),
+                P=self.power, ONES=self.ones(statistics),
             )  # fmt: skip
         return found

@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from .row import NOTHING, row_weights
+from .row import NOTHING
+from .settings import special
+from .terms import row_weights
 
 fp64 = tl.float64  # annotates arguments that must be passed in double precision
-SPECIAL = ("ignore_index", "unlabeled_index")  # arguments whose values do not specialise a kernel
 # The interpreter reduces pairs in Python, one element after the other.
 PAIRS = tl.constexpr(not knobs.runtime.interpret)
 
@@ -81,6 +82,25 @@ def largest_of_both(x, y):
 
 
 @triton.jit
+def unless(quiet, t_row, s_row):
+    """The teacher's row; the student's if the teacher's part of the gradient is 0, so that its NaN cannot be read.
+
+    That works for rows of one dtype, and costs nothing. Blocks of others go through `heard`.
+    """
+    if t_row.dtype == s_row.dtype:
+        t_row = tl.where(quiet, s_row, t_row)
+    return t_row
+
+
+@triton.jit
+def heard(t, quiet, instead, t_row, s_row):
+    """A block of teacher logits, or `instead` of all of them."""
+    if t_row.dtype == s_row.dtype:
+        return t
+    return tl.where(quiet, instead, t)
+
+
+@triton.jit
 def centre(m):
     return tl.where(m == NOTHING, 0.0, m)
 
@@ -89,8 +109,9 @@ def centre(m):
 
 
 @triton.jit
-def marks(row, labels, weight, V, ignore_index, unlabeled_index):
-    """(ignored, labelled, y, kd, ce): y is always a valid class; the weights are NaN if the row's input is invalid.
+def marks(row, labels, weight, V, settings):
+    """(ignored, labelled, y, in every term, in those of the label): y is always a valid class; the last two are what
+    the row counts, NaN if its input is invalid.
 
     The host reads no values, so a label that is not a class makes the loss of its row NaN and raises no error.
     """
@@ -101,13 +122,14 @@ def marks(row, labels, weight, V, ignore_index, unlabeled_index):
     ignored = w == 0
     labelled = tl.zeros((), tl.int1)
     if labels is not None:
+        ignore_index, unlabeled_index = special(settings)
         y = tl.load(labels + row)
         ignored = ignored | (y == ignore_index)
         labelled = (y != ignore_index) & (y != unlabeled_index)
     wrong = (labelled & ((y < 0) | (y >= V))) | ((w >= 0) == 0) | (w == float("inf"))
     y = tl.where(labelled & (y >= 0) & (y < V), y, 0)
-    kd, ce = row_weights(ignored, labelled, tl.where(wrong & (ignored == 0), float("nan"), w))
-    return ignored, labelled, y, kd, ce
+    in_rows, in_labelled = row_weights(ignored, labelled, tl.where(wrong & (ignored == 0), float("nan"), w))
+    return ignored, labelled, y, in_rows, in_labelled
 
 
 @triton.jit
@@ -117,20 +139,29 @@ def shared(weight, divisor):
 
 
 @triton.jit
-def per_row_value(row, per_row, scalar, low, high):
-    """Temperature or alpha of a row in f64; NaN if it is out of range."""
-    value = f64(scalar)
-    if per_row is not None:
-        value = tl.load(per_row + row)
-        value = tl.where((value >= low) & (value <= high), value, float("nan"))
-    return value
+def scale_of(row, upstream, step):
+    """The upstream gradient of a row in f64."""
+    by = tl.full((), 1.0, tl.float64)
+    if upstream is not None:
+        by = tl.load(upstream + row * step).to(tl.float64)
+    return by
 
 
-@triton.jit(do_not_specialize=[*SPECIAL, "N"])
-def count(labels, weight, divisors, N, ignore_index, unlabeled_index, BLOCK: tl.constexpr):
-    """Sums of the rows' weights: of the KD term, and of the terms that need a label. One program, in a fixed order."""
-    kd_sum = tl.zeros((BLOCK,), tl.float64)
-    ce_sum = tl.zeros((BLOCK,), tl.float64)
+@triton.jit
+def temperature_of(row, temperatures, temperature):
+    """The temperature of a row in f64; NaN if it is out of range."""
+    tau = f64(temperature)
+    if temperatures is not None:
+        tau = tl.load(temperatures + row)
+        tau = tl.where((tau >= 1e-4) & (tau <= 1e4), tau, float("nan"))
+    return tau
+
+
+@triton.jit(do_not_specialize=["N"])
+def count(labels, weight, divisors, settings, N, BLOCK: tl.constexpr):
+    """Sums of the rows' weights: of all terms, and of those that need a label. One program, in a fixed order."""
+    rows_sum = tl.zeros((BLOCK,), tl.float64)
+    labelled_sum = tl.zeros((BLOCK,), tl.float64)
     lanes = tl.arange(0, BLOCK)
     for start in range(0, N, BLOCK):
         row = start + lanes
@@ -141,11 +172,12 @@ def count(labels, weight, divisors, N, ignore_index, unlabeled_index, BLOCK: tl.
         ignored = (inside == 0) | (w == 0)
         labelled = tl.zeros((BLOCK,), tl.int1)
         if labels is not None:
+            ignore_index, unlabeled_index = special(settings)
             y = tl.load(labels + row, mask=inside, other=0)
             ignored = ignored | (y == ignore_index)
             labelled = (y != ignore_index) & (y != unlabeled_index)
-        kd, ce = row_weights(ignored, labelled, w)
-        kd_sum += kd
-        ce_sum += ce
-    tl.store(divisors, tl.sum(kd_sum, 0))
-    tl.store(divisors + 1, tl.sum(ce_sum, 0))
+        in_rows, in_labelled = row_weights(ignored, labelled, w)
+        rows_sum += in_rows
+        labelled_sum += in_labelled
+    tl.store(divisors, tl.sum(rows_sum, 0))
+    tl.store(divisors + 1, tl.sum(labelled_sum, 0))
