@@ -15,9 +15,9 @@ def student_element(
     """dL/ds_j without the label's share; NaN in a NaN row.                                        [element-student]"""
     student = tl.exp2(ds * base)
     g = student_tau * student - teacher_tau * tl.exp2(dt * base)
-    if ONES & S_ONE:
+    if S_ONE & ONES:
         one = power(student, P) if P > 0 else tl.exp2(ds * LOG2E)
-        if ONES & E_S:
+        if E_S & ONES:
             g += one * (student_one + student_log * (ds - log_z))
         else:
             g += student_one * one

@@ -105,8 +105,8 @@ def projected_rows(
     own, own_end, near_end, wrong_at, wrong_end, wants_top1 = sets_of_row(
         row, y, labelled & (ignored == 0), bounds, near_offsets, near, wrong_offsets, TOP1
     )
-    STUDENT: tl.constexpr = COLUMNS + 1 if ONES & E_S else COLUMNS
-    SUMS: tl.constexpr = S_ONE | Z_ONE | (ONES & E_S) | (E_ONE if FOLD and ENTROPY else 0)
+    STUDENT: tl.constexpr = COLUMNS + 1 if E_S & ONES else COLUMNS
+    SUMS: tl.constexpr = S_ONE | Z_ONE | (E_S & ONES) | (E_ONE if FOLD and ENTROPY else 0)
     OF_SETS: tl.constexpr = Z_ONE | (E_ONE if FOLD else 0)
     at = sums + row * (STUDENT + PROJECTED)
     works = ignored == 0
@@ -241,7 +241,7 @@ def projected_rows(
             a = tl.load(at + 5).to(tl.float64)
             s_one = tl.load(at + 6).to(tl.float64)
             impossible = tl.load(at + 10).to(tl.float64)
-            if ONES & E_S:
+            if E_S & ONES:
                 e_s = tl.load(at + 11).to(tl.float64)
             beta = tl.load(at + STUDENT).to(tl.float64)
             middle = tl.load(at + STUDENT + 1).to(tl.float64)

@@ -56,9 +56,9 @@ def projected_block(
     a += in_thread(excess, BLOCK, WIDTH)
     s_one += in_thread(one_s, BLOCK, WIDTH)
     z_one += in_thread(one_t, BLOCK, WIDTH)
-    if ONES & E_ONE:
+    if E_ONE & ONES:
         e_one += in_thread(x_t, BLOCK, WIDTH)
-    if ONES & E_S:
+    if E_S & ONES:
         e_s += in_thread(x_s, BLOCK, WIDTH)
     impossible = tl.maximum(impossible, tl.max(tl.reshape(holes, (BLOCK // WIDTH, WIDTH)), 1))
     return m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible

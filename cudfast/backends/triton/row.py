@@ -51,15 +51,15 @@ def student_fold(
     z_tau += teacher
     s_tau += student
     a += teacher * excess
-    if ONES & S_ONE:
+    if S_ONE & ONES:
         one = power(student, P) if P > 0 else tl.exp2(ds * LOG2E)
         s_one += one
-        if ONES & E_S:
+        if E_S & ONES:
             e_s += one * tl.where(ds > NOTHING, ds, 0.0)
-    if ONES & Z_ONE:
+    if Z_ONE & ONES:
         one = power(teacher, P) if P > 0 else tl.exp2(dt * LOG2E)
         z_one += one
-        if ONES & E_ONE:
+        if E_ONE & ONES:
             e_one += one * tl.where(dt > NOTHING, dt, 0.0)
     return z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible
 

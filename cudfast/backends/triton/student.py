@@ -123,7 +123,7 @@ def student_pack(
     tl.store(at + 8, t_y)
     tl.store(at + 9, s_y)
     tl.store(at + 10, impossible)
-    if ONES & E_S:
+    if E_S & ONES:
         tl.store(at + 11, e_s)
 
 
@@ -192,7 +192,7 @@ def student_rows(
     k = tl.zeros((), tl.int64)
     at = sums
     if sums is not None:
-        at = sums + row * (COLUMNS + 1 if ONES & E_S else COLUMNS)
+        at = sums + row * (COLUMNS + 1 if E_S & ONES else COLUMNS)
     if ignored == 0:
         if FOLD:
             m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_s, impossible, k = student_fold_columns(
@@ -213,7 +213,7 @@ def student_rows(
             t_y = tl.load(at + 8).to(tl.float64)
             s_y = tl.load(at + 9).to(tl.float64)
             impossible = tl.load(at + 10).to(tl.float64)
-            if ONES & E_S:
+            if E_S & ONES:
                 e_s = tl.load(at + 11).to(tl.float64)
             k = tl.load(top1 + row)
         if FOLD or MERGE:
@@ -286,7 +286,7 @@ def student_parts(
         tl.store(at + 6, z_one)
         tl.store(at + 7, impossible)
         tl.store(at + 8, k.to(tl.float64))  # exact: below 2^53
-        if ONES & E_S:
+        if E_S & ONES:
             tl.store(at + 9, e_s)
 
 
@@ -310,7 +310,7 @@ def student_merge(parts, row, count_of_parts, tau, ONES: tl.constexpr):
         )
         z_2, s_2, a_2, s_one_2, z_one_2, _, e_2 = student_move(
             tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), 0.0,
-            tl.load(at + 9) if ONES & E_S else 0.0, below(other_t, new_t), below(other_s, new_s), base, tau,
+            tl.load(at + 9) if E_S & ONES else 0.0, below(other_t, new_t), below(other_s, new_s), base, tau,
         )  # fmt: skip
         z_tau, s_tau, a, s_one, z_one = z_tau + z_2, s_tau + s_2, a + a_2, s_one + s_one_2, z_one + z_one_2
         e_s += e_2
