@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from ...inspect.machine import Loop, Machine, listings, loop_of, resources
 from . import projected, search, student, teacher
-from .launch import TWO_PROGRAMS, plan
+from .launch import TWO_PROGRAMS, Columns, Given, Matrix, Results, Scales, Sets, plan
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,7 +41,9 @@ class Variant(NamedTuple):
     threads: int = 0  # of a program; 0: those of the plan
 
 
-_TYPES = dict.fromkeys(("s_ptr", "t_ptr", "z_ptr", "g_ptr"), "*logits")
+_GROUPS: dict[str, Any] = dict.fromkeys(("logits", "student", "teacher", "gradient"), Matrix)
+_GROUPS |= {"given": Given, "scales": Scales, "results": Results, "sets": Sets, "columns": Columns}
+_TYPES = {"pointer": "*logits"}
 _TYPES |= dict.fromkeys(("weight", "temperatures", "settings", "coefficients", "divisors", "loss", "parts"), "*fp64")
 _TYPES |= {"labels": "*i64", "top1": "*i64", "sums": "*compute", "upstream": "*compute"}
 _TYPES |= dict.fromkeys(("bounds", "work"), "*fp64")
@@ -90,17 +92,33 @@ def compile(variant: Variant, dtype: str, target: str, classes: int = 32_000) ->
     cut = plan(8192, classes, wide, 132)
     names = variant.kernel.arg_names
     known = {"R": tl.float64 if wide else tl.float32, "BLOCK": cut.block}
-    constants = {name: known[name] for name in names if name in known}
-    constants |= variant.constants | {name: None for name in variant.absent if name in names}
-    signature, attributes = {}, {}
-    for index, name in enumerate(names):
-        given = variant.types.get(name) or variant.kernel.params[index].annotation_type or "i32"
+    constants: dict[Any, object] = {name: known[name] for name in names if name in known}
+    constants |= {name: value for name, value in variant.constants.items() if name in names}
+    attributes = {}
+
+    def of(name: str, path: tuple[int, ...]) -> str:
+        """The type of an argument; its constant or its alignment go into the tables above."""
+        if name in constants:
+            return "constexpr"
+        if name in variant.absent or name == "inner":
+            constants[path] = 1 if name == "inner" else None
+            return "constexpr"
+        annotated = variant.kernel.params[path[0]].annotation_type if len(path) == 1 else ""
+        given = variant.types.get(name) or annotated or "i32"
         given = given.replace("logits", dtype).replace("compute", "fp64" if wide else "fp32")
-        signature[name] = "constexpr" if name in constants else given
-        rows = name in ("V", "padded", "chunk", "n_cols") or name.endswith(("_outer", "_stride"))
-        rows = rows and (classes % 16 == 0 or name == "chunk")
-        if signature[name].startswith("*") or (rows and signature[name] == "i32"):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        rows = name in ("V", "classes", "padded", "outer", "n_cols") or name.endswith("_stride")
+        aligned = (rows and classes % 16 == 0) or name in ("chunk", "stride", "coefficient_step", "step")
+        if given.startswith("*") or (aligned and given == "i32"):
+            attributes[path] = [["tt.divisibility", 16]]
+        return given
+
+    signature: dict[str, Any] = {}
+    for index, name in enumerate(names):
+        group = None if name in variant.types else _GROUPS.get(name)
+        if group is None:
+            signature[name] = of(name, (index,))
+        else:
+            signature[name] = group(*(of(field, (index, i)) for i, field in enumerate(group._fields)))
     source = ASTSource(variant.kernel, signature, constexprs=constants, attrs=attributes)
     warps = max(1, (variant.threads or cut.threads) // TARGETS[target].warp_size)
     options: dict[str, object] = {"num_warps": warps, "enable_fp_fusion": True}

@@ -101,11 +101,67 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return context
 
 
-def layout(logits: Tensor) -> tuple[int, int, int]:
-    """Layout of logits that `dense` has accepted."""
-    found = row_layout(logits)
-    assert found is not None
-    return found
+# Groups of a kernel's arguments. The numbers in them specialise kernels, as all others do: if they are 1 or multiples
+# of 16. The number of rows is none of them.
+
+
+class Matrix(NamedTuple):
+    """Rows of logits, in a layout that `dense` has accepted: see `row_layout`."""
+
+    pointer: Tensor
+    inner: int
+    outer: int
+    stride: int
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Matrix:
+        found = row_layout(logits)
+        assert found is not None
+        inner, outer, stride = found
+        # One stride for all rows, which may be many: the same without their number.
+        return cls(logits, 1, stride, 0) if inner >= row_count(logits) > 1 else cls(logits, inner, outer, stride)
+
+
+class Given(NamedTuple):
+    """What a call gives for its rows, besides their logits, and the numbers of its loss."""
+
+    labels: Tensor | None
+    weight: Tensor | None
+    temperatures: Tensor | None
+    settings: Tensor
+    coefficients: Tensor | None  # of the terms, (T, N) or (T, 1)
+    coefficient_step: int  # from row to row: 1 or 0
+
+
+class Scales(NamedTuple):
+    divisors: Tensor
+    upstream: Tensor | None  # (N,) or ()
+    step: int  # from row to row
+
+
+class Results(NamedTuple):
+    """What kernels read from and write to for every row."""
+
+    loss: Tensor | None
+    sums: Tensor | None
+    top1: Tensor
+    parts: Tensor | None
+
+
+class Sets(NamedTuple):
+    """Bounds of the rows and the classes that they are about. Without near_offsets, N(y) is the label, near[row]."""
+
+    bounds: Tensor
+    near_offsets: Tensor | None
+    near: Tensor
+    wrong_offsets: Tensor | None
+    wrong: Tensor
+
+
+class Columns(NamedTuple):
+    classes: int  # V
+    padded: int  # columns of the gradient
+    chunk: int
 
 
 def scale(gradient: Tensor, upstream: Tensor) -> None:
@@ -114,7 +170,7 @@ def scale(gradient: Tensor, upstream: Tensor) -> None:
     n = row_count(gradient)
     cut = plan(n, columns, wide, processors(gradient.device))
     scale_rows[(n, cut.parts)](
-        gradient, upstream, columns, cut.chunk, *layout(gradient), int(upstream.dim() > 0),
+        Matrix.of(gradient), upstream, columns, cut.chunk, int(upstream.dim() > 0),
         R=tl.float64 if wide else tl.float32, BLOCK=cut.block,
         num_warps=warps(cut, gradient.device), enable_fp_fusion=True,
     )  # fmt: skip
@@ -204,87 +260,69 @@ class Call(NamedTuple):
         rows = self.rows
         merge = parts is not None
         g = rows.logits if gradient is None else gradient
-        programs = 1 if fold or merge else self.plan.parts
-        sums = state.sums if keep else None
+        scales = Scales(state.divisors, upstream, 0 if upstream is None or upstream.dim() == 0 else 1)
+        results = Results(loss, state.sums if keep else None, state.top1, parts)
+        columns = Columns(rows.classes, g.shape[-1], self.plan.chunk)
         flags = {"FOLD": fold, "MERGE": merge, "MAP": gradient is not None, "KINDS": self.options.kinds}
-        shape = (rows.classes, g.shape[-1], self.plan.chunk)
+        programs = 1 if fold or merge else self.plan.parts
+        logits, to = Matrix.of(rows.logits), Matrix.of(g)
         if rows.target is None:
+            self._launch(teacher.teacher_rows, programs, logits, to, self.given, scales, results, columns, **flags)
+        elif rows.constraints is not None:
+            results = results._replace(sums=state.sums)
+            self._projected(to, scales, results, columns, fold, gradient is not None)
+        else:
             self._launch(
-                teacher.teacher_rows, programs,
-                rows.logits, g, *self.inputs, rows.coefficients, state.divisors, upstream, parts, loss, sums,
-                *shape, *layout(rows.logits), *layout(g), *self.steps(upstream), **flags,
+                student.student_rows, programs,
+                logits, Matrix.of(rows.target), to, self.given, scales, results, columns, float(rows.scalar),
+                P=self.power, ONES=self.ones(statistics), CLIP=self.clips, **flags,
             )  # fmt: skip
-            return
-        if rows.constraints is not None:
-            self._projected(state, loss, gradient, upstream, fold)
-            return
-        self._launch(
-            student.student_rows, programs,
-            rows.logits, rows.target, g, *self.inputs_of_target, rows.coefficients, state.divisors, upstream,
-            parts, loss, sums, state.top1, *shape, *layout(rows.logits), *layout(rows.target), *layout(g),
-            *self.steps(upstream), float(rows.scalar), P=self.power, ONES=self.ones(statistics), CLIP=self.clips,
-            **flags,
-        )  # fmt: skip
 
     def _projected(
-        self, state: State, loss: Tensor | None, gradient: Tensor | None, upstream: Tensor | None, fold: bool
+        self, to: Matrix, scales: Scales, results: Results, columns: Columns, fold: bool, writes: bool
     ) -> None:
         """The launches of `sweep` for a target with constraints: one, or more if they bound the entropy."""
-        rows, target = self.rows, self.rows.target
+        rows = self.rows
         assert rows.constraints is not None
-        assert target is not None
-        g = rows.logits if gradient is None else gradient
-        top1, entropy, writes = rows.constraints.top1, rows.constraints.entropy and fold, gradient is not None
+        assert rows.target is not None
+        assert results.sums is not None
+        logits, target = Matrix.of(rows.logits), Matrix.of(rows.target)
+        top1, entropy = rows.constraints.top1, rows.constraints.entropy and fold
         # Larger programs have a processor to themselves.
         registers = TWO_PROGRAMS.get(compiler(rows.logits.device), {}) if self.plan.threads <= 256 else {}
-        sets = self.constraints(state)
+        sets = self.constraints(results.top1)
 
         def launch(fold: bool, again: bool, write: bool) -> None:
             self._launch(
                 projected.projected_rows, 1,
-                rows.logits, target, g, *self.inputs_of_target, rows.coefficients, state.divisors, upstream, loss,
-                state.sums, state.top1, *sets, rows.classes, g.shape[-1], *layout(rows.logits), *layout(target),
-                *layout(g), *self.steps(upstream), float(rows.scalar), P=self.power, ONES=self.ones(False),
-                KINDS=self.options.kinds, TOP1=top1, ENTROPY=entropy, FOLD=fold, AGAIN=again, MAP=write, **registers,
+                logits, target, to, self.given, scales, results, sets, columns, float(rows.scalar),
+                P=self.power, ONES=self.ones(False), KINDS=self.options.kinds, TOP1=top1, ENTROPY=entropy,
+                FOLD=fold, AGAIN=again, MAP=write, **registers,
             )  # fmt: skip
 
         launch(fold, False, writes and not entropy)
         if entropy:
             work = torch.empty(rows.n, search.WORK.value, dtype=torch.float64, device=rows.logits.device)
             self._launch(
-                search.temper_rows, 1,
-                target, *self.inputs, state.sums, state.top1, work, *sets, rows.classes, *layout(target),
-                TOP1=top1, STUDENT=state.sums.shape[1] - search.COLUMNS.value,
+                search.temper_rows, 1, target, self.given, sets, results, work, rows.classes,
+                TOP1=top1, STUDENT=results.sums.shape[1] - search.COLUMNS.value,
             )  # fmt: skip
             launch(False, True, False)
             if writes:
                 launch(False, False, True)
 
-    def constraints(self, state: State) -> tuple[Tensor | None, ...]:
-        """Bounds, and offsets and indices of both sets. Without given sets, N(y) is the label."""
+    def constraints(self, top1: Tensor) -> Sets:
         rows, c = self.rows, self.rows.constraints
         assert c is not None
-        some = state.top1 if rows.labels is None else rows.labels
+        some = top1 if rows.labels is None else rows.labels
         near, wrong = ((None, some) if sets is None else (sets.offsets, sets.indices) for sets in (c.near, c.wrong))
-        return c.bounds, *near, *wrong
+        return Sets(c.bounds, *near, *wrong)
 
     @property
-    def inputs(self) -> tuple[Tensor | None, ...]:
-        """What tells which rows count, and how much."""
-        return self.rows.labels, self.rows.weight, self.settings
-
-    @property
-    def inputs_of_target(self) -> tuple[Tensor | None, ...]:
-        """The same, with the rows' own temperatures."""
-        return self.rows.labels, self.rows.weight, self.rows.temperature, self.settings
-
-    def steps(self, upstream: Tensor | None) -> tuple[int, int]:
-        """From row to row: of the upstream gradient and of the coefficients."""
-        coefficients = self.rows.coefficients
-        return (
-            0 if upstream is None or upstream.dim() == 0 else 1,
-            0 if coefficients is None or coefficients.shape[1] == 1 else 1,
-        )
+    def given(self) -> Given:
+        rows = self.rows
+        step = 0 if rows.coefficients is None or rows.coefficients.shape[1] == 1 else 1
+        return Given(rows.labels, rows.weight, rows.temperature, self.settings, rows.coefficients, step)
 
     @property
     def power(self) -> int:
@@ -308,16 +346,13 @@ class Call(NamedTuple):
         rows, plan = self.rows, self.plan
         width = (teacher if rows.target is None else student).PART.value
         found = torch.empty(rows.n, plan.parts, width, dtype=torch.float64, device=rows.logits.device)
+        logits, columns = Matrix.of(rows.logits), Columns(rows.classes, rows.classes, plan.chunk)
         if rows.target is None:
-            self._launch(
-                teacher.teacher_parts, plan.parts,
-                rows.logits, *self.inputs, found, rows.classes, plan.chunk, *layout(rows.logits),
-            )  # fmt: skip
+            self._launch(teacher.teacher_parts, plan.parts, logits, self.given, found, columns)
         else:
             self._launch(
                 student.student_parts, plan.parts,
-                rows.logits, rows.target, *self.inputs_of_target, found, rows.classes, plan.chunk,
-                *layout(rows.logits), *layout(rows.target), float(rows.scalar),
+                logits, Matrix.of(rows.target), self.given, found, columns, float(rows.scalar),
                 P=self.power, ONES=self.ones(statistics),
             )  # fmt: skip
         return found

@@ -16,22 +16,20 @@ PAIRS = tl.constexpr(not knobs.runtime.interpret)
 
 
 @triton.jit
-def row_start(row, inner, outer, stride):
-    """Offset of row i of (..., V): see `cudfast.rows.layout.row_layout`."""
-    return (row // inner) * outer + (row % inner) * stride
+def row_of(row, logits):
+    """Row i of a `launch.Matrix`: see `cudfast.rows.layout.row_layout`."""
+    return logits.pointer + ((row // logits.inner) * logits.outer + (row % logits.inner) * logits.stride)
 
 
-@triton.jit(do_not_specialize=["inner", "upstream_stride"])
-def scale_rows(
-    g_ptr, upstream, padded, chunk, inner, outer, stride, upstream_stride, R: tl.constexpr, BLOCK: tl.constexpr
-):
+@triton.jit(do_not_specialize=["upstream_step"])
+def scale_rows(gradient, upstream, padded, chunk, upstream_step, R: tl.constexpr, BLOCK: tl.constexpr):
     """A gradient times the upstream gradient. If that is 1, the gradient is not read; 0 remains 0, even times NaN."""
     row = tl.program_id(0).to(tl.int64)
-    by = tl.load(upstream + row * upstream_stride).to(R)
+    by = tl.load(upstream + row * upstream_step).to(R)
     if by != 1:
         begin = tl.program_id(1).to(tl.int64) * chunk
         end = tl.minimum(begin + chunk, padded)
-        g_row = g_ptr + row_start(row, inner, outer, stride)
+        g_row = row_of(row, gradient)
         for start in range(begin, end, BLOCK):
             column = start + tl.arange(0, BLOCK)
             g = tl.load(g_row + column, mask=column < end, other=0.0).to(R)
@@ -109,21 +107,21 @@ def centre(m):
 
 
 @triton.jit
-def marks(row, labels, weight, V, settings):
+def marks(row, given, V):
     """(ignored, labelled, y, in every term, in those of the label): y is always a valid class; the last two are what
     the row counts, NaN if its input is invalid.
 
     The host reads no values, so a label that is not a class makes the loss of its row NaN and raises no error.
     """
     w = tl.full((), 1.0, tl.float64)
-    if weight is not None:
-        w = tl.load(weight + row)
+    if given.weight is not None:
+        w = tl.load(given.weight + row)
     y = tl.zeros((), tl.int64)
     ignored = w == 0
     labelled = tl.zeros((), tl.int1)
-    if labels is not None:
-        ignore_index, unlabeled_index = special(settings)
-        y = tl.load(labels + row)
+    if given.labels is not None:
+        ignore_index, unlabeled_index = special(given.settings)
+        y = tl.load(given.labels + row)
         ignored = ignored | (y == ignore_index)
         labelled = (y != ignore_index) & (y != unlabeled_index)
     wrong = (labelled & ((y < 0) | (y >= V))) | ((w >= 0) == 0) | (w == float("inf"))
@@ -139,20 +137,26 @@ def shared(weight, divisor):
 
 
 @triton.jit
-def scale_of(row, upstream, step):
+def shares_of(in_rows, in_labelled, scales):
+    """What a row counts in the means: see `marks`."""
+    return shared(in_rows, tl.load(scales.divisors)), shared(in_labelled, tl.load(scales.divisors + 1))
+
+
+@triton.jit
+def scale_of(row, scales):
     """The upstream gradient of a row in f64."""
     by = tl.full((), 1.0, tl.float64)
-    if upstream is not None:
-        by = tl.load(upstream + row * step).to(tl.float64)
+    if scales.upstream is not None:
+        by = tl.load(scales.upstream + row * scales.step).to(tl.float64)
     return by
 
 
 @triton.jit
-def temperature_of(row, temperatures, temperature):
+def temperature_of(row, given, temperature):
     """The temperature of a row in f64; NaN if it is out of range."""
     tau = f64(temperature)
-    if temperatures is not None:
-        tau = tl.load(temperatures + row)
+    if given.temperatures is not None:
+        tau = tl.load(given.temperatures + row)
         tau = tl.where((tau >= 1e-4) & (tau <= 1e4), tau, float("nan"))
     return tau
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .element import student_element
-from .pieces import centre, clear, f64, fp64, marks, row_start, scale_of, shared, temperature_of
+from .pieces import centre, clear, f64, fp64, marks, row_of, scale_of, shares_of, temperature_of
 from .rest import projected_fold_columns, projected_map_columns
 from .row import E_ONE, E_S, LOG2E, NOTHING, S_ONE, Z_ONE, below, entropy, log_add, masses, student_move
 from .search import COLUMNS as PROJECTED
@@ -69,12 +69,9 @@ def joined(m_t, z_tau, a, z_one, e_one, impossible, top, s_top, m_s, base, tau):
     return new_t, z_tau + z_2, a + a_2, z_one + one_2, e_one + e_2, tl.maximum(impossible, blocked)
 
 
-@triton.jit(do_not_specialize=["s_inner", "t_inner", "g_inner", "upstream_step", "coefficient_step"])
+@triton.jit
 def projected_rows(
-    s_ptr, t_ptr, g_ptr, labels, weight, temperatures, settings, coefficients, divisors, upstream,
-    loss, sums, top1, bounds, near_offsets, near, wrong_offsets, wrong, V, padded,
-    s_inner, s_outer, s_stride, t_inner, t_outer, t_stride, g_inner, g_outer, g_stride,
-    upstream_step, coefficient_step, temperature: fp64,
+    student, teacher, gradient, given, scales, results, sets, columns, temperature: fp64,
     R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, KINDS: tl.constexpr,
     TOP1: tl.constexpr, ENTROPY: tl.constexpr,
     FOLD: tl.constexpr, AGAIN: tl.constexpr, MAP: tl.constexpr, BLOCK: tl.constexpr,
@@ -86,11 +83,13 @@ def projected_rows(
     read. MAP writes the gradient. N(y) are the columns near[near_offsets[y]:near_offsets[y + 1]], or without offsets
     the label alone, near[row].
     """
+    bounds, near_offsets, near, wrong_offsets, wrong = sets
+    V = columns.classes
     row = tl.program_id(0).to(tl.int64)
-    ignored, labelled, y, in_rows, in_labelled = marks(row, labels, weight, V, settings)
-    s_row = s_ptr + row_start(row, s_inner, s_outer, s_stride)
-    t_row = t_ptr + row_start(row, t_inner, t_outer, t_stride)
-    tau = temperature_of(row, temperatures, temperature)
+    ignored, labelled, y, in_rows, in_labelled = marks(row, given, V)
+    s_row = row_of(row, student)
+    t_row = row_of(row, teacher)
+    tau = temperature_of(row, given, temperature)
     nothing = tl.full((), float("-inf"), tl.float64)
     zero = tl.zeros((), tl.float64)
     m_t, s_k, m_s, t_y, s_y = nothing, nothing, nothing, nothing, nothing
@@ -108,7 +107,7 @@ def projected_rows(
     STUDENT: tl.constexpr = COLUMNS + 1 if E_S & ONES else COLUMNS
     SUMS: tl.constexpr = S_ONE | Z_ONE | (E_S & ONES) | (E_ONE if FOLD and ENTROPY else 0)
     OF_SETS: tl.constexpr = Z_ONE | (E_ONE if FOLD else 0)
-    at = sums + row * (STUDENT + PROJECTED)
+    at = results.sums + row * (STUDENT + PROJECTED)
     works = ignored == 0
     if AGAIN:
         if works:
@@ -116,7 +115,7 @@ def projected_rows(
     if works:
         base = f64(LOG2E) / tau
         if FOLD == False:  # noqa: E712 (a constexpr has no truth in the interpreter's `not`)
-            k = tl.load(top1 + row)
+            k = tl.load(results.top1 + row)
             if wants_top1:
                 if holds(near, own, own_end, k) == 0:
                     alone = k
@@ -129,7 +128,7 @@ def projected_rows(
                 R, FOLD, P, SUMS, BLOCK,
             )  # fmt: skip
             # Read again, so that it needs no register during the sweep.
-            ignored, labelled, y, in_rows, in_labelled = marks(row, labels, weight, V, settings)
+            ignored, labelled, y, in_rows, in_labelled = marks(row, given, V)
             own, own_end, near_end, wrong_at, wrong_end, wants_top1 = sets_of_row(
                 row, y, labelled, bounds, near_offsets, near, wrong_offsets, TOP1
             )
@@ -248,16 +247,16 @@ def projected_rows(
             near_offset = tl.load(at + STUDENT + 2).to(tl.float64)
             wrong_offset = tl.load(at + STUDENT + 3).to(tl.float64)
             rest_offset = tl.load(at + STUDENT + 4).to(tl.float64)
-    ignored, labelled, y, in_rows, in_labelled = marks(row, labels, weight, V, settings)
+    ignored, labelled, y, in_rows, in_labelled = marks(row, given, V)
+    rows_share, labelled_share = shares_of(in_rows, in_labelled, scales)
     loss_of_row, counts, log_z, by_kl, one, log, label = finish(
-        row, shared(in_rows, tl.load(divisors)), shared(in_labelled, tl.load(divisors + 1)),
-        settings, coefficients, coefficient_step,
+        row, rows_share, labelled_share, given,
         forward_kl(m_t, m_s, s_tau, z_tau, a, impossible, tau), m_s, s_one, e_s, s_y, KINDS,
     )  # fmt: skip
     if FOLD or AGAIN:
         if works | FOLD:
             student_pack(at, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, e_s, ONES)
-            tl.store(top1 + row, k)
+            tl.store(results.top1 + row, k)
             tl.store(at + STUDENT, beta)
             tl.store(at + STUDENT + 1, middle)
             tl.store(at + STUDENT + 2, near_offset)
@@ -268,12 +267,12 @@ def projected_rows(
             tl.store(at + STUDENT + 7, calibrated)
             tl.store(at + STUDENT + 8, moved)
             tl.store(at + STUDENT + 9, relaxed)
-            tl.store(loss + row, loss_of_row)
+            tl.store(results.loss + row, loss_of_row)
     if MAP:
-        g_row = g_ptr + row_start(row, g_inner, g_outer, g_stride)
-        by = scale_of(row, upstream, upstream_step)
+        g_row = row_of(row, gradient)
+        by = scale_of(row, scales)
         if ignored | (counts == 0) | (by == 0):
-            clear(g_row, 0, padded, BLOCK)
+            clear(g_row, 0, columns.padded, BLOCK)
         else:
             label = label * by
             student_tau, teacher_tau, student_one, student_log = student_coefficients(
@@ -297,7 +296,7 @@ def projected_rows(
             )
             g_y = tl.where(s_y == NOTHING, g_y, g_y + label)
             projected_map_columns(
-                s_row, t_row, g_row, V, padded, near, own, near_end, wrong, wrong_at, wrong_end, alone, beta,
+                s_row, t_row, g_row, V, columns.padded, near, own, near_end, wrong, wrong_at, wrong_end, alone, beta,
                 near_top, near_offset, wrong_top, wrong_offset, rest_top, rest_offset, m_s, tau,
                 student_tau, teacher_tau, student_one, student_log, log_z, quiet, tl.where(labelled, y, -1),
                 g_y.to(R), R, P, ONES, BLOCK,

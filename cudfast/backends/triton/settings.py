@@ -67,3 +67,9 @@ def settings_of(options: RowOptions, device: torch.device) -> Tensor:
 def special(settings):
     """(ignore_index, unlabeled_index); the first one twice if there is no second."""
     return tl.load(settings).to(tl.int64, bitcast=True), tl.load(settings + 1).to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def clip_of(settings):
+    """(budget, margin)."""
+    return tl.load(settings + 2), tl.load(settings + 3)

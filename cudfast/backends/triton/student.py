@@ -19,9 +19,9 @@ from .pieces import (
     largest_of_both,
     marks,
     replaced,
-    row_start,
+    row_of,
     scale_of,
-    shared,
+    shares_of,
     stored,
     temperature_of,
     unless,
@@ -167,24 +167,24 @@ def student_map_columns(
         clear(g_row, V, padded, BLOCK)
 
 
-@triton.jit(do_not_specialize=["s_inner", "t_inner", "g_inner", "upstream_step", "coefficient_step"])
+@triton.jit
 def student_rows(
-    s_ptr, t_ptr, g_ptr, labels, weight, temperatures, settings, coefficients, divisors, upstream,
-    parts, loss, sums, top1, V, padded, chunk,
-    s_inner, s_outer, s_stride, t_inner, t_outer, t_stride, g_inner, g_outer, g_stride,
-    upstream_step, coefficient_step, temperature: fp64,
+    student, teacher, gradient, given, scales, results, columns, temperature: fp64,
     R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, CLIP: tl.constexpr, KINDS: tl.constexpr,
     FOLD: tl.constexpr, MERGE: tl.constexpr, MAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The columns [chunk i, chunk (i + 1)) of a row, program (row, i). FOLD computes the state, MERGE computes it from
-    parts, otherwise it is read; MAP writes the gradient. With FOLD or MERGE, one program has the whole row."""
+    parts, otherwise it is read; MAP writes the gradient. With FOLD or MERGE, one program has the whole row.
+    Groups of arguments: see launch.py."""
+    sums = results.sums
+    V, padded, chunk = columns
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1).to(tl.int64) * chunk
     end = tl.minimum(begin + chunk, V)
-    ignored, labelled, y, in_rows, in_labelled = marks(row, labels, weight, V, settings)
-    s_row = s_ptr + row_start(row, s_inner, s_outer, s_stride)
-    t_row = t_ptr + row_start(row, t_inner, t_outer, t_stride)
-    tau = temperature_of(row, temperatures, temperature)
+    ignored, labelled, y, in_rows, in_labelled = marks(row, given, V)
+    s_row = row_of(row, student)
+    t_row = row_of(row, teacher)
+    tau = temperature_of(row, given, temperature)
     nothing = tl.full((), float("-inf"), tl.float64)
     zero = tl.zeros((), tl.float64)
     m_t, s_k, m_s, t_y, s_y = nothing, nothing, nothing, nothing, nothing
@@ -200,7 +200,7 @@ def student_rows(
             )
         elif MERGE:
             m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_s, impossible, k = student_merge(
-                parts, row, tl.cdiv(V, chunk), tau, ONES
+                results.parts, row, tl.cdiv(V, chunk), tau, ONES
             )
         else:
             m_t = tl.load(at + 0).to(tl.float64)
@@ -215,7 +215,7 @@ def student_rows(
             impossible = tl.load(at + 10).to(tl.float64)
             if E_S & ONES:
                 e_s = tl.load(at + 11).to(tl.float64)
-            k = tl.load(top1 + row)
+            k = tl.load(results.top1 + row)
         if FOLD or MERGE:
             s_k = tl.load(s_row + k).to(tl.float64)
             if labelled:
@@ -224,19 +224,19 @@ def student_rows(
     if FOLD or MERGE:
         if sums is not None:
             student_pack(at, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, e_s, ONES)
-            tl.store(top1 + row, k)
+            tl.store(results.top1 + row, k)
     divergence, target_z, r, t_k, new_t_y = student_target(
-        m_t, m_s, z_tau, s_tau, a, impossible, s_k, t_y, s_y, labelled, tau, settings, CLIP
+        m_t, m_s, z_tau, s_tau, a, impossible, s_k, t_y, s_y, labelled, tau, given, CLIP
     )
+    rows_share, labelled_share = shares_of(in_rows, in_labelled, scales)
     value, counts, log_z, by_kl, one, log, label = finish(
-        row, shared(in_rows, tl.load(divisors)), shared(in_labelled, tl.load(divisors + 1)),
-        settings, coefficients, coefficient_step, divergence, m_s, s_one, e_s, s_y, KINDS,
-    )  # fmt: skip
+        row, rows_share, labelled_share, given, divergence, m_s, s_one, e_s, s_y, KINDS
+    )
     if FOLD or MERGE:
-        tl.store(loss + row, value)
+        tl.store(results.loss + row, value)
     if MAP:
-        g_row = g_ptr + row_start(row, g_inner, g_outer, g_stride)
-        by = scale_of(row, upstream, upstream_step)
+        g_row = row_of(row, gradient)
+        by = scale_of(row, scales)
         if ignored | (counts == 0) | (by == 0):
             clear(g_row, begin, tl.where(end == V, padded, end), BLOCK)
         else:
@@ -260,22 +260,22 @@ def student_rows(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["s_inner", "t_inner"])
+@triton.jit
 def student_parts(
-    s_ptr, t_ptr, labels, weight, temperatures, settings, parts, V, chunk,
-    s_inner, s_outer, s_stride, t_inner, t_outer, t_stride, temperature: fp64,
+    student, teacher, given, parts, columns, temperature: fp64,
     R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """State of the columns [chunk i, chunk (i + 1)) of a row, program (row, i)."""
+    V = columns.classes
+    chunk = columns.chunk
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1).to(tl.int64) * chunk
-    ignored = marks(row, labels, weight, V, settings)[0]
+    ignored = marks(row, given, V)[0]
     if ignored == 0:
-        tau = temperature_of(row, temperatures, temperature)
+        tau = temperature_of(row, given, temperature)
         m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_s, impossible, k = student_fold_columns(
-            s_ptr + row_start(row, s_inner, s_outer, s_stride), t_ptr + row_start(row, t_inner, t_outer, t_stride),
-            begin, tl.minimum(begin + chunk, V), tau, R, P, ONES, BLOCK,
-        )  # fmt: skip
+            row_of(row, student), row_of(row, teacher), begin, tl.minimum(begin + chunk, V), tau, R, P, ONES, BLOCK
+        )
         at = parts + (row * tl.num_programs(1) + tl.program_id(1)) * PART
         tl.store(at + 0, m_t)
         tl.store(at + 1, m_s)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .element import teacher_element
-from .pieces import centre, clear, marks, replaced, row_start, scale_of, shared, stored
+from .pieces import centre, clear, marks, replaced, row_of, scale_of, shares_of, stored
 from .row import LOG2E, NOTHING, below, teacher_fold, teacher_move
 from .terms import finish
 
@@ -68,19 +68,20 @@ def teacher_map_columns(
         clear(g_row, V, padded, BLOCK)
 
 
-@triton.jit(do_not_specialize=["z_inner", "g_inner", "upstream_step", "coefficient_step"])
+@triton.jit
 def teacher_rows(
-    z_ptr, g_ptr, labels, weight, settings, coefficients, divisors, upstream, parts, loss, sums,
-    V, padded, chunk, z_inner, z_outer, z_stride, g_inner, g_outer, g_stride, upstream_step, coefficient_step,
+    logits, gradient, given, scales, results, columns,
     R: tl.constexpr, KINDS: tl.constexpr, FOLD: tl.constexpr, MERGE: tl.constexpr, MAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The columns [chunk i, chunk (i + 1)) of a row, program (row, i). See `student_rows`."""
+    sums = results.sums
+    V, padded, chunk = columns
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1).to(tl.int64) * chunk
     end = tl.minimum(begin + chunk, V)
-    ignored, labelled, y, in_rows, in_labelled = marks(row, labels, weight, V, settings)
-    z_row = z_ptr + row_start(row, z_inner, z_outer, z_stride)
+    ignored, labelled, y, in_rows, in_labelled = marks(row, given, V)
+    z_row = row_of(row, logits)
     m = tl.full((), float("-inf"), tl.float64)
     z_y = tl.full((), float("-inf"), tl.float64)
     z = tl.zeros((), tl.float64)
@@ -89,7 +90,7 @@ def teacher_rows(
         if FOLD:
             m, z, e = teacher_fold_columns(z_row, begin, end, R, BLOCK)
         elif MERGE:
-            m, z, e = teacher_merge(parts, row, tl.cdiv(V, chunk))
+            m, z, e = teacher_merge(results.parts, row, tl.cdiv(V, chunk))
         else:
             at = sums + row * 4
             m = tl.load(at + 0).to(tl.float64)
@@ -106,15 +107,15 @@ def teacher_rows(
             tl.store(at + 1, z)
             tl.store(at + 2, e)
             tl.store(at + 3, z_y)
+    rows_share, labelled_share = shares_of(in_rows, in_labelled, scales)
     value, counts, log_z, _, one, log, label = finish(
-        row, shared(in_rows, tl.load(divisors)), shared(in_labelled, tl.load(divisors + 1)),
-        settings, coefficients, coefficient_step, tl.zeros((), tl.float64), m, z, e, z_y, KINDS,
-    )  # fmt: skip
+        row, rows_share, labelled_share, given, tl.zeros((), tl.float64), m, z, e, z_y, KINDS
+    )
     if FOLD or MERGE:
-        tl.store(loss + row, value)
+        tl.store(results.loss + row, value)
     if MAP:
-        g_row = g_ptr + row_start(row, g_inner, g_outer, g_stride)
-        by = scale_of(row, upstream, upstream_step)
+        g_row = row_of(row, gradient)
+        by = scale_of(row, scales)
         if ignored | (counts == 0) | (by == 0):
             clear(g_row, begin, tl.where(end == V, padded, end), BLOCK)
         else:
@@ -127,16 +128,16 @@ def teacher_rows(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["z_inner"])
-def teacher_parts(
-    z_ptr, labels, weight, settings, parts, V, chunk, z_inner, z_outer, z_stride, R: tl.constexpr, BLOCK: tl.constexpr
-):
+@triton.jit
+def teacher_parts(logits, given, parts, columns, R: tl.constexpr, BLOCK: tl.constexpr):
     """State of the columns [chunk i, chunk (i + 1)) of a row, program (row, i)."""
+    V = columns.classes
+    chunk = columns.chunk
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1).to(tl.int64) * chunk
-    ignored = marks(row, labels, weight, V, settings)[0]
+    ignored = marks(row, given, V)[0]
     if ignored == 0:
-        z_row = z_ptr + row_start(row, z_inner, z_outer, z_stride)
+        z_row = row_of(row, logits)
         m, z, e = teacher_fold_columns(z_row, begin, tl.minimum(begin + chunk, V), R, BLOCK)
         at = parts + (row * tl.num_programs(1) + tl.program_id(1)) * PART
         tl.store(at + 0, m)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .row import NOTHING, expm1, replace, wclip
-from .settings import HEADER, WIDTH
+from .settings import HEADER, WIDTH, clip_of
 
 FORWARD_KL, CROSS_ENTROPY, FOCAL, ENTROPY, GATED_ENTROPY, Z_LOSS = (tl.constexpr(kind) for kind in range(6))
 
@@ -35,7 +35,7 @@ def forward_kl(m_t, m_s, s_tau, z_tau, a, impossible, tau):
 
 @triton.jit
 def student_target(
-    m_t, m_s, z_tau, s_tau, a, impossible, s_k, t_y, s_y, labelled, tau, settings, CLIP: tl.constexpr
+    m_t, m_s, z_tau, s_tau, a, impossible, s_k, t_y, s_y, labelled, tau, given, CLIP: tl.constexpr
 ):
     """The calibrated target of a row and its divergence: (tau^2 KL, z_tau, r, t_k, t_y)."""
     r = tl.zeros_like(m_t)
@@ -43,7 +43,8 @@ def student_target(
     new_t_y = t_y - m_t
     if CLIP:
         wrong = labelled & (t_y < m_t)
-        r, t_k, new_t_y = wclip(tl.where(wrong, t_y - m_t, 0.0), tl.load(settings + 2), tl.load(settings + 3))
+        budget, margin = clip_of(given.settings)
+        r, t_k, new_t_y = wclip(tl.where(wrong, t_y - m_t, 0.0), budget, margin)
         r = tl.where(wrong, r, 0.0)
         new_t_y = tl.where(r > 0, new_t_y, t_y - m_t)
         z_tau, a, impossible = replace(z_tau, a, impossible, m_t, m_s, s_k, t_y, s_y, r, t_k, new_t_y, tau)
@@ -81,11 +82,12 @@ def gate(log_p, threshold, scale, exponent):
 
 
 @triton.jit
-def coefficient(at, coefficients, step, term, row, share):
+def coefficient(at, given, term, row, share):
     """A term's coefficient times the row's share of the mean: 0 where the row does not count, NaN if not finite."""
     c = tl.load(at)
-    if coefficients is not None:  # (T, N), or (T, 1) with a step of 0
-        c = tl.load(coefficients + term * tl.where(step > 0, tl.num_programs(0), 1) + row * step)
+    if given.coefficients is not None:  # (T, N), or (T, 1) with a step of 0
+        step = given.coefficient_step
+        c = tl.load(given.coefficients + term * tl.where(step > 0, tl.num_programs(0), 1) + row * step)
     c = tl.where(tl.abs(c) < float("inf"), c, float("nan"))
     return tl.where(share != 0, c * share, 0.0)
 
@@ -98,19 +100,18 @@ def weighted(c, x):
 
 @triton.jit
 def total(
-    row, rows_share, labelled_share, settings, coefficients, step, divergence, log_p, entropy, lse,
-    KINDS: tl.constexpr,
-):  # fmt: skip
+    row, rows_share, labelled_share, given, divergence, log_p, entropy, lse, KINDS: tl.constexpr
+):
     """(value, whether any term counts, slopes by KL, log p, entropy and lse) of a row's weighted terms.       [total]"""
     zero = tl.zeros((), tl.float64)
     value, by_kl, by_log_p, by_entropy, by_lse = zero, zero, zero, zero, zero
     counts = tl.zeros((), tl.int1)
     for i in tl.static_range(len(KINDS) - 1, -1, -1):  # the usual lists need fewer registers from their ends
-        at = settings + HEADER + WIDTH * i
+        at = given.settings + HEADER + WIDTH * i
         if (KINDS[i] == CROSS_ENTROPY) | (KINDS[i] == FOCAL) | (KINDS[i] == GATED_ENTROPY):
-            c = coefficient(at, coefficients, step, i, row, labelled_share)
+            c = coefficient(at, given, i, row, labelled_share)
         else:
-            c = coefficient(at, coefficients, step, i, row, rows_share)
+            c = coefficient(at, given, i, row, rows_share)
         counts = counts | (c != 0)
         if KINDS[i] == FORWARD_KL:
             value += weighted(c, divergence)
@@ -138,9 +139,8 @@ def total(
 
 @triton.jit
 def finish(
-    row, rows_share, labelled_share, settings, coefficients, step, divergence, m_s, s_one, e_s, s_y,
-    KINDS: tl.constexpr,
-):  # fmt: skip
+    row, rows_share, labelled_share, given, divergence, m_s, s_one, e_s, s_y, KINDS: tl.constexpr
+):
     """(value, whether any term counts, log_z, by_kl, one, log, label) of a row, with a target or without.
 
     dL/ds_j = by_kl d KL/ds_j + p_j (one + log * log p_j) + label 1[j = y].                                   [finish]
@@ -148,9 +148,8 @@ def finish(
     log_z = tl.log(s_one)
     entropy = log_z - e_s / s_one
     value, counts, by_kl, by_log_p, by_entropy, by_lse = total(
-        row, rows_share, labelled_share, settings, coefficients, step,
-        divergence, (s_y - m_s) - log_z, entropy, m_s + log_z, KINDS,
-    )  # fmt: skip
+        row, rows_share, labelled_share, given, divergence, (s_y - m_s) - log_z, entropy, m_s + log_z, KINDS
+    )
     one = by_lse - by_log_p - tl.where(by_entropy != 0, by_entropy * entropy, 0.0)
     return value, counts, log_z, by_kl, one, -by_entropy, by_log_p
 
