@@ -100,14 +100,14 @@ def compile(variant: Variant, dtype: str, target: str, classes: int = 32_000) ->
         """The type of an argument; its constant or its alignment go into the tables above."""
         if name in constants:
             return "constexpr"
-        if name in variant.absent or name == "inner":
-            constants[path] = 1 if name == "inner" else None
+        if name in variant.absent:
+            constants[path] = None
             return "constexpr"
         annotated = variant.kernel.params[path[0]].annotation_type if len(path) == 1 else ""
         given = variant.types.get(name) or annotated or "i32"
         given = given.replace("logits", dtype).replace("compute", "fp64" if wide else "fp32")
-        rows = name in ("V", "classes", "padded", "outer", "n_cols") or name.endswith("_stride")
-        aligned = (rows and classes % 16 == 0) or name in ("chunk", "stride", "coefficient_step", "step")
+        rows = name in ("V", "classes", "padded", "stride", "n_cols") or name.endswith("_stride")
+        aligned = (rows and classes % 16 == 0) or name in ("outer", "chunk", "coefficient_step", "step")
         if given.startswith("*") or (aligned and given == "i32"):
             attributes[path] = [["tt.divisibility", 16]]
         return given

@@ -105,6 +105,9 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 # of 16. The number of rows is none of them.
 
 
+EVERY = (1 << 31) - 1  # rows that a grid can have; no multiple of 16, which would be another kernel
+
+
 class Matrix(NamedTuple):
     """Rows of logits, in a layout that `dense` has accepted: see `row_layout`."""
 
@@ -118,8 +121,9 @@ class Matrix(NamedTuple):
         found = row_layout(logits)
         assert found is not None
         inner, outer, stride = found
-        # One stride for all rows, which may be many: the same without their number.
-        return cls(logits, 1, stride, 0) if inner >= row_count(logits) > 1 else cls(logits, inner, outer, stride)
+        if inner == 1 or inner >= row_count(logits):  # one stride for all rows, whatever their number
+            return cls(logits, EVERY, 0, outer if inner == 1 else stride)
+        return cls(logits, inner, outer, stride)
 
 
 class Given(NamedTuple):

@@ -208,7 +208,8 @@ def find_temperature(
 
 @triton.jit
 def temper_rows(
-    teacher, given, sets, results, work, V, R: tl.constexpr, TOP1: tl.constexpr, STUDENT: tl.constexpr, BLOCK: tl.constexpr,
+    teacher, given, sets, results, work, V,
+    R: tl.constexpr, TOP1: tl.constexpr, STUDENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The temperatures of rows that `projected.projected_rows` has marked; see there. One row, program (row, 0).
 
