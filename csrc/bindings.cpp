@@ -97,12 +97,34 @@ struct Memory {
 using Numbers = std::vector<double>;
 
 StudentState<double> student(const Numbers& v) {
-  return {v.at(0), v.at(1), v.at(2), v.at(3),  v.at(4),  v.at(5),
-          v.at(6), v.at(7), v.at(8), v.at(9), v.at(10), v.at(11), static_cast<int64_t>(v.at(12))};
+  return {v.at(0),
+          v.at(1),
+          v.at(2),
+          v.at(3),
+          v.at(4),
+          v.at(5),
+          v.at(6),
+          v.at(7),
+          v.at(8),
+          v.at(9),
+          v.at(10),
+          v.at(11),
+          static_cast<int64_t>(v.at(12))};
 }
 Numbers numbers(const StudentState<double>& s) {
-  return {s.m_t,   s.s_k,   s.m_s, s.z_tau, s.s_tau,      s.a,   s.s_one,
-          s.z_one, s.t_y, s.s_y,   s.impossible, s.e_s, static_cast<double>(s.k)};
+  return {s.m_t,
+          s.s_k,
+          s.m_s,
+          s.z_tau,
+          s.s_tau,
+          s.a,
+          s.s_one,
+          s.z_one,
+          s.t_y,
+          s.s_y,
+          s.impossible,
+          s.e_s,
+          static_cast<double>(s.k)};
 }
 TeacherState<double> teacher(const Numbers& v) { return {v.at(0), v.at(1), v.at(2), v.at(3)}; }
 Numbers numbers(const TeacherState<double>& s) { return {s.m_s, s.s_one, s.e_s, s.s_y}; }
@@ -115,8 +137,8 @@ Numbers finished(const State& state, bool labelled, double tau, const Terms& ter
   const Coefficients coefficients{own.empty() ? nullptr : own.data(), 1};
   const RowEnd<double> end = finish(state, labelled, tau, terms, {share_rows, share_labelled}, coefficients, 1.0);
   const RowGradient<double>& c = end.gradient;
-  return {end.value,     end.target.z_tau, end.target.impossible ? 1.0 : 0.0, c.student_tau,
-          c.teacher_tau, c.one,            c.log,                             c.label};
+  return {end.value, end.target.z_tau, end.target.impossible ? 1.0 : 0.0, c.student_tau, c.teacher_tau, c.one,
+          c.log,     c.label};
 }
 
 template <class Sums>
@@ -206,8 +228,8 @@ void define_row(py::module_ row) {
     return Numbers{found.value, by.forward_kl, by.log_p, by.entropy, by.lse};
   });
   row.def("student_element", [](const Numbers& c, double dt, double ds, double inv_tau) {
-    const StudentGradient<double> of{c.at(0), c.at(1), c.at(2) * c.at(4), c.at(3) * c.at(4), c.at(5)};
-    return element<0, Ones::log, true>(of, dt, ds, inv_tau);
+    const StudentLogGradient<double> of{{c.at(0), c.at(1), c.at(2) * c.at(4)}, c.at(3) * c.at(4), c.at(5)};
+    return element<0, true, true>(of, dt, ds, inv_tau);
   });
   row.def("teacher_element", [](const Numbers& c, double x, double inv_z, double log_z) {
     return element(TeacherGradient<double>{c.at(0), c.at(1)}, x, inv_z, log_z);

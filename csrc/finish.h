@@ -74,21 +74,27 @@ CUDFAST_HD inline RowEnd<double> finish_row(const State<double>& state, bool lab
   return finish(state, labelled, tau, terms, shares, own, upstream);
 }
 
+// The gradient of one column without the label's share, in double.
+CUDFAST_HD_INLINED double element_at(const RowEnd<double>& end, double dt, double ds, double inv_tau) {
+  const StudentGradient<double> c{end.gradient.student_tau, end.gradient.teacher_tau, end.student_one};
+  if (end.student_log == 0) return element<0, true, true>(c, dt, ds, inv_tau);
+  return element<0, true, true>(StudentLogGradient<double>{c, end.student_log, end.log_z}, dt, ds, inv_tau);
+}
+
 // The label's column, and the two that the clip changed. The student's logits are those of the state: an in-place
 // gradient has already overwritten the logits.
 CUDFAST_HD inline Fixes fixes(const StudentState<double>& state, const RowEnd<double>& end, int64_t label, double tau) {
   Fixes f;
   if (label < 0) return f;
   const double inv_tau = 1 / tau;
-  const StudentGradient<double> c = student_gradient_of(end, state.s_one);
   const Clip<double>& clip = end.target.clip;
-  const double dt_y = c.teacher_tau == 0 ? 0 : clip.r > 0 ? clip.t_y : state.t_y - state.m_t;
-  const double g_y = element<0, Ones::log, true>(c, dt_y, state.s_y - state.m_s, inv_tau);
+  const double dt_y = end.gradient.teacher_tau == 0 ? 0 : clip.r > 0 ? clip.t_y : state.t_y - state.m_t;
+  const double g_y = element_at(end, dt_y, state.s_y - state.m_s, inv_tau);
   f.column[0] = label;
   f.value[0] = state.s_y == kNothing<double> ? g_y : g_y + end.gradient.label;
   if (clip.r > 0) {
     f.column[1] = state.k;
-    f.value[1] = element<0, Ones::log, true>(c, clip.t_k, state.s_k - state.m_s, inv_tau);
+    f.value[1] = element_at(end, clip.t_k, state.s_k - state.m_s, inv_tau);
   }
   return f;
 }

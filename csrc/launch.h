@@ -43,13 +43,13 @@ struct Constraints {
 
 // One call: N rows of V classes. Vectors are (N,), dense; a null pointer means absent.
 struct Rows {
-  int64_t rows = 0;                 // N
-  int64_t classes = 0;              // V
-  int64_t padded = 0;               // width of the logits' own rows, >= V; the padding gets a zero gradient
-  Matrix logits;                    // (N, V) student, or the only model
-  Matrix target;                    // (N, V) teacher; data null: none
-  const int64_t* labels = nullptr;  // (N,)
-  const double* weight = nullptr;   // (N,)
+  int64_t rows = 0;                      // N
+  int64_t classes = 0;                   // V
+  int64_t padded = 0;                    // width of the logits' own rows, >= V; the padding gets a zero gradient
+  Matrix logits;                         // (N, V) student, or the only model
+  Matrix target;                         // (N, V) teacher; data null: none
+  const int64_t* labels = nullptr;       // (N,)
+  const double* weight = nullptr;        // (N,)
   const double* temperature = nullptr;   // (N,)
   const double* coefficients = nullptr;  // (terms, N), or (terms, 1): replace those of the terms
   bool coefficients_per_row = false;

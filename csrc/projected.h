@@ -119,8 +119,7 @@ CUDFAST_HD inline double label_gradient(const ProjectedState& state, const RowEn
                                         double inv_tau) {
   const double reference = near ? top - state.near : state.m_t - state.rest;
   const double dt = state.t_y == kNothing<double> ? state.t_y : state.seen(state.t_y) - reference;
-  const StudentGradient<double> c = student_gradient_of(end, state.s_one);
-  const double g_y = element<0, Ones::log, true>(c, dt, state.s_y - state.m_s, inv_tau);
+  const double g_y = element_at(end, dt, state.s_y - state.m_s, inv_tau);
   return state.s_y == kNothing<double> ? g_y : g_y + end.gradient.label;
 }
 

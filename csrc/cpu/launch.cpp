@@ -240,7 +240,7 @@ Check row_state(const Rows& rows, const Terms& terms, bool statistics, Divisors 
     run(TeacherLossOfRows{rows, terms, divisors, rows.wide()}, out);
     return {};
   }
-  const StudentLossOfRows loss{rows, terms, divisors, rows.wide(), statistics, out.gradient};
+  const StudentLossOfRows loss{rows, terms, divisors, rows.wide(), needs_of(terms, statistics), out.gradient};
   if (!rows.constraints.bounds) {
     run(loss, out);
     return {};
@@ -253,7 +253,7 @@ Check row_state(const Rows& rows, const Terms& terms, bool statistics, Divisors 
 void row_gradient(const Rows& rows, const Terms& terms, Divisors divisors, Upstream upstream, const Outputs& given) {
   const Outputs from = streamed(rows, given, 4);
   if (!rows.target.data) return run_gradient(TeacherLossOfRows{rows, terms, divisors, rows.wide()}, upstream, from);
-  const StudentLossOfRows loss{rows, terms, divisors, rows.wide(), false, Matrix{}};
+  const StudentLossOfRows loss{rows, terms, divisors, rows.wide(), needs_of(terms, false), Matrix{}};
   if (!rows.constraints.bounds) return run_gradient(loss, upstream, from);
   std::atomic<int64_t> unmet{rows.rows};
   run_gradient(ProjectedLossOfRows(loss, &unmet), upstream, from);

@@ -63,13 +63,12 @@ struct StudentLossOfRows {
   const Terms& terms;
   Divisors divisors;
   bool wide;
-  bool statistics;
+  int needs;        // a mask of Needs
   Matrix gradient;  // data null if the first sweep is not followed by the second
 
   StudentBlock block(int64_t row, int64_t column, int n, Kept kept) const {
     const double tau = rows.temperature_at(row);
     const int power = is_power(tau) ? static_cast<int>(tau) : 0;
-    const int ones = statistics ? kStudentOne | kTeacherOne : terms.labelled || terms.partition ? kStudentOne : 0;
     return {rows.logits.at(row, column),
             rows.target.at(row, column),
             rows.logits.dtype,
@@ -77,7 +76,7 @@ struct StudentLossOfRows {
             wide,
             n,
             power,
-            ones | (terms.entropy ? kStudentEntropy : 0),
+            needs,
             1 / tau,
             kept,
             kept.teacher ? soon(row, column) : nullptr,
@@ -146,9 +145,8 @@ struct StudentLossOfRows {
   bool keeps(int64_t row) const { return is_power(rows.temperature_at(row)); }
 
   static StudentBlockMap map_of(const State& state, const Row& r) {
-    const StudentGradient<double> c = student_gradient_of(r, state.s_one);
-    return {state.m_t,     state.m_s, c.student_tau,       c.teacher_tau, c.student_one,
-            c.student_log, c.log_z,   r.target.impossible, nullptr,       DType::f32};
+    return {state.m_t,     state.m_s, r.gradient.student_tau, r.gradient.teacher_tau, r.student_one,
+            r.student_log, r.log_z,   r.target.impossible};
   }
 
   // part: the block's own state if its exponentials were kept, else null.

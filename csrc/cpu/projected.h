@@ -37,8 +37,8 @@ struct ProjectedLossOfRows {
   Search search = {};
 
   ProjectedLossOfRows(const StudentLossOfRows& of, std::atomic<int64_t>* first_unmet)
-      : base(of), rows(of.rows), wide(of.wide), statistics(of.statistics), unmet(first_unmet) {
-    base.statistics = true;  // the masses are sums at temperature 1
+      : base(of), rows(of.rows), wide(of.wide), statistics((of.needs & kTeacherOne) != 0), unmet(first_unmet) {
+    base.needs |= kStudentOne | kTeacherOne;  // the masses are sums at temperature 1
     for (Set& set : sets) set.wide = wide;
   }
 

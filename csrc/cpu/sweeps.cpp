@@ -215,28 +215,25 @@ struct Constant {
   static constexpr int value = N;
 };
 template <int N, class F>
-void with_power(int power, F f) {
+inline __attribute__((always_inline)) void with_power(int power, F f) {
   if (power == 1) return f(Constant<1>{}, Constant<N>{});
   if (power == 2) return f(Constant<2>{}, Constant<N>{});
   if (power == 4) return f(Constant<4>{}, Constant<N>{});
   return f(Constant<0>{}, Constant<N>{});
 }
+constexpr int kOnes = kStudentOne | kTeacherOne, kEntropies = kStudentEntropy | kTeacherEntropy;
+template <class F>
+__attribute__((noinline)) void with_entropies(int power, int needs, F f) {
+  if ((needs & kEntropies) == kEntropies) return with_power<kOnes | kEntropies>(power, f);
+  if (needs & kStudentEntropy) return with_power<kOnes | kStudentEntropy>(power, f);
+  with_power<kOnes | kTeacherEntropy>(power, f);
+}
 // N is a mask that includes `needs`.
 template <class F>
-void with_needs(int power, int needs, F f) {
-  constexpr int both = kStudentOne | kTeacherOne, entropies = kStudentEntropy | kTeacherEntropy;
-  if ((needs & entropies) == entropies) return with_power<both | entropies>(power, f);
-  if (needs & kStudentEntropy) return with_power<both | kStudentEntropy>(power, f);
-  if (needs & kTeacherEntropy) return with_power<both | kTeacherEntropy>(power, f);
-  if (power > 0 || (needs & kTeacherOne)) return with_power<both>(power, f);
-  return needs == 0 ? f(Constant<0>{}, Constant<0>{}) : f(Constant<0>{}, Constant<kStudentOne>{});
-}
-// N is one of Ones.
-template <class F>
-void with_ones(int power, int needs, bool log, F f) {
-  constexpr int none = static_cast<int>(Ones::none), one = static_cast<int>(Ones::one);
-  if (log) return with_power<static_cast<int>(Ones::log)>(power, f);
-  return power == 0 && needs == 0 ? f(Constant<0>{}, Constant<none>{}) : with_power<one>(power, f);
+inline __attribute__((always_inline)) void with_needs(int power, int needs, F f) {
+  if (needs & kEntropies) return with_entropies(power, needs, f);
+  if (power > 0 || (needs & kTeacherOne)) return with_power<kOnes>(power, f);
+  needs == 0 ? f(Constant<0>{}, Constant<0>{}) : f(Constant<0>{}, Constant<kStudentOne>{});
 }
 
 template <class T>
@@ -314,17 +311,23 @@ inline __attribute__((always_inline)) void map(int n, const Map& m, Body body, T
   }
 }
 
+// Coefficients as lanes: C is StudentGradient or StudentLogGradient.
 template <class F>
-StudentGradient<F> lanes_of(const StudentBlockMap& m) {
-  return {F(m.student_tau), F(m.teacher_tau), F(m.student_one), F(m.student_log), F(m.log_z)};
+void lanes_of(const StudentBlockMap& m, StudentGradient<F>& c) {
+  c = {F(m.student_tau), F(m.teacher_tau), F(m.student_one)};
+}
+template <class F>
+void lanes_of(const StudentBlockMap& m, StudentLogGradient<F>& c) {
+  c = {{F(m.student_tau), F(m.teacher_tau), F(m.student_one)}, F(m.student_log), F(m.log_z)};
 }
 
-template <class T, int P, Ones Form, bool Holes>
+template <template <class> class C, class T, int P, bool One, bool Holes>
 __attribute__((noinline)) void student_map(const StudentBlock& b, const StudentBlockMap& m) {
   using F = Lanes<T>;
   alignas(64) T s_buffer[kBlock], t_buffer[kBlock];
   const Columns<T> s(b.s, b.s_dtype, b.n, s_buffer), t(b.t, b.t_dtype, b.n, t_buffer, b.view);
-  const StudentGradient<F> c = lanes_of<F>(m);
+  C<F> c;
+  lanes_of(m, c);
   const F ms(m.m_s), mt(m.m_t), inv(b.inv_tau);
   // Memory limits this sweep if the row is longer than the cache: prefetch some lines ahead in all three streams.
   constexpr int ahead = 512;
@@ -339,25 +342,26 @@ __attribute__((noinline)) void student_map(const StudentBlock& b, const StudentB
         __builtin_prefetch(next_s + i * s_size);
         __builtin_prefetch(next_t + i * t_size);
         __builtin_prefetch(next_g + i * g_size, 1);
-        return element<P, Form, Holes>(c, F::load(at_t + i) - mt, F::load(at_s + i) - ms, inv);
+        return element<P, One, Holes>(c, F::load(at_t + i) - mt, F::load(at_s + i) - ms, inv);
       },
-      [&] { return element<P, Form, Holes>(c, t.last() - mt, s.last() - ms, inv); });
+      [&] { return element<P, One, Holes>(c, t.last() - mt, s.last() - ms, inv); });
 }
 
 template <class T, int P>
 __attribute__((noinline)) void student_map_kept(const StudentBlock& b, const StudentBlockMap& m) {
   using F = Lanes<T>;
-  const StudentGradient<F> c = lanes_of<F>(m);
+  StudentGradient<F> c;
+  lanes_of(m, c);
   const T* const kept_t = reinterpret_cast<const T*>(b.kept.teacher);
   const T* const kept_s = reinterpret_cast<const T*>(b.kept.student);
   const int whole = b.n / F::count * F::count, rest = b.n - whole;
   map<T>(
       b.n, m,
       [=](int i) __attribute__((always_inline)) {
-        return element<P, false>(c, Exponentials<F>{F::load(kept_t + i), F::load(kept_s + i)}, F(0));
+        return element<P>(c, Exponentials<F>{F::load(kept_t + i), F::load(kept_s + i)}, F(0));
       },
       [&] {
-        return element<P, false>(
+        return element<P>(
             c, Exponentials<F>{load_some(kept_t + whole, rest, T(0)), load_some(kept_s + whole, rest, T(0))}, F(0));
       });
 }
@@ -368,7 +372,8 @@ __attribute__((noinline)) void student_map_kept_log(const StudentBlock& b, const
   using F = Lanes<T>;
   alignas(64) T s_buffer[kBlock];
   const Columns<T> s(b.s, b.s_dtype, b.n, s_buffer);
-  const StudentGradient<F> c = lanes_of<F>(m);
+  StudentLogGradient<F> c;
+  lanes_of(m, c);
   const F ms(m.m_s);
   const T* const kept_t = reinterpret_cast<const T*>(b.kept.teacher);
   const T* const kept_s = reinterpret_cast<const T*>(b.kept.student);
@@ -376,23 +381,32 @@ __attribute__((noinline)) void student_map_kept_log(const StudentBlock& b, const
   map<T>(
       b.n, m,
       [=](int i) __attribute__((always_inline)) {
-        return element<P, true>(c, Exponentials<F>{F::load(kept_t + i), F::load(kept_s + i)}, F::load(at_s + i) - ms);
+        return element<P>(c, Exponentials<F>{F::load(kept_t + i), F::load(kept_s + i)}, F::load(at_s + i) - ms);
       },
       [&] {
         const Exponentials<F> e{load_some(kept_t + s.whole, s.rest, T(0)), load_some(kept_s + s.whole, s.rest, T(0))};
-        return element<P, true>(c, e, s.last() - ms);
+        return element<P>(c, e, s.last() - ms);
       });
 }
 
 template <class T>
 void student_gradient(const StudentBlock& b, const StudentBlockMap& m) {
-  with_ones(b.power, b.needs, m.student_log != 0, [&](auto p, auto form) {
+  with_power<0>(b.power, [&](auto p, auto) {
     constexpr int P = decltype(p)::value;
-    constexpr Ones Form = static_cast<Ones>(decltype(form)::value);
     if constexpr (P > 0) {
-      if (b.kept.teacher) return Form == Ones::log ? student_map_kept_log<T, P>(b, m) : student_map_kept<T, P>(b, m);
+      if (b.kept.teacher) return m.student_log != 0 ? student_map_kept_log<T, P>(b, m) : student_map_kept<T, P>(b, m);
+    } else {
+      if (b.needs == 0) {
+        return m.holes ? student_map<StudentGradient, T, P, false, true>(b, m)
+                       : student_map<StudentGradient, T, P, false, false>(b, m);
+      }
     }
-    m.holes ? student_map<T, P, Form, true>(b, m) : student_map<T, P, Form, false>(b, m);
+    if (m.student_log != 0) {
+      return m.holes ? student_map<StudentLogGradient, T, P, true, true>(b, m)
+                     : student_map<StudentLogGradient, T, P, true, false>(b, m);
+    }
+    m.holes ? student_map<StudentGradient, T, P, true, true>(b, m)
+            : student_map<StudentGradient, T, P, true, false>(b, m);
   });
 }
 

@@ -52,8 +52,8 @@ struct StudentBlockState {
 struct StudentBlockMap {
   double m_t, m_s, student_tau, teacher_tau, student_one, student_log, log_z;
   bool holes;
-  char* g;  // (n,)
-  DType g_dtype;
+  char* g = nullptr;  // (n,)
+  DType g_dtype = DType::f32;
   bool stream = false;  // past the caches
 };
 

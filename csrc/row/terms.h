@@ -33,6 +33,12 @@ CUDFAST_HD inline Evaluated<R> evaluate(const Term& term, const RowValues<R>& at
   }
 }
 
+// The sums of a row with a target, a mask of Needs. statistics: the teacher's at temperature 1, too.
+CUDFAST_HD inline int needs_of(const Terms& terms, bool statistics) {
+  const int one = statistics ? kStudentOne | kTeacherOne : terms.labelled || terms.partition ? kStudentOne : 0;
+  return one | (terms.entropy ? kStudentEntropy : 0);
+}
+
 // ---- Reduction: the weight of a row, before its share of a mean ----                                [row-weights]
 
 template <class R>
@@ -80,9 +86,9 @@ struct Distilled {
 };
 
 template <class R>
-CUDFAST_HD inline Distilled<R> distil(const StudentState<R>& state, bool labelled, R tau, const Terms& terms) {
-  Distilled<R> found;
-  if (!terms.distils) return found;
+CUDFAST_HD inline void distil(const StudentState<R>& state, bool labelled, R tau, const Terms& terms,
+                              Distilled<R>& found) {
+  if (!terms.distils) return;
   const bool wrong = labelled && terms.clip && state.t_y < state.m_t;  // equal logits: no mass would move
   if (wrong) found.clip = wclip(state.t_y - state.m_t, R(terms.budget), R(terms.margin));
   const TargetSums<R> target = replace(state, found.clip, 1 / tau);
@@ -90,12 +96,9 @@ CUDFAST_HD inline Distilled<R> distil(const StudentState<R>& state, bool labelle
   found.s_tau = state.s_tau;
   found.z_tau = target.z_tau;
   found.impossible = target.impossible > 0;
-  return found;
 }
 template <class R>
-CUDFAST_HD inline Distilled<R> distil(const TeacherState<R>&, bool, R, const Terms&) {
-  return {};
-}
+CUDFAST_HD inline void distil(const TeacherState<R>&, bool, R, const Terms&, Distilled<R>&) {}
 
 // ---- The total ----
 
@@ -118,8 +121,8 @@ CUDFAST_HD inline Total<R> total(const Terms& terms, const RowValues<R>& at, boo
     const R c = R(own.of(terms, t)) * (by_label ? shares.labelled : shares.rows);
     if (c == 0) continue;
     const Evaluated<R> found = evaluate(term, at);
-    sum.value += c * found.value;
     const R up = c * upstream;
+    sum.value += c * found.value;
     if (up == 0) continue;
     sum.counts = true;
     sum.slopes.forward_kl += up * found.slopes.forward_kl;
@@ -146,8 +149,9 @@ template <class R>
 CUDFAST_HD inline RowGradient<R> coefficients(const Slopes<R>& by, const Distilled<R>& target, R entropy, R tau) {
   RowGradient<R> c;
   if (by.forward_kl != 0) {
-    c.student_tau = by.forward_kl * tau / target.s_tau;
-    c.teacher_tau = by.forward_kl * tau / target.z_tau;
+    const R scaled = by.forward_kl * tau;
+    c.student_tau = scaled / target.s_tau;
+    c.teacher_tau = scaled / target.z_tau;
   }
   c.one = by.lse - by.log_p;
   if (by.entropy != 0) c.one -= by.entropy * entropy;
@@ -163,6 +167,7 @@ struct RowEnd {
   R log_z = 0;  // log s_one; 0 if no term needs it
   Distilled<R> target;
   RowGradient<R> gradient;
+  R student_one = 0, student_log = 0;  // gradient.one and gradient.log over s_one, which a map with a target takes
 };
 
 // State: StudentState for a row with a target, TeacherState for one without.
@@ -171,7 +176,7 @@ CUDFAST_HD inline RowEnd<R> finish(const State<R>& state, bool labelled, R tau, 
                                    RowWeights<R> shares, const Coefficients& own, R upstream) {
   RowEnd<R> end;
   RowValues<R> at;
-  end.target = distil(state, labelled, tau, terms);
+  distil(state, labelled, tau, terms, end.target);
   at.forward_kl = end.target.forward_kl;
   if (terms.partition || (terms.labelled && labelled)) {
     end.log_z = log(state.s_one);
@@ -183,6 +188,8 @@ CUDFAST_HD inline RowEnd<R> finish(const State<R>& state, bool labelled, R tau, 
   end.counts = sum.counts;
   end.value = sum.value;
   end.gradient = coefficients(sum.slopes, end.target, at.entropy, tau);
+  if (end.gradient.one != 0) end.student_one = end.gradient.one / state.s_one;
+  if (end.gradient.log != 0) end.student_log = end.gradient.log / state.s_one;
   return end;
 }
 

@@ -64,7 +64,8 @@ struct Curve {
 
 // Whether a term counts in rows with a label only.
 CUDFAST_HD inline bool needs_label(int kind) {
-  return kind == kCrossEntropy || kind == kFocal || kind == kGatedEntropy;
+  constexpr int kinds = 1 << kCrossEntropy | 1 << kFocal | 1 << kGatedEntropy;
+  return (kinds >> kind & 1) != 0;
 }
 
 // `count` is at most kMaxTerms.
