@@ -6,11 +6,13 @@ from . import functional
 from ._version import __version__
 from .autograd.memory import empty_cache
 from .classes.sets import ClassSets
+from .composed import Loss
 from .linear import FusedLinearCUDLoss, FusedLinearDUSLoss
 from .losses import CUDLoss, DUSLoss
 from .options import CUDOptions, DUSOptions, LinearOptions, WClip
 from .targets.calibration import calibrate
 from .targets.projection import Projection
+from .terms import CrossEntropy, Entropy, Focal, ForwardKL, Gate
 
 # Objects pickled by 0.1.0 name the modules in which their classes were then.
 sys.modules["cudfast.sets"] = sys.modules["cudfast.classes.sets"]
@@ -20,11 +22,17 @@ __all__ = [
     "CUDLoss",
     "CUDOptions",
     "ClassSets",
+    "CrossEntropy",
     "DUSLoss",
     "DUSOptions",
+    "Entropy",
+    "Focal",
+    "ForwardKL",
     "FusedLinearCUDLoss",
     "FusedLinearDUSLoss",
+    "Gate",
     "LinearOptions",
+    "Loss",
     "Projection",
     "WClip",
     "__version__",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, overload
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 from .autograd.node import evaluate
 from .distributed.dtensors import localized
 from .distributed.group import telling
-from .options import CUDOptions, DUSOptions, cross_entropy
-from .rows.call import Call, Rows
+from .options import CUDOptions, DUSOptions, RowOptions
+from .rows.call import Call, Rows, State
 from .rows.checks import (
     alpha_of,
+    check_alpha,
     check_call,
     classes_of,
+    coefficients_of,
     constraints_of,
     labels_of,
     logits_of,
@@ -25,7 +28,14 @@ from .rows.checks import (
 )
 from .rows.shard import Shard
 from .rows.tensors import is_dtensor
-from .statistics import StudentStatistics, TeacherStatistics, student_statistics, teacher_statistics
+from .statistics import (
+    RowStatistics,
+    StudentStatistics,
+    TeacherStatistics,
+    row_statistics,
+    student_statistics,
+    teacher_statistics,
+)
 from .targets.projection import Projection
 
 
@@ -121,6 +131,47 @@ def cud_loss(
     """
     if not isinstance(options, CUDOptions):
         raise TypeError(f"options: expected CUDOptions, got {type(options).__name__}")
+    plain = options.kd_weight == 0 and not return_stats  # cross-entropy needs one matrix and one exponential
+    needed = "" if plain else "unless kd_weight=0 and return_stats=False"
+    loss, rows, state, _ = _distilled(
+        student_logits,
+        teacher_logits,
+        labels,
+        options.alone if plain else options.rows,
+        needed,
+        weight=weight,
+        temperature=temperature,
+        num_items=num_items,
+        statistics=return_stats,
+        grad_out=grad_out,
+        shard=shard,
+    )
+    if not return_stats:
+        return loss
+    assert state is not None
+    return loss, student_statistics(rows, options.rows, state)
+
+
+def _distilled(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    options: RowOptions,
+    needed: str,
+    *,
+    weight: Tensor | None,
+    temperature: float | Tensor | None,
+    num_items: float | Tensor | None,
+    statistics: bool,
+    grad_out: Tensor | None,
+    shard: Shard | None,
+    term_weights: Mapping[str, float | Tensor] | None = None,
+    alpha: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, Rows, State | None, Mapping[str, Tensor]]:
+    """The loss of the options' terms, its rows, their states if statistics are needed, and the rows' focal scales.
+
+    needed: when the teacher may be left out, in words for an error; "": a teacher is checked, but not read.
+    """
     if is_dtensor(student_logits):
         logits, vectors, shard = localized(
             {"student_logits": student_logits, "teacher_logits": teacher_logits}, (labels, weight, temperature), shard
@@ -128,55 +179,133 @@ def cud_loss(
         (student_logits, teacher_logits), (labels, weight, temperature) = logits, vectors
     with telling(shard):
         student = logits_of(student_logits, "student_logits", empty=shard is not None)
-        teacher = None
-        if teacher_logits is not None:
-            teacher = logits_of(teacher_logits, "teacher_logits", empty=shard is not None)
-            if teacher.requires_grad and torch.is_grad_enabled():
-                raise ValueError(
-                    "teacher_logits requires grad, and no gradient flows to the teacher: run the teacher under "
-                    "torch.no_grad(), or pass teacher_logits.detach()"
-                )
-            if teacher.shape != student.shape and teacher.shape[:-1] != student.shape[:-1]:
-                raise ValueError(
-                    f"student_logits has shape {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)}: "
-                    "expected the same leading shape"
-                )
-            if teacher.device != student.device:
-                raise ValueError(
-                    f"student_logits is on {student.device} and teacher_logits on {teacher.device}: move them to one "
-                    "device"
-                )
-        elif options.kd_weight > 0 or return_stats:
-            raise TypeError(
-                "teacher_logits is None: expected logits (..., V), unless kd_weight=0 and return_stats=False"
-            )
+        teacher = None if teacher_logits is None else _teacher_of(teacher_logits, student, shard)
+        if teacher is None and needed:
+            raise TypeError(f"teacher_logits is None: expected logits (..., V), {needed}")
         classes = classes_of(student, teacher, options.num_classes, ("student_logits", "teacher_logits"), shard)
         flat_labels = labels_of(labels, student, "student_logits")
-        flat_weight = weight_of(weight, student, "student_logits") if weight is not None else None
-        items = num_items_of(num_items) if num_items is not None else None
         scalar, per_row = temperature_of(temperature, options.temperature, student, "student_logits")
-        if options.kd_weight == 0 and not return_stats:  # plain cross-entropy needs one matrix and one exponential
-            rows = Rows(student, None, flat_labels, flat_weight, None, 1.0, items, classes)
-            # Options made within a compiled graph cannot be constants of it: the op makes them.
-            call = Call(options if torch.compiler.is_compiling() else cross_entropy(options), False, grad_out, shard)
-        else:
-            constraints = None
-            if isinstance(options.calibration, Projection) and flat_labels is not None:
-                in_all = classes
-                if shard is not None and (sets := options.calibration.sets):
-                    in_all = sets[0].num_classes
-                    shard = shard.of_all(in_all)
-                constraints = constraints_of(options.calibration, student, in_all, "student_logits")
-            rows = Rows(student, teacher, flat_labels, flat_weight, per_row, scalar, items, classes, constraints)
-            call = Call(options, return_stats, grad_out, shard)
+        constraints = None
+        if isinstance(options.calibration, Projection) and flat_labels is not None:
+            in_all = classes
+            if shard is not None and (sets := options.calibration.sets):
+                in_all = sets[0].num_classes
+                shard = shard.of_all(in_all)
+            constraints = constraints_of(options.calibration, student, in_all, "student_logits")
+        scales = {}
+        for name, values in (alpha or {}).items():
+            none = torch.full(student.shape[:-1], -1, device=student.device).reshape(-1)
+            scales[name], shard = alpha_of(values, none if flat_labels is None else flat_labels, classes, shard)
+            check_alpha(scales[name], student)
+        rows = Rows(
+            student,
+            teacher if needed else None,
+            flat_labels,
+            weight_of(weight, student, "student_logits") if weight is not None else None,
+            per_row if needed else None,
+            coefficients_of(options.terms, term_weights, scales, student, "student_logits"),
+            scalar if needed else 1.0,
+            num_items_of(num_items) if num_items is not None else None,
+            classes,
+            constraints,
+        )
+        call = Call(options, statistics, grad_out, shard)
         check_call(rows, "student_logits", call)
     loss, state = evaluate(rows, call)
     if options.reduction == "none":
         loss = loss.reshape(student.shape[:-1])
+    return loss, rows, state, scales
+
+
+def _teacher_of(teacher_logits: Tensor, student: Tensor, shard: Shard | None) -> Tensor:
+    if isinstance(teacher_logits, Tensor) and not (teacher_logits.is_floating_point() or teacher_logits.is_complex()):
+        raise TypeError(
+            f"teacher_logits has dtype {teacher_logits.dtype}: expected floating point logits (..., V); class indices "
+            "are labels: pass labels="
+        )
+    teacher = logits_of(teacher_logits, "teacher_logits", empty=shard is not None)
+    if teacher.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "teacher_logits requires grad, and no gradient flows to the teacher: run the teacher under "
+            "torch.no_grad(), or pass teacher_logits.detach()"
+        )
+    if teacher.shape != student.shape and teacher.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"student_logits has shape {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)}: "
+            "expected the same leading shape"
+        )
+    if teacher.device != student.device:
+        raise ValueError(
+            f"student_logits is on {student.device} and teacher_logits on {teacher.device}: move them to one device"
+        )
+    return teacher
+
+
+def composed_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    options: RowOptions,
+    *,
+    weight: Tensor | None = None,
+    temperature: float | Tensor | None = None,
+    term_weights: Mapping[str, float | Tensor] | None = None,
+    alpha: Mapping[str, Tensor] | None = None,
+    num_items: float | Tensor | None = None,
+    return_stats: bool = False,
+    grad_out: Tensor | None = None,
+    shard: Shard | None = None,
+) -> Tensor | tuple[Tensor, RowStatistics]:
+    """The loss of a sum of terms. See `cudfast.Loss`, whose `options` these are.
+
+    Args:
+        student_logits: (..., V), as in `cud_loss`.
+        teacher_logits: (..., V), as in `cud_loss`; may be None if no term distils.
+        labels: (...), as in `cud_loss`; None: every row is unlabelled.
+        options: `Loss(...).options`.
+        weight: (...) one weight per row, as in `cud_loss`.
+        temperature: of the distillation terms, as in `cud_loss`.
+        term_weights: names of terms to factors of their coefficients: a number, or a tensor () or (...).
+        alpha: names of focal terms to their scales per class (V,), > 0.
+        num_items: replaces every divisor of reduction="mean", as in `cud_loss`.
+        return_stats: also return `RowStatistics`.
+        grad_out: (..., V) memory for the gradient.
+        shard: as in `cud_loss`.
+
+    Returns:
+        The loss: () or, for reduction="none", (...), as `cud_loss`. With return_stats, a pair.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `cud_loss`.
+
+    Example:
+        >>> from cudfast import CrossEntropy, Loss
+        >>> composed_loss(torch.zeros(2, 4), None, torch.tensor([0, 1]), Loss(CrossEntropy()).options).item()
+        1.3862943649291992
+    """
+    if not isinstance(options, RowOptions):
+        raise TypeError(f"options: expected Loss(...).options, got {type(options).__name__}")
+    if labels is None and not options.whole:
+        raise TypeError("labels is None: every term of this loss needs a label")
+    loss, rows, state, scales = _distilled(
+        student_logits,
+        teacher_logits,
+        labels,
+        options,
+        "unless no term distils" if options.distils else "",
+        weight=weight,
+        temperature=temperature,
+        num_items=num_items,
+        statistics=return_stats,
+        grad_out=grad_out,
+        shard=shard,
+        term_weights=term_weights,
+        alpha=alpha,
+    )
     if not return_stats:
         return loss
     assert state is not None
-    return loss, student_statistics(rows, options, state)
+    return loss, row_statistics(rows, options, state, scales)
 
 
 @overload
@@ -269,18 +398,22 @@ def dus_loss(
         classes = classes_of(logits, None, options.num_classes, ("logits", ""), shard)
         flat_labels = labels_of(labels, logits, "logits")
         assert flat_labels is not None
-        per_row, shard = alpha_of(alpha, flat_labels, classes, shard)
+        scales = {}
+        if alpha is not None and options.focal_weight > 0:
+            scales["focal"], shard = alpha_of(alpha, flat_labels, classes, shard)
+            check_alpha(scales["focal"], logits)
         rows = Rows(
             logits,
             None,
             flat_labels,
             weight_of(weight, logits, "logits"),
-            per_row,
-            options.alpha,
+            None,
+            coefficients_of(options.rows.terms, None, scales, logits, "logits"),
+            1.0,
             num_items_of(num_items),
             classes,
         )
-        call = Call(options, return_stats, grad_out, shard)
+        call = Call(options.rows, return_stats, grad_out, shard)
         check_call(rows, "logits", call)
     loss, state = evaluate(rows, call)
     if options.reduction == "none":
@@ -288,4 +421,4 @@ def dus_loss(
     if not return_stats:
         return loss
     assert state is not None
-    return loss, teacher_statistics(rows, options, state)
+    return loss, teacher_statistics(rows, options.rows, state)

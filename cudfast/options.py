@@ -7,66 +7,20 @@ of the call; a value that defines the loss is a field here.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-import numpy as np
 import torch
 
+from .rows.fields import TEMPERATURES, choice, flag, integer, number
 from .targets.projection import Projection
+from .terms import TERMS, CrossEntropy, Entropy, Focal, ForwardKL, Gate, Term, Weighted
 
 Reduction = Literal["none", "sum", "mean"]
 Save = Literal["auto", "state", "gradient"]
 BackendName = Literal["auto", "reference", "native", "triton", "cuda"]
-
-NUMBERS = (int, float, np.integer, np.floating)
-
-# Temperatures outside give practically the loss at the ends, and e^(x / tau) or tau^2 would leave the range of f32.
-TEMPERATURES = (1e-4, 1e4)
-
-
-def _number(owner: object, name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    """Checks that a field is a finite number in [low, high], or (low, high] with open_low."""
-    value = getattr(owner, name)
-    kind = type(owner).__name__
-    if isinstance(value, bool) or not isinstance(value, NUMBERS):
-        raise TypeError(f"{kind}({name}=...): expected a number, got {type(value).__name__}")
-    inside = math.isfinite(value) and value <= high and (value > low if open_low else value >= low)
-    if not inside:
-        left = "(" if open_low else "["
-        right = f"{high:g}]" if math.isfinite(high) else "inf)"
-        hint = "; for cross-entropy alone, pass kd_weight=0" if name == "temperature" and value == 0 else ""
-        raise ValueError(f"{kind}({name}={value}): expected a finite number in {left}{low:g}, {right}{hint}")
-    if not isinstance(value, (int, float)):  # numpy's numbers, which JSON cannot represent
-        object.__setattr__(owner, name, float(value))
-
-
-def _choice(owner: object, name: str, allowed: tuple[str, ...]) -> None:
-    value = getattr(owner, name)
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"{type(owner).__name__}({name}={value!r}): expected one of {', '.join(map(repr, allowed))}{hint}"
-        )
-
-
-def _integer(owner: object, name: str) -> None:
-    value = getattr(owner, name)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{type(owner).__name__}({name}=...): expected an int, got {type(value).__name__}")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{type(owner).__name__}({name}={value}): expected an int of 64 bits, as labels are")
-
-
-def _flag(owner: object, name: str) -> None:
-    value = getattr(owner, name)
-    if not isinstance(value, bool):
-        raise TypeError(f"{type(owner).__name__}({name}=...): expected a bool, got {type(value).__name__}")
 
 
 @dataclass(frozen=True)
@@ -92,10 +46,10 @@ class WClip:
     margin: float = 0.7
 
     def __post_init__(self) -> None:
-        _number(self, "budget", 0, 1)
+        number(self, "budget", 0, 1)
         if self.budget == 1:
             raise ValueError("WClip(budget=1): expected a finite number in [0, 1): the top-1 keeps some of its mass")
-        _number(self, "margin", 0, 1, open_low=True)
+        number(self, "margin", 0, 1, open_low=True)
 
 
 class _Text:
@@ -113,6 +67,10 @@ class _Text:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         text = json.dumps({"kind": type(self).__name__, **fields}, default=_plain)
         object.__setattr__(self, "text", text)
+        self._derive()
+
+    def _derive(self) -> None:
+        """Sets the attributes that follow from the fields."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -123,6 +81,12 @@ def _plain(field: object) -> object:
     """The JSON form of a field's value that JSON cannot represent."""
     if isinstance(field, WClip):
         return dataclasses.asdict(field)
+    if isinstance(field, Term):
+        return {"type": type(field).__name__, **{f.name: getattr(field, f.name) for f in dataclasses.fields(field)}}
+    if isinstance(field, Gate):
+        return dataclasses.asdict(field)
+    if isinstance(field, torch.Tensor):  # alpha per class, which is part of a call's coefficients
+        return 1.0
     return None if isinstance(field, Projection) else str(field)
 
 
@@ -158,23 +122,69 @@ class LossOptions(_Text):
     def __post_init__(self) -> None:
         if str(self.reduction) == "batchmean":
             object.__setattr__(self, "reduction", "mean")
-        _choice(self, "reduction", get_args(Reduction))
-        _choice(self, "save", get_args(Save))
-        _choice(self, "backend", get_args(BackendName))
-        _integer(self, "ignore_index")
+        choice(self, "reduction", get_args(Reduction))
+        choice(self, "save", get_args(Save))
+        choice(self, "backend", get_args(BackendName))
+        integer(self, "ignore_index")
         if self.unlabeled_index is not None:
-            _integer(self, "unlabeled_index")
+            integer(self, "unlabeled_index")
             if self.unlabeled_index == self.ignore_index:
                 raise ValueError(
                     f"unlabeled_index and ignore_index are both {self.ignore_index}: expected two different values; "
                     "pass unlabeled_index=None where no label means that a row has none"
                 )
         if self.num_classes is not None:
-            _integer(self, "num_classes")
+            integer(self, "num_classes")
             if self.num_classes < 1:
                 raise ValueError(f"num_classes={self.num_classes}: expected at least 1, or None for every column")
-        _flag(self, "inplace")
-        _flag(self, "check_finite")
+        flag(self, "inplace")
+        flag(self, "check_finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions(LossOptions):
+    """What a backend is given: the terms of a loss, and how its rows are treated.
+
+    Args:
+        terms: at most 8 terms, each with its name and its coefficient.
+        temperature: tau of the distillation terms.
+        calibration: `WClip`, `Projection` or None.
+
+    Other fields: see `LossOptions`.
+
+    Example:
+        >>> CUDOptions().rows.kinds
+        (0, 1)
+    """
+
+    terms: tuple[Weighted, ...]
+    temperature: float = 1.0
+    calibration: WClip | Projection | None = None
+
+    kinds: ClassVar[tuple[int, ...]]
+    coefficients: ClassVar[tuple[float, ...]]
+    distils: ClassVar[bool]  # some term needs a teacher
+    entropy: ClassVar[bool]  # some term reads the entropy
+    whole: ClassVar[bool]  # some term counts in rows without a label
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._write()
+
+    def _derive(self) -> None:
+        of = [weighted.term for weighted in self.terms]
+        object.__setattr__(self, "kinds", tuple(term.kind for term in of))
+        object.__setattr__(self, "coefficients", tuple(weighted.coefficient for weighted in self.terms))
+        object.__setattr__(self, "distils", any(term.distils for term in of))
+        object.__setattr__(self, "entropy", any(term.reads_entropy for term in of))
+        object.__setattr__(self, "whole", any(not term.needs_label for term in of))
+
+
+def _with_terms(options: LossOptions, *terms: tuple[float, Term], **fields: Any) -> RowOptions:
+    """Options of rows with the terms whose coefficient is not 0."""
+    shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(LossOptions)}
+    weighted = tuple(Weighted(term.name or term.label, c, term) for c, term in terms if c != 0)
+    return RowOptions(terms=weighted, **shared, **fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,16 +215,26 @@ class CUDOptions(LossOptions):
     calibration: WClip | Projection | None = WClip()
     unlabeled_index: int | None = -1
 
+    rows: ClassVar[RowOptions]
+    alone: ClassVar[RowOptions]  # without a teacher: cross-entropy
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        _number(self, "temperature", *TEMPERATURES)
-        _number(self, "kd_weight", 0)
-        _number(self, "ce_weight", 0)
+        number(self, "temperature", *TEMPERATURES)
+        number(self, "kd_weight", 0)
+        number(self, "ce_weight", 0)
         if not (self.calibration is None or isinstance(self.calibration, (WClip, Projection))):
             raise TypeError(
                 f"calibration={self.calibration!r}: expected WClip(budget, margin), Projection(...) or None"
             )
         self._write()
+
+    def _derive(self) -> None:
+        ce = (self.ce_weight, CrossEntropy())
+        kd = (self.kd_weight, ForwardKL(self.temperature))
+        rows = _with_terms(self, kd, ce, temperature=self.temperature, calibration=self.calibration)
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "alone", _with_terms(self, ce))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,14 +276,26 @@ class DUSOptions(LossOptions):
     gate_power: float = 1.0
     differentiate_gate: bool = False
 
+    rows: ClassVar[RowOptions]
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("ce_weight", "focal_weight", "entropy_weight", "gamma", "gate_scale", "gate_power"):
-            _number(self, name, 0)
-        _number(self, "alpha", 0, open_low=True)
-        _number(self, "gate_threshold", 0, 1)
-        _flag(self, "differentiate_gate")
+            number(self, name, 0)
+        number(self, "alpha", 0, open_low=True)
+        number(self, "gate_threshold", 0, 1)
+        flag(self, "differentiate_gate")
         self._write()
+
+    def _derive(self) -> None:
+        gate = Gate(self.gate_threshold, self.gate_scale, self.gate_power, self.differentiate_gate)
+        rows = _with_terms(
+            self,
+            (self.ce_weight, CrossEntropy()),
+            (self.focal_weight, Focal(self.gamma, self.alpha)),
+            (-self.entropy_weight, Entropy(gate)),
+        )
+        object.__setattr__(self, "rows", rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,37 +330,20 @@ class LinearOptions(_Text):
 
     def __post_init__(self) -> None:
         if self.memory_budget != "auto":
-            _integer(self, "memory_budget")
+            integer(self, "memory_budget")
             if self.memory_budget < 1:
                 raise ValueError(f"memory_budget={self.memory_budget}: expected a number of bytes >= 1, or 'auto'")
         if not isinstance(self.accumulate_dtype, torch.dtype) or not self.accumulate_dtype.is_floating_point:
             raise TypeError(f"accumulate_dtype={self.accumulate_dtype!r}: expected a floating point torch.dtype")
         for name in ("scale", "softcap", "teacher_scale", "teacher_softcap"):
             if getattr(self, name) is not None:
-                _number(self, name, 0, open_low=True)
+                number(self, name, 0, open_low=True)
         self._write()
 
     @property
     def bytes(self) -> int:
         """The memory budget in bytes."""
         return 256 << 20 if self.memory_budget == "auto" else self.memory_budget
-
-
-@functools.lru_cache(maxsize=64)
-def cross_entropy(options: CUDOptions) -> DUSOptions:
-    """Options of the teacher loss that equals the student loss at kd_weight=0: cross-entropy only."""
-    return DUSOptions(
-        ce_weight=options.ce_weight,
-        focal_weight=0.0,
-        entropy_weight=0.0,
-        ignore_index=options.ignore_index,
-        unlabeled_index=options.unlabeled_index,
-        reduction=options.reduction,
-        save=options.save,
-        inplace=options.inplace,
-        backend=options.backend,
-        check_finite=options.check_finite,
-    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -340,13 +355,22 @@ def parse_linear(text: str) -> LinearOptions:
     return LinearOptions(**fields)
 
 
+_TERMS = {term.__name__: term for term in TERMS}
+
+
+def _term(fields: dict[str, Any]) -> Term:
+    kind = _TERMS[fields.pop("type")]
+    if fields.get("gate") is not None:
+        fields["gate"] = Gate(**fields["gate"])
+    return kind(**fields)
+
+
 @functools.lru_cache(maxsize=256)
-def parse(text: str) -> CUDOptions | DUSOptions:
-    """Inverse of `LossOptions.text`."""
+def parse(text: str) -> RowOptions:
+    """Inverse of `RowOptions.text`."""
     fields: dict[str, Any] = json.loads(text)
-    kind = fields.pop("kind")
-    if kind == "DUSOptions":
-        return DUSOptions(**fields)
+    del fields["kind"]
+    fields["terms"] = tuple(Weighted(name, coefficient, _term(term)) for name, coefficient, term in fields["terms"])
     if fields["calibration"] is not None:
         fields["calibration"] = WClip(**fields["calibration"])
-    return CUDOptions(**fields)
+    return RowOptions(**fields)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .options import CUDOptions, DUSOptions, WClip
-from .rows.call import STUDENT_COLUMNS, Rows, State, columns_of
+from .backends import reference as reference_rows
+from .options import RowOptions, WClip
+from .rows.call import Rows, State, columns_of
 from .rows.vectors import masks
 
 
@@ -39,11 +41,37 @@ class TeacherStatistics(NamedTuple):
     correct: Tensor  #: bool, the label's logit is the largest
 
 
-def student_statistics(rows: Rows, options: CUDOptions, packed: State) -> StudentStatistics:
+class RowStatistics(NamedTuple):
+    """Statistics of a loss of terms; every tensor has the labels' shape (...), and no gradient.
+
+    With reduction="none", the loss is the sum of coefficient times term: ``sum(c[name] * terms[name] for name in c)``.
+    """
+
+    terms: dict[str, Tensor]  #: the unweighted value of each term, by its name; 0 in rows that it does not count in
+
+
+def row_statistics(rows: Rows, options: RowOptions, packed: State, scales: Mapping[str, Tensor]) -> RowStatistics:
+    """The statistics of rows from the states of the first sweep. scales: (N,) focal scales of terms, by their names."""
+    dtype = packed.sums.dtype
+    state = reference_rows.unpacked(rows, options, packed._replace(sums=packed.sums.detach()), dtype)
+    counts, labelled = masks(rows, options)
+    tau = reference_rows.temperature_of(rows, dtype)
+    at = reference.values_of(state, reference.distil(state, labelled, tau, options))
+    shape = rows.logits.shape[:-1]
+    found = {}
+    for name, _, term in options.terms:
+        value = term.evaluate(at).value
+        if name in scales:
+            value = value * scales[name].to(dtype)
+        found[name] = torch.where(labelled if term.needs_label else counts, value, 0).reshape(shape)
+    return RowStatistics(found)
+
+
+def student_statistics(rows: Rows, options: RowOptions, packed: State) -> StudentStatistics:
     """The statistics of rows from the states of the first sweep."""
     columns = dict(zip(columns_of(rows, options), packed.sums.detach().unbind(-1)))
-    fields = [*(columns[name] for name in STUDENT_COLUMNS), packed.top1]
-    state = reference.StudentState(*fields)  # not ._make, which torch 2.8 cannot trace
+    state = reference_rows.unpacked(rows, options, packed._replace(sums=packed.sums.detach()), packed.sums.dtype)
+    assert isinstance(state, reference.StudentState)
     counts, labelled = masks(rows, options)
     shape = rows.logits.shape[:-1]
 
@@ -67,16 +95,16 @@ def student_statistics(rows: Rows, options: CUDOptions, packed: State) -> Studen
         where(counts, moved),
         where(labelled, prob),
         where(labelled, target),
-        where(labelled, reference.ce_value(state.s_one, state.s_y, state.m_s)),
+        where(labelled, reference.nll_of(state)),
         where(counts, 1 / state.s_one),
         (labelled & (state.s_y == state.m_s)).reshape(shape),
         (counts & relaxed).reshape(shape),
     )
 
 
-def teacher_statistics(rows: Rows, options: DUSOptions, packed: State) -> TeacherStatistics:
+def teacher_statistics(rows: Rows, options: RowOptions, packed: State) -> TeacherStatistics:
     """The statistics of rows from the states of the first sweep."""
-    state = reference.TeacherState(*packed.sums.detach().unbind(-1))
+    state = reference_rows.unpacked(rows, options, packed._replace(sums=packed.sums.detach()), packed.sums.dtype)
     _, labelled = masks(rows, options)
     shape = rows.logits.shape[:-1]
 
@@ -84,8 +112,8 @@ def teacher_statistics(rows: Rows, options: DUSOptions, packed: State) -> Teache
         return torch.where(labelled, value, torch.nan).reshape(shape)
 
     return TeacherStatistics(
-        where((state.z_y - state.m).exp() / state.z),
-        where(state.z.log() - state.e / state.z),
-        where(1 / state.z),
-        (labelled & (state.z_y == state.m)).reshape(shape),
+        where((state.s_y - state.m_s).exp() / state.s_one),
+        where(state.s_one.log() - state.e_s / state.s_one),
+        where(1 / state.s_one),
+        (labelled & (state.s_y == state.m_s)).reshape(shape),
     )

@@ -65,12 +65,12 @@ class _Loss(torch.autograd.Function):
         if gradient is None:
             assert state is not None
             ctx.made, ctx.spent = None, False
-            save(ctx, logits, rows.target, rows.labels, rows.weight, rows.per_row, *state)
+            save(ctx, logits, rows.target, rows.labels, rows.weight, rows.temperature, rows.coefficients, *state)
         else:
             _wrote(rows, call, gradient)
             ctx.made, ctx.spent = (gradient, gradient._version), options.inplace
             if not options.inplace:
-                save(ctx, logits, rows.target, rows.labels, rows.weight, rows.per_row)
+                save(ctx, logits, rows.target, rows.labels, rows.weight, rows.temperature, rows.coefficients)
         ctx.set_materialize_grads(False)
         return loss
 
@@ -119,8 +119,8 @@ class _Loss(torch.autograd.Function):
         backend: Backend
         call, backend, *rest = ctx.plain
         options = call.options
-        logits, target, labels, weight, per_row, *states = saved(ctx)
-        rows = Rows(logits, target, labels, weight, per_row, *rest)
+        logits, target, labels, weight, temperature, coefficients, *states = saved(ctx)
+        rows = Rows(logits, target, labels, weight, temperature, coefficients, *rest)
         state: State | None = State(*states) if states else None
         if state is None:
             _, state = backend.row_state(rows, options, statistics=False, keep=True, gradient=None)
@@ -136,7 +136,7 @@ class _Loss(torch.autograd.Function):
 def evaluate(rows: Rows, call: Call) -> tuple[Tensor, State | None]:
     """The loss () or (N,), differentiable if gradients are required, and the state if statistics are."""
     options = call.options
-    if not direct(rows.logits, rows.target, rows.labels, rows.weight, rows.per_row):
+    if not direct(rows.logits, rows.target, rows.labels, rows.weight, rows.temperature, rows.coefficients):
         return evaluate_op(rows, call)
     backend = backend_of(options, rows.logits.device, call.shard)
     reads_state = call.statistics or options.check_finite

@@ -5,7 +5,7 @@ The gradient is always computed in backward, from the saved state.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import backends
 from ..distributed.projected import TOPS
 from ..distributed.sharded import backend_of
-from ..options import CUDOptions, DUSOptions, cross_entropy, parse
+from ..options import RowOptions, parse
 from ..rows.call import Call, Constraints, Rows, State, columns_of, compute_dtype, vector_dtype
 from ..rows.layout import row_count
 from ..rows.shard import Shard
@@ -22,17 +22,19 @@ from .memory import gradient_like
 from .shared import save, saved
 
 
-def parsed_of(options: str, target: Tensor | None) -> CUDOptions | DUSOptions:
-    """The options of a call. Without a target, the student loss is reduced to cross-entropy."""
-    parsed = parse(options)
-    return cross_entropy(parsed) if isinstance(parsed, CUDOptions) and target is None else parsed
-
-
-def packed_of(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[str, list[Tensor], str]:
+def packed_of(rows: Rows, options: RowOptions) -> tuple[str, list[Tensor], str]:
     """Options and constraints as an op takes them: the options as text, tensors, and flags that describe them."""
     if rows.constraints is None:
         return options.text, [], ""
     return options.text, *rows.constraints.packed()
+
+
+def coefficients_tensor(rows: Rows, options: RowOptions) -> Tensor:
+    """The coefficients of the terms as a tensor for an op."""
+    if rows.coefficients is not None:
+        return rows.coefficients
+    device = rows.logits.device
+    return torch.tensor(options.coefficients, dtype=vector_dtype(device), device=device).unsqueeze(-1)
 
 
 @torch.library.custom_op("cudfast::row_state", mutates_args=())
@@ -41,7 +43,8 @@ def row_state_op(
     target: Tensor | None,
     labels: Tensor | None,
     weight: Tensor | None,
-    per_row: Tensor | None,
+    temperature: Tensor | None,
+    coefficients: Tensor,
     num_items: Tensor | None,
     constraints: list[Tensor],
     scalar: float,
@@ -53,8 +56,8 @@ def row_state_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """First sweep: loss () or (N,), states (N, columns), top-1 (N,), divisors (2,), or (3,) for a shard."""
     bounds = Constraints.unpacked(constraints, flags)
-    rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes, bounds)
-    parsed = parsed_of(options, target)
+    rows = Rows(logits, target, labels, weight, temperature, coefficients, scalar, num_items, classes, bounds)
+    parsed = parse(options)
     check_items(rows, parsed)
     backend = backend_of(parsed, logits.device, Shard.parsed(shard))
     loss, state = backend.row_state(rows, parsed, statistics=statistics, keep=True, gradient=None)
@@ -70,7 +73,8 @@ def _(
     target: Tensor | None,
     labels: Tensor | None,
     weight: Tensor | None,
-    per_row: Tensor | None,
+    temperature: Tensor | None,
+    coefficients: Tensor,
     num_items: Tensor | None,
     constraints: list[Tensor],
     scalar: float,
@@ -81,16 +85,15 @@ def _(
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bounds = Constraints.unpacked(constraints, flags)
-    rows = Rows(logits, target, labels, weight, per_row, scalar, num_items, classes, bounds)
-    parsed = parsed_of(options, target)
+    rows = Rows(logits, target, labels, weight, temperature, coefficients, scalar, num_items, classes, bounds)
+    parsed = parse(options)
     dtype = compute_dtype(rows)
-    student = isinstance(parsed, CUDOptions)
     columns = columns_of(rows, parsed) + (TOPS if shard and bounds is not None else ())
     count = row_count(logits)
     return (
         logits.new_empty((count,) if parsed.reduction == "none" else (), dtype=dtype),
         logits.new_empty((count, len(columns)), dtype=dtype),
-        logits.new_empty((count if student else 0,), dtype=torch.int64),
+        logits.new_empty((0 if target is None else count,), dtype=torch.int64),
         logits.new_empty((3 if shard else 2,), dtype=vector_dtype(logits.device)),
     )
 
@@ -101,7 +104,8 @@ def row_gradient_op(
     target: Tensor | None,
     labels: Tensor | None,
     weight: Tensor | None,
-    per_row: Tensor | None,
+    temperature: Tensor | None,
+    coefficients: Tensor,
     constraints: list[Tensor],
     scalar: float,
     classes: int,
@@ -115,8 +119,8 @@ def row_gradient_op(
 ) -> Tensor:
     """Second sweep: the gradient (..., >= V) for `upstream` () or (N,)."""
     bounds = Constraints.unpacked(constraints, flags)
-    rows = Rows(logits, target, labels, weight, per_row, scalar, None, classes, bounds)
-    parsed = parsed_of(options, target)
+    rows = Rows(logits, target, labels, weight, temperature, coefficients, scalar, None, classes, bounds)
+    parsed = parse(options)
     backend = backend_of(parsed, logits.device, Shard.parsed(shard))
     gradient = gradient_like(logits)
     backend.row_gradient(rows, parsed, State(sums, top1, divisors), upstream, gradient)
@@ -129,7 +133,8 @@ def _(
     target: Tensor | None,
     labels: Tensor | None,
     weight: Tensor | None,
-    per_row: Tensor | None,
+    temperature: Tensor | None,
+    coefficients: Tensor,
     constraints: list[Tensor],
     scalar: float,
     classes: int,
@@ -144,21 +149,39 @@ def _(
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
+class _Saved(NamedTuple):
+    """The tensors of a call besides its constraints, in the order in which an op takes them, and its state."""
+
+    logits: Tensor
+    target: Tensor | None
+    labels: Tensor | None
+    weight: Tensor | None
+    temperature: Tensor | None
+    coefficients: Tensor
+    sums: Tensor
+    top1: Tensor
+    divisors: Tensor
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, labels, weight, per_row, _, constraints, *plain, _ = inputs
-    _, sums, top1, divisors = output
+    logits, target, labels, weight, temperature, coefficients, _, constraints, *plain, _ = inputs
+    _, *state = output
     ctx.plain = plain
-    save(ctx, logits, target, labels, weight, per_row, sums, top1, divisors, *constraints)
+    save(ctx, *_Saved(logits, target, labels, weight, temperature, coefficients, *state), *constraints)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    *tensors, sums, top1, divisors = saved(ctx)[:8]
-    constraints = list(saved(ctx)[8:])
+    kept = saved(ctx)
+    count = len(_Saved._fields)
+    x, constraints = _Saved(*kept[:count]), list(kept[count:])
     gradient = None
     if upstream is not None:
-        gradient = row_gradient_op(*tensors, constraints, *ctx.plain, sums, top1, divisors, upstream)
-    return (gradient, *(None,) * 5, [None] * len(constraints), *(None,) * 6)
+        gradient = row_gradient_op(
+            x.logits, x.target, x.labels, x.weight, x.temperature, x.coefficients, constraints, *ctx.plain,
+            x.sums, x.top1, x.divisors, upstream,
+        )  # fmt: skip
+    return (gradient, *(None,) * 6, [None] * len(constraints), *(None,) * 6)
 
 
 row_state_op.register_autograd(_backward, setup_context=_setup)
@@ -183,7 +206,8 @@ def evaluate_op(rows: Rows, call: Call) -> tuple[Tensor, State]:
         rows.target,
         rows.labels,
         rows.weight,
-        rows.per_row,
+        rows.temperature,
+        coefficients_tensor(rows, call.options),
         items_tensor(rows),
         constraints,
         rows.scalar,

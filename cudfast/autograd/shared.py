@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import CUDOptions, DUSOptions
+from ..options import RowOptions
 from ..rows.call import Rows
 from ..rows.tensors import addressable
 
 
-def keeps_gradient(rows: Rows, options: CUDOptions | DUSOptions) -> bool:
+def keeps_gradient(rows: Rows, options: RowOptions) -> bool:
     """Whether forward computes the gradient. In float16 it would round to 0 before it is multiplied by a loss scale."""
     if options.inplace and options.check_finite:  # the check comes before anything is overwritten
         return False

@@ -14,16 +14,12 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..options import CUDOptions, DUSOptions
+from ..options import RowOptions
 from ..reference import NOTHING, StudentState, TeacherState, student_merge, teacher_merge
 from ..rows.call import Backend, Rows, State, columns_of, compute_dtype, vector_dtype
-from .reference import Marks, placed, student_rows, teacher_rows
+from .reference import Marks, Whole, finished_rows, packed, placed, unpacked
 
-Whole = StudentState | TeacherState
-"""State of rows, in `vector_dtype`."""
-
-
-_LOGITS = ("m_t", "s_k", "m_s", "t_y", "s_y", "m", "z_y")  # columns of a state that are logits, not sums
+_LOGITS = ("m_t", "s_k", "m_s", "t_y", "s_y")  # columns of a state that are logits, not sums
 
 
 class Span(NamedTuple):
@@ -34,7 +30,7 @@ class Span(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _of_part(options: CUDOptions | DUSOptions) -> CUDOptions | DUSOptions:
+def _of_part(options: RowOptions) -> RowOptions:
     """Options of a part, with special labels that no label relative to its first class can equal."""
     unlabeled = None if options.unlabeled_index is None else -1
     return dataclasses.replace(
@@ -44,23 +40,23 @@ def _of_part(options: CUDOptions | DUSOptions) -> CUDOptions | DUSOptions:
 
 def inverse_temperature(rows: Rows) -> Tensor:
     """1 / tau of the rows, () or (N,)."""
-    if rows.per_row is not None:
-        return 1 / rows.per_row
+    if rows.temperature is not None:
+        return 1 / rows.temperature
     device = rows.logits.device
     return torch.tensor(1 / rows.scalar, dtype=vector_dtype(device), device=device)
 
 
-def swept(rows: Rows, options: CUDOptions | DUSOptions, backend: Backend) -> State:
+def swept(rows: Rows, options: RowOptions, backend: Backend) -> State:
     """One part's packed state, from one sweep over it, without the label."""
     if rows.classes == 0:
         return _nothing(rows, options)
-    alone = rows._replace(labels=None, weight=None, num_items=None)
-    _, packed = backend.row_state(alone, _of_part(options), statistics=True, keep=True, gradient=None)
-    assert packed is not None
-    return packed
+    alone = rows._replace(labels=None, weight=None, coefficients=None, num_items=None)
+    _, found = backend.row_state(alone, _of_part(options), statistics=True, keep=True, gradient=None)
+    assert found is not None
+    return found
 
 
-def _nothing(rows: Rows, options: CUDOptions | DUSOptions) -> State:
+def _nothing(rows: Rows, options: RowOptions) -> State:
     """The state of a part without classes."""
     device = rows.logits.device
     row = torch.tensor(
@@ -68,11 +64,11 @@ def _nothing(rows: Rows, options: CUDOptions | DUSOptions) -> State:
         dtype=compute_dtype(rows),
         device=device,
     )
-    top1 = torch.zeros(rows.n if isinstance(options, CUDOptions) else 0, dtype=torch.int64, device=device)
+    top1 = torch.zeros(0 if rows.target is None else rows.n, dtype=torch.int64, device=device)
     return State(row.repeat(rows.n, 1), top1, torch.ones(2, dtype=vector_dtype(device), device=device))
 
 
-def state_of(span: Span, options: CUDOptions | DUSOptions, marks: Marks, packed: State) -> Whole:
+def state_of(span: Span, options: RowOptions, marks: Marks, swept: State) -> Whole:
     """One part's state, with the label's logits if the part contains the label."""
     rows, first = span
     at, inside = placed(marks.column, first, rows.classes)
@@ -81,13 +77,13 @@ def state_of(span: Span, options: CUDOptions | DUSOptions, marks: Marks, packed:
 
     def label(logits: Tensor) -> Tensor:
         if rows.classes == 0:
-            return torch.full_like(marks.weights.kd, NOTHING, dtype=wide)
+            return torch.full_like(marks.weights.rows, NOTHING, dtype=wide)
         value = logits.gather(-1, at.reshape(*logits.shape[:-1], 1))
         return torch.where(here, value.reshape(-1).to(wide), NOTHING)
 
-    found = unpacked(packed, options)
+    found = unpacked(rows, options, swept, wide)
     if isinstance(found, TeacherState):
-        return found._replace(z_y=label(rows.logits))
+        return found._replace(s_y=label(rows.logits))
     assert rows.target is not None
     return found._replace(t_y=label(rows.target), s_y=label(rows.logits), k=found.k + first)
 
@@ -99,29 +95,18 @@ def merge(left: Whole, right: Whole, inv_tau: Tensor) -> Whole:
     return teacher_merge(left, cast(TeacherState, right))
 
 
-def unpacked(state: State, options: CUDOptions | DUSOptions) -> Whole:
-    """The state in a packed state of rows."""
-    fields = state.sums.to(vector_dtype(state.sums.device)).unbind(-1)
-    return StudentState._make((*fields, state.top1)) if isinstance(options, CUDOptions) else TeacherState(*fields)
-
-
 def finished(
-    rows: Rows, options: CUDOptions | DUSOptions, marks: Marks, whole: Whole, divisors: Tensor, dtype: torch.dtype
+    rows: Rows, options: RowOptions, marks: Marks, whole: Whole, divisors: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, State]:
     """Losses (N,) of rows whose parts have all been merged, and their packed states."""
-    if isinstance(whole, StudentState):
-        losses, _ = student_rows(rows, cast(CUDOptions, options), marks, whole, divisors, None)
-        state = State(torch.stack(whole[:-1], -1).to(dtype), whole.k, divisors)
-    else:
-        losses, _ = teacher_rows(rows, cast(DUSOptions, options), marks, whole, divisors, None)
-        top1 = torch.empty(0, dtype=torch.int64, device=losses.device)
-        state = State(torch.stack(whole, -1).to(dtype), top1, divisors)
-    return losses.to(dtype), state
+    losses, _ = finished_rows(rows, options, marks, whole, divisors, None)
+    state = packed(rows, options, whole, divisors)
+    return losses.to(dtype), state._replace(sums=state.sums.to(dtype))
 
 
 def write_gradient(
     span: Span,
-    options: CUDOptions | DUSOptions,
+    options: RowOptions,
     marks: Marks,
     backend: Backend,
     state: State,
@@ -133,19 +118,16 @@ def write_gradient(
     A label or top-1 of another part is mapped to this part's first column, whose gradient is then corrected.
     """
     rows, first = span
-    whole = unpacked(state, options)
+    wide = vector_dtype(upstream.device)
+    whole = unpacked(rows, options, state, wide)
     edge = rows._replace(
         logits=rows.logits[..., :1], target=None if rows.target is None else rows.target[..., :1], classes=1
     )
-    wide = upstream.to(vector_dtype(upstream.device))
-    if isinstance(whole, StudentState):
-        _, column = student_rows(edge, cast(CUDOptions, options), marks, whole, state.divisors, wide, first)
-    else:
-        _, column = teacher_rows(edge, cast(DUSOptions, options), marks, whole, state.divisors, wide, first)
+    _, column = finished_rows(edge, options, marks, whole, state.divisors, upstream.to(wide), first)
     assert column is not None
     if rows.labels is not None:
         at = placed(marks.column.squeeze(-1), first, rows.classes)[0]
         rows = rows._replace(labels=torch.where(marks.labelled, at, torch.where(marks.ignored, -100, -1)))
-    packed = state._replace(top1=placed(state.top1, first, rows.classes)[0])
-    backend.row_gradient(rows, _of_part(options), packed, upstream, gradient)
+    moved = state._replace(top1=placed(state.top1, first, rows.classes)[0])
+    backend.row_gradient(rows, _of_part(options), moved, upstream, gradient)
     gradient[..., :1] = column.reshape(*gradient.shape[:-1], 1)

@@ -7,28 +7,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..options import CUDOptions, DUSOptions
+from ..options import RowOptions
 from ..reference import (
     NOTHING,
+    RowGradient,
     RowWeights,
-    StudentGradient,
     StudentState,
-    TeacherGradient,
     TeacherState,
+    finish,
     first_top1,
+    own_element,
     row_weights,
-    student_coefficients,
     student_element,
-    student_finish,
     student_fold,
-    teacher_coefficients,
-    teacher_element,
-    teacher_finish,
     teacher_fold,
 )
-from ..rows.call import STUDENT_COLUMNS, Rows, State, compute_dtype, vector_dtype
+from ..rows.call import ENTROPY, STUDENT_COLUMNS, Rows, State, columns_of, compute_dtype, vector_dtype
 from ..rows.vectors import check_vectors, divisors_of
 from ..targets.calibration import Projected, project, refuse_relaxed
+
+Whole = StudentState | TeacherState
+"""State of rows with a target, or without one."""
 
 
 def _flat(logits: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -47,7 +46,7 @@ class Marks(NamedTuple):
     weights: RowWeights
 
 
-def mark(rows: Rows, options: CUDOptions | DUSOptions) -> Marks:
+def mark(rows: Rows, options: RowOptions) -> Marks:
     device = rows.logits.device
     weight = rows.weight
     if weight is None:
@@ -68,10 +67,10 @@ def _share(weight: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(divisor > 0, weight / divisor, 0).to(dtype)
 
 
-def _values(rows: Rows, dtype: torch.dtype) -> Tensor:
-    """(N,) temperature or alpha."""
-    if rows.per_row is not None:
-        return rows.per_row.to(dtype)
+def temperature_of(rows: Rows, dtype: torch.dtype) -> Tensor:
+    """The temperature of rows (N,)."""
+    if rows.temperature is not None:
+        return rows.temperature.to(dtype)
     return torch.full((rows.n,), rows.scalar, dtype=dtype, device=rows.logits.device)
 
 
@@ -108,18 +107,18 @@ def _student_state(rows: Rows, marks: Marks, dtype: torch.dtype) -> StudentState
     s, t = _flat(rows.logits, rows, dtype), _target(rows, marks, dtype)
     m_t, m_s = t.amax(-1), s.amax(-1)
     k = first_top1(t)
-    sums = student_fold(_centre(t, m_t), _centre(s, m_s), _column(1 / _values(rows, dtype)))
+    sums = student_fold(_centre(t, m_t), _centre(s, m_s), _column(1 / temperature_of(rows, dtype)))
     at_label = [torch.where(marks.labelled, x.gather(-1, marks.column).squeeze(-1), NOTHING) for x in (t, s)]
     return StudentState._make(
-        (m_t, s.gather(-1, _column(k)).squeeze(-1), m_s, *sums[:5], *at_label, sums.impossible, k)
+        (m_t, s.gather(-1, _column(k)).squeeze(-1), m_s, *sums[:5], *at_label, sums.impossible, sums.e_s, k)
     )
 
 
 def _teacher_state(rows: Rows, marks: Marks, dtype: torch.dtype) -> TeacherState:
-    z = _flat(rows.logits, rows, dtype)
-    m = z.amax(-1)
-    z_y = torch.where(marks.labelled, z.gather(-1, marks.column).squeeze(-1), NOTHING)
-    return TeacherState(m, *teacher_fold(_centre(z, m)), z_y)
+    s = _flat(rows.logits, rows, dtype)
+    m = s.amax(-1)
+    s_y = torch.where(marks.labelled, s.gather(-1, marks.column).squeeze(-1), NOTHING)
+    return TeacherState(m, *teacher_fold(_centre(s, m)), s_y)
 
 
 def placed(index: Tensor, first: int | Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -128,11 +127,18 @@ def placed(index: Tensor, first: int | Tensor, width: int) -> tuple[Tensor, Tens
     return torch.where(inside, index - first, 0), inside
 
 
-def student_rows(
+def _coefficients(rows: Rows, options: RowOptions, dtype: torch.dtype) -> Tensor:
+    """(T, N) or (T, 1)"""
+    if rows.coefficients is not None:
+        return rows.coefficients.to(dtype)
+    return torch.tensor(options.coefficients, dtype=dtype, device=rows.logits.device).unsqueeze(-1)
+
+
+def finished_rows(
     rows: Rows,
-    options: CUDOptions,
+    options: RowOptions,
     marks: Marks,
-    state: StudentState,
+    state: Whole,
     divisors: Tensor,
     upstream: Tensor | None,
     first: int | Tensor = 0,
@@ -141,55 +147,34 @@ def student_rows(
 
     With `first`, rows.logits contain only the classes [first, first + V), and the state is that of all classes.
     """
-    dtype = state.m_t.dtype
-    tau = _values(rows, dtype)
-    kd = options.kd_weight * _share(marks.weights.kd, divisors[0], dtype)
-    ce = options.ce_weight * _share(marks.weights.ce, divisors[1], dtype)
-    loss = student_finish(state, marks.labelled, tau, options)
-    value = torch.where(kd != 0, kd * loss.kd, 0) + torch.where(ce != 0, ce * loss.ce, 0)
+    dtype = state.m_s.dtype
+    tau = temperature_of(rows, dtype)
+    shares = RowWeights(*(_share(weight, divisor, dtype) for weight, divisor in zip(marks.weights, divisors)))
+    own = _coefficients(rows, options, dtype)
+    end = finish(state, marks.labelled, tau, options, shares, own, upstream)
     if upstream is None:
-        return value, None
-    s, t = _flat(rows.logits, rows, dtype), _target(rows, marks, dtype)
-    dt, ds = _centre(t, state.m_t), s - _column(state.m_s)
-    clipped = _column(marks.labelled & (loss.clip.r > 0))
-    for index, new in ((_column(state.k), loss.clip.t_k), (marks.column, loss.clip.t_y)):
-        at, inside = placed(index, first, rows.classes)
-        dt = dt.scatter(-1, at, torch.where(clipped & inside, _column(new), dt.gather(-1, at)))
-    c = student_coefficients(state, loss, tau, kd * upstream, ce * upstream)
-    g = student_element(StudentGradient(*map(_column, c)), dt, ds, _column(1 / tau))
+        return end.value, None
+    c = RowGradient(*map(_column, end.gradient))
+    s_one, log_z = _column(state.s_one), _column(end.log_z)
+    ds = _flat(rows.logits, rows, dtype) - _column(state.m_s)
+    if isinstance(state, StudentState) and options.distils:
+        dt = _centre(_target(rows, marks, dtype), state.m_t)
+        clip = end.target.clip
+        clipped = _column(marks.labelled & (clip.r > 0))
+        for index, new in ((_column(state.k), clip.t_k), (marks.column, clip.t_y)):
+            at, inside = placed(index, first, rows.classes)
+            dt = dt.scatter(-1, at, torch.where(clipped & inside, _column(new), dt.gather(-1, at)))
+        g = student_element(c, dt, ds, _column(1 / tau), s_one, log_z)
+    else:
+        g = own_element(c, ds, s_one, log_z)
     at, inside = placed(marks.column, first, rows.classes)
-    at_label = torch.where(_column(marks.labelled & (state.s_y > NOTHING)) & inside, -_column(c.label), 0)
-    g = g.scatter_add(-1, at, at_label)
-    return value, torch.where(_column((kd * upstream == 0) & (ce * upstream == 0)), 0, g)
-
-
-def teacher_rows(
-    rows: Rows,
-    options: DUSOptions,
-    marks: Marks,
-    state: TeacherState,
-    divisors: Tensor,
-    upstream: Tensor | None,
-    first: int | Tensor = 0,
-) -> tuple[Tensor, Tensor | None]:
-    """The same for the teacher loss."""
-    dtype = state.m.dtype
-    scale = _share(marks.weights.ce, divisors[1], dtype)
-    loss = teacher_finish(state, _values(rows, dtype), options)
-    value = torch.where(scale != 0, scale * loss.value, 0)
-    if upstream is None:
-        return value, None
-    c = teacher_coefficients(loss, scale * upstream)
-    x = _flat(rows.logits, rows, dtype) - _column(state.m)
-    g = teacher_element(TeacherGradient(*map(_column, c)), x, _column(1 / state.z), _column(loss.log_z))
-    at, inside = placed(marks.column, first, rows.classes)
-    at_label = torch.where(_column(marks.labelled & (state.z_y > NOTHING)) & inside, _column(c.label), 0)
-    return value, torch.where(_column(scale * upstream == 0), 0, g.scatter_add(-1, at, at_label))
+    at_label = torch.where(_column(marks.labelled & (state.s_y > NOTHING)) & inside, _column(end.gradient.label), 0)
+    return end.value, torch.where(_column(end.counts), g.scatter_add(-1, at, at_label), 0)
 
 
 def _write(rows: Rows, marks: Marks, values: Tensor, gradient: Tensor) -> None:
     """values (N, V) into gradient (..., >= V): exactly 0 in ignored rows and in padding."""
-    counted = torch.where(_column(marks.weights.kd == 0), 0, values)
+    counted = torch.where(_column(marks.weights.rows == 0), 0, values)
     gradient[..., : rows.classes].copy_(counted.reshape(*gradient.shape[:-1], rows.classes))
     gradient[..., rows.classes :].zero_()
 
@@ -207,7 +192,7 @@ def scale(gradient: Tensor, upstream: Tensor) -> Tensor:
 
 def row_state(
     rows: Rows,
-    options: CUDOptions | DUSOptions,
+    options: RowOptions,
     *,
     statistics: bool,
     keep: bool,
@@ -219,28 +204,38 @@ def row_state(
     marks = mark(rows, options)
     divisors = divisors_of(rows, options)
     upstream = None if gradient is None else torch.ones((), dtype=dtype, device=rows.logits.device)
-    top1 = torch.empty(0, dtype=torch.int64, device=rows.logits.device)
-    if isinstance(options, CUDOptions):
-        student = _student_state(rows, marks, dtype)
-        value, g = student_rows(rows, options, marks, student, divisors, upstream)
-        columns, top1 = list(student[:-1]), student.k
-        if rows.constraints is not None:
-            extra, top1 = _extra(rows, marks, dtype)
-            columns += extra
-        sums = torch.stack(columns, -1)
-    else:
-        teacher = _teacher_state(rows, marks, dtype)
-        value, g = teacher_rows(rows, options, marks, teacher, divisors, upstream)
-        sums = torch.stack(teacher, -1)
+    whole = _teacher_state(rows, marks, dtype) if rows.target is None else _student_state(rows, marks, dtype)
+    value, g = finished_rows(rows, options, marks, whole, divisors, upstream)
+    state = packed(rows, options, whole, divisors)
+    if rows.constraints is not None:
+        extra, top1 = _extra(rows, marks, dtype)
+        state = state._replace(sums=torch.cat([state.sums, torch.stack(extra, -1)], -1), top1=top1)
     if gradient is not None and g is not None:
         _write(rows, marks, g, gradient)
     loss = value if options.reduction == "none" else value.sum()
-    return loss, State(sums, top1, divisors) if keep else None
+    return loss, state if keep else None
+
+
+def packed(rows: Rows, options: RowOptions, whole: Whole, divisors: Tensor) -> State:
+    """The packed form of a state, without the columns of a projection."""
+    columns = columns_of(rows._replace(constraints=None), options)
+    sums = torch.stack([getattr(whole, name) for name in columns], -1)
+    top1 = whole.k if isinstance(whole, StudentState) else torch.empty(0, dtype=torch.int64, device=sums.device)
+    return State(sums, top1, divisors)
+
+
+def unpacked(rows: Rows, options: RowOptions, state: State, dtype: torch.dtype) -> Whole:
+    """Inverse of `packed`, of a state in any form."""
+    columns = dict(zip(columns_of(rows, options), state.sums.to(dtype).unbind(-1)))
+    if rows.target is None:
+        return TeacherState(**columns)
+    of = [columns[name] for name in STUDENT_COLUMNS]
+    return StudentState(*of, e_s=columns.get(ENTROPY, torch.zeros_like(of[0])), k=state.top1)  # type: ignore[misc]
 
 
 def row_gradient(
     rows: Rows,
-    options: CUDOptions | DUSOptions,
+    options: RowOptions,
     state: State,
     upstream: Tensor,
     gradient: Tensor,
@@ -248,11 +243,7 @@ def row_gradient(
     """See `cudfast.rows.call.Backend`."""
     check_vectors(rows, options)
     marks = mark(rows, options)
-    columns = state.sums.unbind(-1)
-    if isinstance(options, CUDOptions):
-        student = StudentState._make((*columns[: len(STUDENT_COLUMNS)], state.top1))
-        _, g = student_rows(rows, options, marks, student, state.divisors, upstream)
-    else:
-        _, g = teacher_rows(rows, options, marks, TeacherState(*columns), state.divisors, upstream)
+    whole = unpacked(rows, options, state, state.sums.dtype)
+    _, g = finished_rows(rows, options, marks, whole, state.divisors, upstream)
     assert g is not None
     _write(rows, marks, g, gradient)

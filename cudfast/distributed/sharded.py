@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.parts import Span, Whole, finished, inverse_temperature, merge, state_of, swept, write_gradient
-from ..backends.reference import mark
-from ..options import CUDOptions, DUSOptions
+from ..backends.parts import Span, finished, inverse_temperature, merge, state_of, swept, write_gradient
+from ..backends.reference import Whole, mark
+from ..options import RowOptions
 from ..reference import StudentState
 from ..rows.call import Backend, Rows, State, compute_dtype, vector_dtype
 from ..rows.shard import Shard
@@ -26,7 +26,7 @@ from .projected import again, calibrated
 from .projected import packed as with_target
 
 _OF_A_RANK = ("save", "inplace", "backend")  # options that may differ between ranks
-_SCALAR = ("temperature", "alpha")  # options that are rows.scalar in a call
+_SCALAR = ("temperature",)  # an option that is rows.scalar in a call
 
 
 class Sharded:
@@ -38,7 +38,7 @@ class Sharded:
     def row_state(
         self,
         rows: Rows,
-        options: CUDOptions | DUSOptions,
+        options: RowOptions,
         *,
         statistics: bool,
         keep: bool,
@@ -77,7 +77,7 @@ class Sharded:
     def row_gradient(
         self,
         rows: Rows,
-        options: CUDOptions | DUSOptions,
+        options: RowOptions,
         state: State,
         upstream: Tensor,
         gradient: Tensor,
@@ -102,13 +102,13 @@ class Sharded:
         return self._inner.scale(gradient, upstream)
 
 
-def backend_of(options: CUDOptions | DUSOptions, device: torch.device, shard: Shard | None) -> Backend:
+def backend_of(options: RowOptions, device: torch.device, shard: Shard | None) -> Backend:
     """The backend of a call, over a process group if there is a shard."""
     found = backends.choose(options.backend, device)
     return found if shard is None else Sharded(found, shard)
 
 
-def agreed(shard: Shard, rows: Rows, options: CUDOptions | DUSOptions) -> int:
+def agreed(shard: Shard, rows: Rows, options: RowOptions) -> int:
     """This rank's first class, after a check of the call's vectors.
 
     Raises:
@@ -121,12 +121,11 @@ def agreed(shard: Shard, rows: Rows, options: CUDOptions | DUSOptions) -> int:
 
 
 def over_ranks(
-    shard: Shard, chunks: list[Whole], rows: Rows, options: CUDOptions | DUSOptions, dtype: torch.dtype
+    shard: Shard, chunks: list[Whole], rows: Rows, options: RowOptions, dtype: torch.dtype
 ) -> tuple[Tensor, State]:
     """Losses (N,) and packed states of rows, from the states of this rank's classes in chunks of rows."""
     mine = _of(chunks[0], (torch.cat(parts) for parts in zip(*chunks)))
-    student = isinstance(options, CUDOptions)
-    whole = merged(shard.process_group, mine, dtype, inverse_temperature(rows), top1=student)
+    whole = merged(shard.process_group, mine, dtype, inverse_temperature(rows), top1=True)
     assert isinstance(rows.num_items, Tensor)
     return finished(rows, options, mark(rows, options), whole, rows.num_items, dtype)
 
@@ -156,7 +155,7 @@ def _ranks(parts: Whole, begin: int, end: int, step: int) -> Whole:
     return _of(parts, (x[begin:end:step] for x in parts))
 
 
-def cut(rows: Rows, options: CUDOptions | DUSOptions, first: int) -> Rows:
+def cut(rows: Rows, options: RowOptions, first: int) -> Rows:
     """The rows without the columns beyond `num_classes`."""
     if options.num_classes is None:
         return rows
@@ -164,18 +163,17 @@ def cut(rows: Rows, options: CUDOptions | DUSOptions, first: int) -> Rows:
 
 
 @functools.lru_cache(maxsize=256)
-def _plain(options: CUDOptions | DUSOptions) -> CUDOptions | DUSOptions:
+def _plain(options: RowOptions) -> RowOptions:
     """The options for rows whose teacher is already calibrated."""
-    assert isinstance(options, CUDOptions)
     return dataclasses.replace(options, calibration=None)
 
 
 @functools.lru_cache(maxsize=256)
-def _fields(options: CUDOptions | DUSOptions) -> dict[str, Any]:
+def _fields(options: RowOptions) -> dict[str, Any]:
     return {key: value for key, value in json.loads(options.text).items() if key not in _OF_A_RANK + _SCALAR}
 
 
-def given_to(rows: Rows, options: CUDOptions | DUSOptions) -> dict[str, Any]:
+def given_to(rows: Rows, options: RowOptions) -> dict[str, Any]:
     """The description of this rank's arguments for its header."""
     items = rows.num_items
     return {
@@ -185,7 +183,8 @@ def given_to(rows: Rows, options: CUDOptions | DUSOptions) -> dict[str, Any]:
         "teacher logits": rows.target is not None,
         "labels": _digest(rows.labels),
         "weight": _digest(rows.weight),
-        "temperature or alpha": _digest(rows.per_row) if rows.per_row is not None else rows.scalar,
+        "temperature": rows.scalar if rows.temperature is None else _digest(rows.temperature),
+        "term_weights or alpha": _digest(rows.coefficients),
         "num_items": _digest(items) if isinstance(items, Tensor) else items,
         "projection": _constraints(rows),
         **_fields(options),
@@ -208,19 +207,19 @@ def _digest(x: Tensor | None) -> str | None:
     )
 
 
-def _of_all(rows: Rows, options: CUDOptions | DUSOptions, layout: Layout) -> Rows:
+def _of_all(rows: Rows, options: RowOptions, layout: Layout) -> Rows:
     return rows._replace(
         classes=layout.total if options.num_classes is None else min(layout.total, options.num_classes)
     )
 
 
-def check(rows: Rows, options: CUDOptions | DUSOptions, layout: Layout) -> None:
+def check(rows: Rows, options: RowOptions, layout: Layout) -> None:
     """Checks labels and other vectors if the host may read them; the result is the same on every rank."""
     if rows.logits.is_cpu or rows.constraints is not None:
         check_vectors(_of_all(rows, options, layout), options)
 
 
-def refused(rows: Rows, options: CUDOptions | DUSOptions, layout: Layout, whole: Whole) -> Whole:
+def refused(rows: Rows, options: RowOptions, layout: Layout, whole: Whole) -> Whole:
     """The state with NaN in rows whose label is out of range, on devices whose values the host does not read."""
     if rows.logits.is_cpu or rows.labels is None:
         return whole

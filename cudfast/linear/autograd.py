@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..autograd.ops import items_tensor, packed_of, parsed_of
+from ..autograd.ops import coefficients_tensor, items_tensor, packed_of
 from ..autograd.shared import Once, keeps_gradient, save, saved, upstream_of
-from ..options import CUDOptions, parse_linear
+from ..options import parse, parse_linear
 from ..rows.call import Constraints, State, columns_of, compute_dtype, vector_dtype
 from ..rows.layout import row_count
 from ..rows.tensors import direct
@@ -127,7 +127,7 @@ def _problem(
     linear: str,
 ) -> Problem:
     bounds = Constraints.unpacked(constraints, flags)
-    return problem_of(x, scalar, num_items, classes, bounds, parsed_of(options, x.target), parse_linear(linear))
+    return problem_of(x, scalar, num_items, classes, bounds, parse(options), parse_linear(linear))
 
 
 @torch.library.custom_op("cudfast::linear_state", mutates_args=())
@@ -140,7 +140,8 @@ def linear_state_op(
     teacher_bias: Tensor | None,
     labels: Tensor | None,
     row_weight: Tensor | None,
-    per_row: Tensor | None,
+    temperature: Tensor | None,
+    coefficients: Tensor | None,
     num_items: Tensor | None,
     constraints: list[Tensor],
     scalar: float,
@@ -153,7 +154,9 @@ def linear_state_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss () or (N,); states (N, columns), top-1 (N,) and divisors (2,); gradients of hidden, weight and bias for an
     upstream gradient of 1, (0,) if they are not needed or are computed in backward."""
-    x = Tensors(hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, per_row)
+    x = Tensors(
+        hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, temperature, coefficients
+    )
     p = _problem(x, scalar, num_items, classes, constraints, options, flags, linear)
     check_items(p.rows, p.options)
     made = _made_in_forward(p)
@@ -183,7 +186,8 @@ def _(
     teacher_bias: Tensor | None,
     labels: Tensor | None,
     row_weight: Tensor | None,
-    per_row: Tensor | None,
+    temperature: Tensor | None,
+    coefficients: Tensor | None,
     num_items: Tensor | None,
     constraints: list[Tensor],
     scalar: float,
@@ -194,15 +198,17 @@ def _(
     statistics: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x = Tensors(hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, per_row)
+    x = Tensors(
+        hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, temperature, coefficients
+    )
     p = _problem(x, scalar, num_items, classes, constraints, options, flags, linear)
-    dtype, student = compute_dtype(p.rows), isinstance(p.options, CUDOptions)
+    dtype = compute_dtype(p.rows)
     count = row_count(hidden)
     made = _made_in_forward(p)
     return (
         hidden.new_empty((count,) if p.options.reduction == "none" else (), dtype=dtype),
         hidden.new_empty((count, len(columns_of(p.rows, p.options))), dtype=dtype),
-        hidden.new_empty((count if student else 0,), dtype=torch.int64),
+        hidden.new_empty((0 if target is None else count,), dtype=torch.int64),
         hidden.new_empty((2,), dtype=vector_dtype(hidden.device)),
         *_fake_gradients(hidden, weight, bias, needs if made else NOTHING_NEEDED),
     )
@@ -218,7 +224,8 @@ def linear_gradient_op(
     teacher_bias: Tensor | None,
     labels: Tensor | None,
     row_weight: Tensor | None,
-    per_row: Tensor | None,
+    temperature: Tensor | None,
+    coefficients: Tensor | None,
     constraints: list[Tensor],
     scalar: float,
     classes: int,
@@ -232,7 +239,9 @@ def linear_gradient_op(
     upstream: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias for `upstream` () or (N,), (0,) if they are not needed."""
-    x = Tensors(hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, per_row)
+    x = Tensors(
+        hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, temperature, coefficients
+    )
     p = _problem(x, scalar, None, classes, constraints, options, flags, linear)
     found = sweep(p, Needs(*needs), statistics=False, state=State(sums, top1, divisors), upstream=_flat(upstream))
     first, second, third = (hidden.new_empty(0) if g is None else g for g in found.gradients)
@@ -249,7 +258,8 @@ def _(
     teacher_bias: Tensor | None,
     labels: Tensor | None,
     row_weight: Tensor | None,
-    per_row: Tensor | None,
+    temperature: Tensor | None,
+    coefficients: Tensor | None,
     constraints: list[Tensor],
     scalar: float,
     classes: int,
@@ -286,7 +296,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any
             state, constraints = tensors[count : count + 3], list(tensors[count + 3 :])
             gradients = list(linear_gradient_op(*tensors[:count], constraints, *ctx.plain, *state, upstream))
         found = [g if needed else None for g, needed in zip(gradients, needs)]
-    return (*found, *(None,) * 7, [None] * ctx.bounds, *(None,) * 7)
+    return (*found, *(None,) * 8, [None] * ctx.bounds, *(None,) * 7)
 
 
 linear_state_op.register_autograd(_backward, setup_context=_setup)
@@ -300,8 +310,9 @@ def _evaluate_op(p: Problem, *, statistics: bool) -> tuple[Tensor, State]:
             "that have memory of their own (no fake, functional or meta tensors)"
         )
     options, constraints, flags = packed_of(rows, p.options)
+    tensors = tensors_of(p)._replace(coefficients=coefficients_tensor(rows, p.options))
     loss, sums, top1, divisors, *_ = linear_state_op(
-        *tensors_of(p),
+        *tensors,
         items_tensor(rows),
         constraints,
         rows.scalar,

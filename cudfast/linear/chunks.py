@@ -58,11 +58,18 @@ class Chunk:
         return rows._replace(
             labels=self._optional(rows.labels),
             weight=self._optional(rows.weight),
-            per_row=self._optional(rows.per_row),
+            temperature=self._optional(rows.temperature),
+            coefficients=self._coefficients(rows.coefficients),
             num_items=divisors,
             constraints=constraints,
             part=Part(self._index(rows.logits.device), rows.logits.shape[:-1]),
         )
+
+    def _coefficients(self, x: Tensor | None) -> Tensor | None:
+        """The chunk's part (T, R) of (T, N); (T, 1) is that of all rows."""
+        if x is None or x.shape[1] == 1:
+            return x
+        return (x[:, self.begin : self.end] if self.index is None else x[:, self.index]).contiguous()
 
     def _optional(self, x: Tensor | None) -> Tensor | None:
         return None if x is None else self.vector(x)

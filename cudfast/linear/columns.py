@@ -8,9 +8,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..backends.parts import Span, Whole, finished, inverse_temperature, merge, state_of, swept, write_gradient
-from ..backends.reference import mark
-from ..options import CUDOptions, DUSOptions
+from ..backends.parts import Span, finished, inverse_temperature, merge, state_of, swept, write_gradient
+from ..backends.reference import Whole, mark
+from ..options import RowOptions
 from ..rows.call import Backend, Rows, State, compute_dtype
 
 
@@ -26,7 +26,7 @@ class Work(NamedTuple):
     """A chunk of rows."""
 
     rows: Rows  # of all V classes
-    options: CUDOptions | DUSOptions
+    options: RowOptions
     backend: Backend
     fill: Callable[[int, int], Filled]  # logits of the classes [first, last)
     step: int  # classes of a tile

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from ..distributed.dtensors import localized_heads
 from ..distributed.group import telling
 from ..distributed.heads import spread, spread_teacher
-from ..options import CUDOptions, DUSOptions, LinearOptions, cross_entropy
+from ..options import CUDOptions, DUSOptions, LinearOptions
 from ..rows.call import Call, Rows, State
 from ..rows.checks import (
     alpha_of,
+    check_alpha,
     check_call,
     check_mode,
     classes_of,
+    coefficients_of,
     constraints_of,
     labels_of,
     logits_of,
@@ -234,16 +235,17 @@ def fused_linear_cud_loss(
             flat_labels,
             weight_of(weight, hidden, "student_hidden"),
             None if plain else per_row,
+            None,
             1.0 if plain else scalar,
             num_items_of(num_items),
             classes,
             constraints,
         )
-        made = cross_entropy(options) if plain and not torch.compiler.is_compiling() else options
+        made = options.alone if plain else options.rows
     found = _evaluated(problem(rows, student, None if plain else teacher, made, linear, shard), return_stats)
     if not return_stats:
         return found[0]
-    return found[0], student_statistics(rows, options, found[1])
+    return found[0], student_statistics(rows, options.rows, found[1])
 
 
 @overload
@@ -344,21 +346,25 @@ def fused_linear_dus_loss(
         classes = classes_of(layer[0].t(), None, options.num_classes, ("head_weight", ""), shard)
         flat_labels = labels_of(labels, hidden, "hidden")
         assert flat_labels is not None
-        per_row, shard = alpha_of(alpha, flat_labels, classes, shard)
+        scales = {}
+        if alpha is not None and options.focal_weight > 0:
+            scales["focal"], shard = alpha_of(alpha, flat_labels, classes, shard)
+            check_alpha(scales["focal"], hidden)
         rows = Rows(
             hidden,
             None,
             flat_labels,
             weight_of(weight, hidden, "hidden"),
-            per_row,
-            options.alpha,
+            None,
+            coefficients_of(options.rows.terms, None, scales, hidden, "hidden"),
+            1.0,
             num_items_of(num_items),
             classes,
         )
-    loss, state = _evaluated(problem(rows, layer, None, options, linear, shard), return_stats)
+    loss, state = _evaluated(problem(rows, layer, None, options.rows, linear, shard), return_stats)
     if not return_stats:
         return loss
-    return loss, teacher_statistics(rows, options, state)
+    return loss, teacher_statistics(rows, options.rows, state)
 
 
 def _evaluated(p: Problem, statistics: bool) -> tuple[Tensor, State]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..options import CUDOptions, DUSOptions, LinearOptions
+from ..options import LinearOptions, RowOptions
 from ..rows.call import Constraints, Rows
 from ..rows.shard import Shard
 
@@ -68,7 +68,7 @@ class Problem(NamedTuple):
     rows: Rows  # with hidden states (..., D) as its logits, and as its target unless `teacher` is None
     student: Head
     teacher: Head | None  # None: rows.target are logits (..., >= V), or there is no teacher
-    options: CUDOptions | DUSOptions
+    options: RowOptions
     linear: LinearOptions
     shard: Shard | None = None  # if other ranks hold more classes
 
@@ -87,7 +87,7 @@ def problem(
     rows: Rows,
     student: tuple[Tensor, Tensor | None],
     teacher: tuple[Tensor, Tensor | None] | None,
-    options: CUDOptions | DUSOptions,
+    options: RowOptions,
     linear: LinearOptions,
     shard: Shard | None = None,
 ) -> Problem:
@@ -118,7 +118,8 @@ class Tensors(NamedTuple):
     teacher_bias: Tensor | None
     labels: Tensor | None
     row_weight: Tensor | None
-    per_row: Tensor | None
+    temperature: Tensor | None
+    coefficients: Tensor | None
 
 
 def tensors_of(p: Problem) -> Tensors:
@@ -133,7 +134,8 @@ def tensors_of(p: Problem) -> Tensors:
         None if teacher is None else teacher.bias,
         rows.labels,
         rows.weight,
-        rows.per_row,
+        rows.temperature,
+        rows.coefficients,
     )
 
 
@@ -143,13 +145,24 @@ def problem_of(
     num_items: float | Tensor | None,
     classes: int,
     constraints: Constraints | None,
-    options: CUDOptions | DUSOptions,
+    options: RowOptions,
     linear: LinearOptions,
     shard: Shard | None = None,
 ) -> Problem:
     """Inverse of `tensors_of`, with all other arguments."""
     return problem(
-        Rows(x.hidden, x.target, x.labels, x.row_weight, x.per_row, scalar, num_items, classes, constraints),
+        Rows(
+            x.hidden,
+            x.target,
+            x.labels,
+            x.row_weight,
+            x.temperature,
+            x.coefficients,
+            scalar,
+            num_items,
+            classes,
+            constraints,
+        ),
         (x.weight, x.bias),
         None if x.teacher_weight is None else (x.teacher_weight, x.teacher_bias),
         options,

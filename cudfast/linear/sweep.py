@@ -22,7 +22,7 @@ from .. import backends
 from ..autograd.memory import empty
 from ..distributed.group import telling
 from ..distributed.sharded import agreed, cut, over_ranks
-from ..options import CUDOptions, DUSOptions
+from ..options import RowOptions
 from ..rows.call import Backend, State, columns_of, compute_dtype
 from ..rows.vectors import check_finite, check_vectors, divisors_of, masks
 from . import tiles
@@ -45,7 +45,7 @@ class Swept(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _per_row(options: CUDOptions | DUSOptions) -> CUDOptions | DUSOptions:
+def _per_row(options: RowOptions) -> RowOptions:
     """The options of a chunk: the divisors are part of its rows."""
     return dataclasses.replace(options, reduction="none", num_classes=None)
 
@@ -147,8 +147,8 @@ def sweep(
     """Losses, states and gradients; or, given the states of an earlier sweep, gradients for `upstream` () or (N,).
 
     Raises:
-        ValueError: a label, weight, temperature or alpha out of range; a budget that is too small; and errors of the
-            backend.
+        ValueError: a label, weight, temperature or coefficient out of range; a budget that is too small; and errors of
+            the backend.
     """
     options, device = _per_row(p.options), p.rows.logits.device
     backend = backends.choose(options.backend, device)
@@ -176,7 +176,7 @@ def sweep(
     if given is None:
         losses = torch.zeros(rows.n, dtype=dtype, device=device)
         sums = torch.zeros((rows.n, len(columns_of(rows, options))), dtype=dtype, device=device)
-        top1 = torch.zeros(rows.n if isinstance(options, CUDOptions) else 0, dtype=torch.int64, device=device)
+        top1 = torch.zeros(0 if rows.target is None else rows.n, dtype=torch.int64, device=device)
         state = State(sums, top1, divisors_of(rows, p.options))
     assert state is not None
     kept = state
@@ -205,7 +205,10 @@ def sweep(
             if count:
                 parts = [part_state(work_of(chunk)[1])[0] for chunk in chunks(count, index, tile.rows)]
                 every = Chunk(0, count, index)
-                all_rows = every.rows(rows, divisors)._replace(logits=rows.logits.new_empty((count, 0)), target=None)
+                none = rows.logits.new_empty((count, 0))
+                all_rows = every.rows(rows, divisors)._replace(
+                    logits=none, target=None if rows.target is None else none
+                )
                 keep(every, *over_ranks(p.shard, parts, all_rows, options, dtype))
                 if options.check_finite:
                     check_finite(rows, options, kept)

@@ -29,6 +29,7 @@ class StudentState(NamedTuple):
     t_y: Tensor  # (N,) teacher logit of the label
     s_y: Tensor  # (N,) student logit of the label
     impossible: Tensor  # (N,) 1 when some class has t finite and s = -inf
+    e_s: Tensor  # (N,) sum exp(s - m_s) * (s - m_s); only the entropy needs it
     k: Tensor  # (N,) int64, teacher's top-1
 
 
@@ -41,6 +42,7 @@ class StudentSums(NamedTuple):
     s_one: Tensor
     z_one: Tensor
     impossible: Tensor
+    e_s: Tensor
 
 
 def student_fold(dt: Tensor, ds: Tensor, inv_tau: Tensor) -> StudentSums:
@@ -57,6 +59,7 @@ def student_fold(dt: Tensor, ds: Tensor, inv_tau: Tensor) -> StudentSums:
         ds.exp().sum(-1),
         dt.exp().sum(-1),
         impossible.to(dt.dtype),
+        (ds.exp() * torch.where(ds > NOTHING, ds, 0)).sum(-1),
     )
 
 
@@ -73,7 +76,9 @@ def student_merge(left: StudentState, right: StudentState, inv_tau: Tensor) -> S
         down_t, down_s = _down(part.m_t, m_t), _down(part.m_s, m_s)
         teacher, student = (down_t * inv_tau).exp(), (down_s * inv_tau).exp()
         a = teacher * (part.a + part.z_tau * ((down_t - down_s) * inv_tau))
-        moved = (teacher * part.z_tau, student * part.s_tau, a, down_s.exp() * part.s_one, down_t.exp() * part.z_one)
+        one = down_s.exp()
+        e_s = one * (part.e_s + part.s_one * down_s)
+        moved = (teacher * part.z_tau, student * part.s_tau, a, one * part.s_one, down_t.exp() * part.z_one, e_s)
         sums = [old + new for old, new in zip(sums, moved)] if sums else list(moved)
     from_left = torch.where(left.m_t == right.m_t, left.k <= right.k, left.m_t > right.m_t)
     return StudentState._make(
@@ -81,41 +86,42 @@ def student_merge(left: StudentState, right: StudentState, inv_tau: Tensor) -> S
             m_t,
             torch.where(from_left, left.s_k, right.s_k),
             m_s,
-            *sums,
+            *sums[:-1],
             torch.maximum(left.t_y, right.t_y),
             torch.maximum(left.s_y, right.s_y),
             torch.maximum(left.impossible, right.impossible),
+            sums[-1],
             torch.where(from_left, left.k, right.k),
         )
     )
 
 
 class TeacherState(NamedTuple):
-    """State of rows in the teacher loss.                                                           [state-teacher]"""
+    """State of rows without a target.                                                              [state-teacher]"""
 
-    m: Tensor  # (N,) maximum
-    z: Tensor  # (N,) sum exp(z_j - m)
-    e: Tensor  # (N,) sum exp(z_j - m) * (z_j - m)
-    z_y: Tensor  # (N,) logit of the label
+    m_s: Tensor  # (N,) maximum
+    s_one: Tensor  # (N,) sum exp(s - m_s)
+    e_s: Tensor  # (N,) sum exp(s - m_s) * (s - m_s)
+    s_y: Tensor  # (N,) logit of the label
 
 
 class TeacherSums(NamedTuple):
-    z: Tensor
-    e: Tensor
+    s_one: Tensor
+    e_s: Tensor
 
 
 def teacher_fold(x: Tensor) -> TeacherSums:
-    """Sums over the last axis of x = z - m (N, V)."""
+    """Sums over the last axis of x = s - m_s (N, V)."""
     p = x.exp()
     return TeacherSums(p.sum(-1), (p * torch.where(x > NOTHING, x, 0)).sum(-1))
 
 
 def teacher_merge(left: TeacherState, right: TeacherState) -> TeacherState:
     """e' = e^(m - m') (e + z (m - m'))                                                              [merge-teacher]"""
-    m = torch.maximum(left.m, right.m)
-    z, e = torch.zeros_like(m), torch.zeros_like(m)
+    m = torch.maximum(left.m_s, right.m_s)
+    s_one, e_s = torch.zeros_like(m), torch.zeros_like(m)
     for part in (left, right):
-        down = _down(part.m, m)
-        z = z + down.exp() * part.z
-        e = e + down.exp() * (part.e + part.z * down)
-    return TeacherState(m, z, e, torch.maximum(left.z_y, right.z_y))
+        down = _down(part.m_s, m)
+        s_one = s_one + down.exp() * part.s_one
+        e_s = e_s + down.exp() * (part.e_s + part.s_one * down)
+    return TeacherState(m, s_one, e_s, torch.maximum(left.s_y, right.s_y))

@@ -1,4 +1,4 @@
-"""csrc/row/terms.h: each loss term, its value and the coefficients of its gradient."""
+"""csrc/row/terms.h: the values that terms are functions of, the total over the terms, the gradient's coefficients."""
 
 from __future__ import annotations
 
@@ -7,31 +7,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..options import CUDOptions, DUSOptions, WClip
+from ..options import RowOptions, WClip
+from ..terms.term import Evaluated, RowValues
 from .state import NOTHING, StudentState, TeacherState
 from .target import Clip, TargetSums, replace, wclip
 
 
 class RowWeights(NamedTuple):
-    kd: Tensor  # (N,) 0 where the row counts for nothing
-    ce: Tensor  # (N,) 0 where the row has no label
+    rows: Tensor  # (N,) in terms that need no label; 0 in excluded rows
+    labelled: Tensor  # (N,) in the others; 0 in rows without a label
 
 
 def row_weights(ignored: Tensor, labelled: Tensor, weight: Tensor) -> RowWeights:
-    """How much a row counts in each term.                                                            [row-weights]"""
-    kd = torch.where(ignored, 0, weight)
-    return RowWeights(kd, torch.where(labelled, kd, 0))
+    """The weight of a row, before its share of a mean.                                               [row-weights]"""
+    rows = torch.where(ignored, 0, weight)
+    return RowWeights(rows, torch.where(labelled, rows, 0))
 
 
-class StudentLoss(NamedTuple):
-    kd: Tensor  # (N,) tau^2 KL, without its weight
-    ce: Tensor  # (N,) -log p_y at temperature 1, without its weight
-    z_tau: Tensor
-    clip: Clip
-    impossible: Tensor
-
-
-def kd_value(state: StudentState, target: TargetSums, tau: Tensor) -> Tensor:
+def forward_kl_of(state: StudentState, target: TargetSums, tau: Tensor) -> Tensor:
     """tau^2 KL(q || p) = tau^2 (a / z + log(s / z)); rounding below 0 is 0.                                   [kd]"""
     kl = target.a / target.z_tau + (state.s_tau / target.z_tau).log()
     kl = torch.where(kl < 0, 0, tau * tau * kl)
@@ -39,112 +32,97 @@ def kd_value(state: StudentState, target: TargetSums, tau: Tensor) -> Tensor:
     return torch.where((state.m_t == NOTHING) | (state.m_s == NOTHING), torch.nan, kl)
 
 
-def ce_value(s_one: Tensor, s_y: Tensor, m_s: Tensor) -> Tensor:
-    """-log p_y = log S1 - (s_y - m_s)                                                                         [ce]"""
-    return s_one.log() - (s_y - m_s)
+def nll_of(state: StudentState | TeacherState) -> Tensor:
+    """-log p_y = log S1 - (s_y - m_s)"""
+    return state.s_one.log() - (state.s_y - state.m_s)
 
 
-class StudentGradient(NamedTuple):
-    """Coefficients of dL/ds_j.                                                                  [student-gradient]"""
+class Distilled(NamedTuple):
+    """Student and calibrated target at temperature tau."""
 
-    student_tau: Tensor  # (N,)
-    teacher_tau: Tensor  # (N,)
-    student_one: Tensor  # (N,)
-    label: Tensor  # (N,)
+    forward_kl: Tensor  # (N,)
+    s_tau: Tensor
+    z_tau: Tensor
+    clip: Clip
+    impossible: Tensor  # (N,) bool
 
 
-def student_finish(state: StudentState, labelled: Tensor, tau: Tensor, options: CUDOptions) -> StudentLoss:
-    """What a row comes to: the calibrated target, then every term."""
-    zero = torch.zeros_like(state.m_t)
+def distil(state: StudentState | TeacherState, labelled: Tensor, tau: Tensor, options: RowOptions) -> Distilled:
+    """The calibrated target; zeros without a term that needs it."""
+    zero = torch.zeros_like(state.m_s)
     clip = Clip(zero, zero, zero)
-    ce = zero
-    if options.ce_weight > 0:
-        ce = torch.where(labelled, ce_value(state.s_one, state.s_y, state.m_s), 0)
-    if not options.kd_weight > 0:
-        return StudentLoss(zero, ce, zero, clip, zero > 0)
+    if not options.distils or not isinstance(state, StudentState):
+        return Distilled(zero, zero, zero, clip, zero > 0)
     if isinstance(options.calibration, WClip):
         wrong = labelled & (state.t_y < state.m_t)
         found = wclip(state.t_y - state.m_t, options.calibration.budget, options.calibration.margin)
         clip = Clip(*(torch.where(wrong, value, 0) for value in found))
     target = replace(state, clip, 1 / tau)
-    return StudentLoss(kd_value(state, target, tau), ce, target.z_tau, clip, target.impossible > 0)
+    kl = forward_kl_of(state, target, tau)
+    return Distilled(kl, state.s_tau, target.z_tau, clip, target.impossible > 0)
 
 
-def student_coefficients(
-    state: StudentState, loss: StudentLoss, tau: Tensor, kd: Tensor, ce: Tensor
-) -> StudentGradient:
-    """kd and ce are the rows' weights in each term, upstream gradient and divisors included."""
-    return StudentGradient(
-        torch.where(kd != 0, kd * tau / state.s_tau, 0),
-        torch.where(kd != 0, kd * tau / loss.z_tau, 0),
-        torch.where(ce != 0, ce / state.s_one, 0),
-        ce,
+def values_of(state: StudentState | TeacherState, target: Distilled) -> RowValues:
+    """The values of rows that terms read."""
+    log_z = state.s_one.log()
+    entropy = log_z - state.e_s / state.s_one
+    return RowValues(target.forward_kl, (state.s_y - state.m_s) - log_z, entropy, state.m_s + log_z)
+
+
+class RowGradient(NamedTuple):
+    """Coefficients of dL/ds_j.                                                                     [row-gradient]"""
+
+    student_tau: Tensor  # (N,)
+    teacher_tau: Tensor  # (N,)
+    one: Tensor  # (N,) of p_j
+    log: Tensor  # (N,) of p_j log p_j
+    label: Tensor  # (N,) of 1[j = y]
+
+
+def coefficients(slopes: Evaluated, target: Distilled, entropy: Tensor, tau: Tensor) -> RowGradient:
+    """The coefficients from the derivatives of the loss with respect to the values of a row."""
+    zero = torch.zeros_like(tau)
+    kl, log_p, h, lse = (zero + slope for slope in slopes[1:])
+    return RowGradient(
+        torch.where(kl != 0, kl * tau / target.s_tau, 0),
+        torch.where(kl != 0, kl * tau / target.z_tau, 0),
+        lse - log_p - torch.where(h != 0, h * entropy, 0),
+        -h,
+        log_p,
     )
 
 
-class Term(NamedTuple):
+class RowEnd(NamedTuple):
     value: Tensor  # (N,)
-    slope: Tensor  # (N,) with respect to log p_y
+    counts: Tensor  # (N,) bool, whether the gradient is anything but 0
+    target: Distilled
+    gradient: RowGradient
+    log_z: Tensor  # (N,) log s_one
 
 
-def focal(log_p: Tensor, gamma: float, alpha: Tensor) -> Term:
-    """alpha (1 - p)^gamma (-log p)                                                                          [focal]"""
-    a = -torch.expm1(log_p)
-    a_gamma = a**gamma
-    ratio = torch.where(a > 0, log_p / a, -1)
-    lost = log_p == NOTHING
-    return Term(
-        torch.where(lost, torch.inf, -alpha * a_gamma * log_p),
-        torch.where(lost, -alpha, alpha * a_gamma * (gamma * (1 - a) * ratio - 1)),
-    )
-
-
-def gate(log_p: Tensor, o: DUSOptions) -> Term:
-    """w = 1{p < threshold} + scale (1 - p)^power                                                             [gate]"""
-    a = -torch.expm1(log_p)
-    value = (1 - a < o.gate_threshold).to(a.dtype) + o.gate_scale * a**o.gate_power
-    if not o.gate_power > 0:
-        return Term(value, torch.zeros_like(a))
-    slope = -o.gate_scale * o.gate_power * a ** (o.gate_power - 1) * (1 - a)
-    return Term(value, torch.where(a > 0, slope, 0))
-
-
-class TeacherLoss(NamedTuple):
-    value: Tensor  # (N,)
-    entropy: Tensor  # (N,) nats
-    slope: Tensor  # (N,) of the whole loss with respect to log p_y, the entropy held fixed
-    weight: Tensor  # (N,) of -H
-    log_z: Tensor  # (N,)
-
-
-def teacher_finish(state: TeacherState, alpha: Tensor, o: DUSOptions) -> TeacherLoss:
-    """Value and slopes of Eq. 3."""
-    log_z = state.z.log()
-    entropy = log_z - state.e / state.z
-    log_p = (state.z_y - state.m) - log_z
-    value, slope, weight = torch.zeros_like(log_p), torch.zeros_like(log_p), torch.zeros_like(log_p)
-    if o.ce_weight > 0:
-        value, slope = value - o.ce_weight * log_p, slope - o.ce_weight
-    if o.focal_weight > 0:
-        f = focal(log_p, o.gamma, alpha)
-        value, slope = value + o.focal_weight * f.value, slope + o.focal_weight * f.slope
-    if o.entropy_weight > 0:
-        w = gate(log_p, o)
-        weight = o.entropy_weight * w.value
-        value = value - weight * entropy
-        if o.differentiate_gate:
-            slope = slope - o.entropy_weight * w.slope * entropy
-    return TeacherLoss(value, entropy, slope, weight, log_z)
-
-
-class TeacherGradient(NamedTuple):
-    """dL/dz_j = p_j (one + log * log p_j) + label 1[j = y]                                      [teacher-gradient]"""
-
-    one: Tensor  # (N,)
-    log: Tensor  # (N,)
-    label: Tensor  # (N,)
-
-
-def teacher_coefficients(loss: TeacherLoss, scale: Tensor) -> TeacherGradient:
-    """scale (N,): upstream gradient over divisor, 0 where the row does not count."""
-    return TeacherGradient(scale * (loss.weight * loss.entropy - loss.slope), scale * loss.weight, scale * loss.slope)
+def finish(
+    state: StudentState | TeacherState,
+    labelled: Tensor,
+    tau: Tensor,
+    options: RowOptions,
+    shares: RowWeights,
+    own: Tensor,
+    upstream: Tensor | None,
+) -> RowEnd:
+    """The end of rows. own (T, N) or (T, 1): the coefficients of the terms; a term of weight 0 is left out, also where
+    it is infinite or NaN. upstream: () or (N,); None: 1."""
+    target = distil(state, labelled, tau, options)
+    at = values_of(state, target)
+    zero = torch.zeros_like(tau)
+    total = Evaluated(zero, zero, zero, zero, zero)
+    counts = zero > 0
+    for (_, _, term), coefficient in zip(options.terms, own):
+        c = coefficient * (shares.labelled if term.needs_label else shares.rows)
+        if term.needs_label:
+            c = torch.where(labelled, c, 0)
+        found = term.evaluate(at)
+        up = c if upstream is None else c * upstream
+        weights = (c, up, up, up, up)
+        total = Evaluated(*(sums + torch.where(w != 0, w * new, 0) for sums, w, new in zip(total, weights, found)))
+        counts = counts | (up != 0)
+    return RowEnd(total.value, counts, target, coefficients(total, target, at.entropy, tau), state.s_one.log())

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from ..classes.sets import ClassSets
-from ..options import CUDOptions, DUSOptions
+from ..options import RowOptions
 from .layout import row_count
 from .shard import Shard
 
-# Fields of a packed state, in the order of csrc/row/state.h; the teacher's top-1 is a separate int64 tensor.
+# Fields of a packed state. Rows without a target have four; rows with one have those of the next line, ENTROPY if a
+# term reads the student's entropy, and PROJECTED_COLUMNS (csrc/projected.h) if the target has constraints. The order is
+# that of csrc/row/state.h; the teacher's top-1 is a separate int64 tensor.
+OWN_COLUMNS = ("m_s", "s_one", "e_s", "s_y")
 STUDENT_COLUMNS = ("m_t", "s_k", "m_s", "z_tau", "s_tau", "a", "s_one", "z_one", "t_y", "s_y", "impossible")
-# The fields after those if the target has constraints; in the order of csrc/projected.h.
+ENTROPY = "e_s"
 PROJECTED_COLUMNS = ("beta", "centre", "near", "wrong", "rest", "confidence", "prob", "target", "moved", "relaxed")
-TEACHER_COLUMNS = ("m", "z", "e", "z_y")
 
 
 _SETS = ("near", "wrong")
@@ -66,14 +68,15 @@ class Rows(NamedTuple):
     """One call, checked and flattened: N rows of V classes."""
 
     logits: Tensor  # (..., >= V) student logits, or the logits of the teacher being fine-tuned
-    target: Tensor | None  # (..., >= V) teacher logits of the student loss
+    target: Tensor | None  # (..., >= V) teacher logits
     labels: Tensor | None  # (N,) int64
     weight: Tensor | None  # (N,) f64
-    per_row: Tensor | None  # (N,) f64: temperature of the student loss, alpha of the teacher loss
-    scalar: float  # replaces per_row if that is None
+    temperature: Tensor | None  # (N,) f64
+    coefficients: Tensor | None  # (T, N) or (T, 1) f64 of the terms; None: those of the options
+    scalar: float  # the temperature of all rows, if `temperature` is None
     num_items: float | Tensor | None  # replaces both divisors of reduction="mean"; (2,) f64: one each
     classes: int  # V
-    constraints: Constraints | None = None  # of the student loss's target, instead of W-Clip
+    constraints: Constraints | None = None  # of the target, instead of W-Clip
     part: Part | None = None  # if these are some rows of a larger call
 
     @property
@@ -86,8 +89,10 @@ class State(NamedTuple):
     """The output of the first sweep besides the loss."""
 
     sums: Tensor  # (N, columns), in the compute dtype
-    top1: Tensor  # (N,) int64 for the student loss, (0,) for the teacher loss
-    divisors: Tensor  # (2,) f64: of the KD term, of the label terms; for a shard (3,), with its first class
+    top1: Tensor  # (N,) int64 of the target, (0,) without one
+    divisors: (
+        Tensor  # (2,) f64: of the terms of all rows, of those of labelled rows; for a shard (3,), with its first class
+    )
 
 
 class Backend(Protocol):
@@ -96,7 +101,7 @@ class Backend(Protocol):
     def row_state(
         self,
         rows: Rows,
-        options: CUDOptions | DUSOptions,
+        options: RowOptions,
         *,
         statistics: bool,
         keep: bool,
@@ -110,7 +115,7 @@ class Backend(Protocol):
     def row_gradient(
         self,
         rows: Rows,
-        options: CUDOptions | DUSOptions,
+        options: RowOptions,
         state: State,
         upstream: Tensor,
         gradient: Tensor,
@@ -124,11 +129,12 @@ class Backend(Protocol):
         """
 
 
-def columns_of(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[str, ...]:
+def columns_of(rows: Rows, options: RowOptions) -> tuple[str, ...]:
     """The fields of a packed state."""
-    if not isinstance(options, CUDOptions):
-        return TEACHER_COLUMNS
-    return STUDENT_COLUMNS if rows.constraints is None else STUDENT_COLUMNS + PROJECTED_COLUMNS
+    if rows.target is None:
+        return OWN_COLUMNS
+    found = (*STUDENT_COLUMNS, ENTROPY) if options.entropy else STUDENT_COLUMNS
+    return found if rows.constraints is None else found + PROJECTED_COLUMNS
 
 
 def compute_dtype(rows: Rows) -> torch.dtype:
@@ -152,7 +158,7 @@ def _has_f64(device: torch.device) -> bool:
 class Call(NamedTuple):
     """The arguments of a call besides its rows."""
 
-    options: CUDOptions | DUSOptions
+    options: RowOptions
     statistics: bool
     grad_out: Tensor | None  # memory for the gradient, instead of a new tensor
     shard: Shard | None = None  # if other ranks hold more classes of the same rows

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..options import TEMPERATURES, CUDOptions, DUSOptions
-from .call import Rows, State, vector_dtype
+from ..options import LossOptions, RowOptions
+from .call import Rows, State, columns_of, vector_dtype
+from .fields import TEMPERATURES
 from .layout import row_count
 
 
-def masks(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[Tensor, Tensor]:
+def masks(rows: Rows, options: LossOptions) -> tuple[Tensor, Tensor]:
     """(N,) bool each: the rows that are not excluded, and those of them that are labelled."""
     n = row_count(rows.logits)  # not rows.n: torch 2.8 cannot trace properties of named tuples
     counts = torch.ones(n, dtype=torch.bool, device=rows.logits.device)
@@ -28,8 +29,8 @@ def masks(rows: Rows, options: CUDOptions | DUSOptions) -> tuple[Tensor, Tensor]
     return counts, labelled
 
 
-def divisors_of(rows: Rows, options: CUDOptions | DUSOptions) -> Tensor:
-    """(2,) f64: divisors of the distillation term and of the label terms of a row."""
+def divisors_of(rows: Rows, options: RowOptions) -> Tensor:
+    """(2,) f64: divisors of the terms of all rows, and of those of labelled rows."""
     dtype, device = vector_dtype(rows.logits.device), rows.logits.device
     if rows.num_items is not None:
         items: Tensor = torch.as_tensor(rows.num_items, dtype=dtype, device=device)
@@ -49,7 +50,7 @@ def row_name(rows: Rows, row: int) -> str:
     return ", ".join(str(int(i)) for i in index)
 
 
-def refuse_label(rows: Rows, options: CUDOptions | DUSOptions, row: int, label: int) -> ValueError:
+def refuse_label(rows: Rows, options: LossOptions, row: int, label: int) -> ValueError:
     """The error for a label that is neither a class nor one of the special values."""
     special = f"ignore_index={options.ignore_index}"
     if options.unlabeled_index is not None:
@@ -66,18 +67,23 @@ def refuse_label(rows: Rows, options: CUDOptions | DUSOptions, row: int, label: 
     )
 
 
-def refuse_value(rows: Rows, options: CUDOptions | DUSOptions, name: str, row: int, value: float) -> ValueError:
-    """The error for a weight, temperature or alpha out of range. `name` is "weight" or "per_row"."""
+def refuse_value(rows: Rows, options: RowOptions, name: str, row: int, value: float) -> ValueError:
+    """The error for a value out of range. `name`: "weight", "temperature", or "coefficient" with its flat index."""
     if name == "weight":
         return ValueError(f"weight[{row_name(rows, row)}] = {value}: expected a finite number >= 0")
-    if isinstance(options, CUDOptions):
+    if name == "temperature":
         low, high = TEMPERATURES
         return ValueError(f"temperature[{row_name(rows, row)}] = {value}: expected a number in [{low:g}, {high:g}]")
-    return ValueError(f"alpha of the label of row {row_name(rows, row)} is {value}: expected a finite number > 0")
+    assert rows.coefficients is not None
+    term, row = divmod(row, rows.coefficients.shape[1])
+    where = f"[{row_name(rows, row)}]" if rows.coefficients.shape[1] > 1 else ""
+    return ValueError(
+        f"term_weights[{options.terms[term].name!r}]{where} gives a coefficient of {value}: expected finite numbers"
+    )
 
 
-def check_vectors(rows: Rows, options: CUDOptions | DUSOptions) -> None:
-    """Raises for the first label, weight, temperature or alpha out of range, before any sweep. Synchronises."""
+def check_vectors(rows: Rows, options: RowOptions) -> None:
+    """Raises for the first label, weight, temperature or coefficient out of range, before any sweep. Synchronises."""
 
     def first(bad: Tensor) -> int | None:
         return int(bad.nonzero()[0]) if bool(bad.any()) else None
@@ -87,17 +93,18 @@ def check_vectors(rows: Rows, options: CUDOptions | DUSOptions) -> None:
         outside = labelled & ((rows.labels < 0) | (rows.labels >= rows.classes))
         if (row := first(outside)) is not None:
             raise refuse_label(rows, options, row, int(rows.labels[row]))
-    low, high = TEMPERATURES if isinstance(options, CUDOptions) else (5e-324, torch.finfo(torch.float64).max)
-    limits = {"weight": (0.0, torch.finfo(torch.float64).max), "per_row": (low, high)}
-    for name, values in (("weight", rows.weight), ("per_row", rows.per_row)):
+    largest = torch.finfo(torch.float64).max
+    limits = {"weight": (0.0, largest), "temperature": TEMPERATURES, "coefficient": (-largest, largest)}
+    given = (rows.weight, rows.temperature, None if rows.coefficients is None else rows.coefficients.reshape(-1))
+    for (name, (low, high)), values in zip(limits.items(), given):
         if values is None:
             continue
-        good = (values >= limits[name][0]) & (values <= limits[name][1])
+        good = (values >= low) & (values <= high)
         if (row := first(~good)) is not None:
             raise refuse_value(rows, options, name, row, float(values[row]))
 
 
-def check_items(rows: Rows, options: CUDOptions | DUSOptions) -> None:
+def check_items(rows: Rows, options: RowOptions) -> None:
     """Raises for a num_items on the host that cannot be a divisor of the sum over rows."""
     items = rows.num_items
     if items is None or (isinstance(items, Tensor) and (items.dim() > 0 or not items.is_cpu)):
@@ -107,7 +114,7 @@ def check_items(rows: Rows, options: CUDOptions | DUSOptions) -> None:
         raise ValueError(f"num_items={value:g}: expected a finite number >= 0")
     if value == 0 and rows.logits.is_cpu:
         counts, labelled = masks(rows, options)
-        bad = counts if isinstance(options, CUDOptions) else labelled
+        bad = counts if options.whole else labelled
         if bool(bad.any()):
             raise ValueError(
                 f"num_items=0, and row {row_name(rows, int(bad.nonzero()[0]))} counts: expected the number of labels "
@@ -115,13 +122,14 @@ def check_items(rows: Rows, options: CUDOptions | DUSOptions) -> None:
             )
 
 
-def check_finite(rows: Rows, options: CUDOptions | DUSOptions, state: State) -> None:
+def check_finite(rows: Rows, options: RowOptions, state: State) -> None:
     """Raises for the first row that is not excluded and whose loss is NaN. Synchronises."""
     bad = state.sums.isnan().any(-1)
-    for maximum in (0, 2) if isinstance(options, CUDOptions) else (0,):
-        bad = bad | (state.sums[:, maximum] == -torch.inf)
+    columns = columns_of(rows, options)
+    for maximum in ("m_s",) if rows.target is None else ("m_t", "m_s"):
+        bad = bad | (state.sums[:, columns.index(maximum)] == -torch.inf)
     counts, labelled = masks(rows, options)
-    bad = bad & (counts if isinstance(options, CUDOptions) else labelled)
+    bad = bad & (counts if options.whole or rows.target is not None else labelled)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ValueError(

@@ -244,7 +244,7 @@ def calibrate(
     classes = classes_of(logits, None, None, ("teacher_logits", ""))
     flat_labels = labels_of(labels, logits, "teacher_logits")
     options = CUDOptions(ignore_index=ignore_index, unlabeled_index=unlabeled_index, calibration=calibration)
-    rows = Rows(logits.detach(), None, flat_labels, None, None, 1.0, None, classes)
+    rows = Rows(logits.detach(), None, flat_labels, None, None, None, 1.0, None, classes)
     _, labelled = masks(rows, options)
     assert flat_labels is not None
     outside = labelled & ((flat_labels < 0) | (flat_labels >= classes))

@@ -1,0 +1,160 @@
+"""A term of a loss: a function of four values of a row, with its slopes. Sums of terms with coefficients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from ..rows.fields import NUMBERS
+
+MOST = 8  # terms of one loss: csrc/row/terms/term.h
+
+
+class RowValues(NamedTuple):
+    """Values of rows. All but `forward_kl` are of the student at temperature 1, or of the only model."""
+
+    forward_kl: Tensor  # (N,) tau^2 KL(q || p)
+    log_p: Tensor  # (N,) log p_y
+    entropy: Tensor  # (N,) nats
+    lse: Tensor  # (N,) log sum exp(s)
+
+
+class Evaluated(NamedTuple):
+    """The value of a term, and its derivatives with respect to the values of a row."""
+
+    value: Tensor  # (N,)
+    forward_kl: Tensor | float = 0.0
+    log_p: Tensor | float = 0.0
+    entropy: Tensor | float = 0.0
+    lse: Tensor | float = 0.0
+
+
+class Algebra:
+    """Sums of terms, and products with numbers."""
+
+    def parts(self) -> tuple[tuple[float, Term], ...]:
+        """The terms, each with its coefficient."""
+        raise NotImplementedError
+
+    def __mul__(self, factor: float) -> Sum:
+        if isinstance(factor, Tensor):
+            raise TypeError(
+                "a term times a tensor: expected a number; a weight that changes between calls, or one per row, is an "
+                "argument of the call: term_weights={name: tensor}"
+            )
+        if isinstance(factor, bool) or not isinstance(factor, NUMBERS):
+            return NotImplemented
+        if not math.isfinite(factor):
+            raise ValueError(f"a term times {factor}: expected a finite number")
+        return Sum(tuple((float(factor) * coefficient, term) for coefficient, term in self.parts()))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Sum:
+        if isinstance(divisor, bool) or not isinstance(divisor, NUMBERS):
+            return NotImplemented
+        if divisor == 0:
+            raise ValueError("a term divided by 0: expected a finite number that is not 0")
+        return self * (1 / divisor)
+
+    def __neg__(self) -> Sum:
+        return self * -1.0
+
+    def __add__(self, other: object) -> Sum:
+        if isinstance(other, Algebra):
+            return Sum(self.parts() + other.parts())
+        if isinstance(other, int) and other == 0:  # the start of sum()
+            return Sum(self.parts())
+        return NotImplemented
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Algebra) -> Sum:
+        return self + -other if isinstance(other, Algebra) else NotImplemented
+
+
+@dataclass(frozen=True, eq=True)
+class Sum(Algebra):
+    """A sum of terms with coefficients, as ``0.8 * ForwardKL() + 0.2 * CrossEntropy()`` makes it."""
+
+    terms: tuple[tuple[float, Term], ...]
+
+    def parts(self) -> tuple[tuple[float, Term], ...]:
+        return self.terms
+
+    def __repr__(self) -> str:
+        return " + ".join(f"{coefficient:g} * {term!r}" for coefficient, term in self.terms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term(Algebra):
+    """One term of a loss. See docs/losses.md for what each is divided by."""
+
+    kind: ClassVar[int]  # csrc/row/terms/term.h
+    label: ClassVar[str]  # the name of a term that is given none
+    distils: ClassVar[bool] = False  # reads forward_kl, which needs a teacher
+    needs_label: ClassVar[bool] = False  # counts in labelled rows only
+    reads_entropy: ClassVar[bool] = False
+    name: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.name is not None and (not isinstance(self.name, str) or not self.name.isidentifier()):
+            raise ValueError(f"{type(self).__name__}(name={self.name!r}): expected an identifier, or None")
+
+    @property
+    def parameters(self) -> tuple[float, float, float, float]:
+        """The term's own numbers, as the kernels take them."""
+        return 0.0, 0.0, 0.0, 0.0
+
+    def evaluate(self, at: RowValues) -> Evaluated:
+        """Value and slopes in rows that the term counts in."""
+        raise NotImplementedError
+
+    def parts(self) -> tuple[tuple[float, Term], ...]:
+        return ((1.0, self),)
+
+
+Terms: TypeAlias = Algebra
+
+
+class Weighted(NamedTuple):
+    """A term of a loss with its name and its coefficient."""
+
+    name: str
+    coefficient: float
+    term: Term
+
+
+def named(terms: object) -> tuple[Weighted, ...]:
+    """The terms of a loss.
+
+    Raises:
+        TypeError, ValueError: not a sum of terms, more than `MOST`, or two of the same name.
+    """
+    if not isinstance(terms, Algebra):
+        raise TypeError(
+            f"terms: expected a sum of terms such as 0.8 * ForwardKL() + 0.2 * CrossEntropy(), got "
+            f"{type(terms).__name__}"
+        )
+    found = tuple(Weighted(term.name or term.label, coefficient, term) for coefficient, term in terms.parts())
+    if not 1 <= len(found) <= MOST:
+        raise ValueError(f"a loss of {len(found)} terms: expected 1 to {MOST}")
+    seen: set[str] = set()
+    for name, _, term in found:
+        if name in seen:
+            raise ValueError(
+                f"two terms are named {name!r}: give one of them another name, as in {type(term).__name__}(..., "
+                f"name={name + '_2'!r})"
+            )
+        seen.add(name)
+    return found
+
+
+class Curve(NamedTuple):
+    """A function of log p_y."""
+
+    value: Tensor  # (N,)
+    slope: Tensor  # (N,)
