@@ -22,7 +22,8 @@ using Answer = std::pair<int, int64_t>;
 Answer answer(const Check& check) { return {static_cast<int>(check.fault), check.row}; }
 constexpr std::pair<const char*, Fault> kFaults[] = {{"label", Fault::label},
                                                      {"weight", Fault::weight},
-                                                     {"per_row", Fault::per_row},
+                                                     {"temperature", Fault::temperature},
+                                                     {"coefficient", Fault::coefficient},
                                                      {"bounds", Fault::bounds},
                                                      {"strides", Fault::strides}};
 
@@ -31,29 +32,14 @@ enum class Reduction : int { none = 0, sum = 1, mean = 2 };
 // ---- The two sweeps ----
 
 Divisors divisors_of(const Rows& rows, Reduction reduction, Divisors given) {
-  if (!std::isnan(given.kd)) return given;
+  if (!std::isnan(given.rows)) return given;
   if (reduction == Reduction::mean) return count(rows);
   return {};
 }
 
-Check state_of(const Rows& rows, const StudentOptions& options, bool statistics, Divisors d, const Outputs& out) {
-  return student_state(rows, options, statistics, d, out);
-}
-Check state_of(const Rows& rows, const TeacherOptions& options, bool, Divisors d, const Outputs& out) {
-  teacher_state(rows, options, d, out);
-  return {};
-}
-void gradient_of(const Rows& rows, const StudentOptions& options, Divisors d, Upstream u, const Outputs& from) {
-  student_gradient(rows, options, d, u, from);
-}
-void gradient_of(const Rows& rows, const TeacherOptions& options, Divisors d, Upstream u, const Outputs& from) {
-  teacher_gradient(rows, options, d, u, from);
-}
-
-template <class Options>
-Answer row_state(const py::tuple& fields, const Options& options, int64_t ignore_index, int64_t unlabeled_index,
-                 int threads, int reduction, double kd_items, double ce_items, bool statistics, const py::object& loss,
-                 const py::object& state, const py::object& gradient) try {
+Answer state_of_call(const py::tuple& fields, const Terms& terms, int64_t ignore_index, int64_t unlabeled_index,
+                     int threads, int reduction, double items, double labelled_items, bool statistics,
+                     const py::object& loss, const py::object& state, const py::object& gradient) try {
   const Rows rows = make_rows(fields, ignore_index, unlabeled_index, threads);
   Outputs out;
   out.loss = address<void>(loss);
@@ -63,23 +49,22 @@ Answer row_state(const py::tuple& fields, const Options& options, int64_t ignore
   double* const divisors = divisors_in(state);
 
   const py::gil_scoped_release unlocked;
-  const Check fault = check(rows);
+  const Check fault = check(rows, terms);
   if (fault.fault != Fault::none) return answer(fault);
-  const Divisors d = divisors_of(rows, static_cast<Reduction>(reduction), {kd_items, ce_items});
-  const Check unmet = state_of(rows, options, statistics, d, out);
+  const Divisors d = divisors_of(rows, static_cast<Reduction>(reduction), {items, labelled_items});
+  const Check unmet = row_state(rows, terms, statistics, d, out);
   if (divisors) {
-    divisors[0] = d.kd;
-    divisors[1] = d.ce;
+    divisors[0] = d.rows;
+    divisors[1] = d.labelled;
   }
   return answer(unmet);
 } catch (const NoLayout&) {
   return answer({Fault::strides, 0});
 }
 
-template <class Options>
-Answer row_gradient(const py::tuple& fields, const Options& options, int64_t ignore_index, int64_t unlabeled_index,
-                    int threads, const py::object& upstream, bool per_row_upstream, const py::object& state,
-                    const py::object& gradient) try {
+Answer gradient_of_call(const py::tuple& fields, const Terms& terms, int64_t ignore_index, int64_t unlabeled_index,
+                        int threads, const py::object& upstream, bool per_row_upstream, const py::object& state,
+                        const py::object& gradient) try {
   const Rows rows = make_rows(fields, ignore_index, unlabeled_index, threads);
   Outputs from;
   set_state(from, state);
@@ -88,9 +73,9 @@ Answer row_gradient(const py::tuple& fields, const Options& options, int64_t ign
   const Upstream u{address<const void>(upstream), per_row_upstream};
 
   const py::gil_scoped_release unlocked;
-  const Check fault = check(rows);
+  const Check fault = check(rows, terms);
   if (fault.fault != Fault::none) return answer(fault);
-  gradient_of(rows, options, {divisors[0], divisors[1]}, u, from);
+  row_gradient(rows, terms, {divisors[0], divisors[1]}, u, from);
   return answer({});
 } catch (const NoLayout&) {
   return answer({Fault::strides, 0});
@@ -112,15 +97,49 @@ struct Memory {
 using Numbers = std::vector<double>;
 
 StudentState<double> student(const Numbers& v) {
-  return {v.at(0), v.at(1), v.at(2), v.at(3), v.at(4),  v.at(5),
-          v.at(6), v.at(7), v.at(8), v.at(9), v.at(10), static_cast<int64_t>(v.at(11))};
+  return {v.at(0),
+          v.at(1),
+          v.at(2),
+          v.at(3),
+          v.at(4),
+          v.at(5),
+          v.at(6),
+          v.at(7),
+          v.at(8),
+          v.at(9),
+          v.at(10),
+          v.at(11),
+          static_cast<int64_t>(v.at(12))};
 }
 Numbers numbers(const StudentState<double>& s) {
-  return {s.m_t,   s.s_k,   s.m_s, s.z_tau, s.s_tau,      s.a,
-          s.s_one, s.z_one, s.t_y, s.s_y,   s.impossible, static_cast<double>(s.k)};
+  return {s.m_t,
+          s.s_k,
+          s.m_s,
+          s.z_tau,
+          s.s_tau,
+          s.a,
+          s.s_one,
+          s.z_one,
+          s.t_y,
+          s.s_y,
+          s.impossible,
+          s.e_s,
+          static_cast<double>(s.k)};
 }
 TeacherState<double> teacher(const Numbers& v) { return {v.at(0), v.at(1), v.at(2), v.at(3)}; }
-Numbers numbers(const TeacherState<double>& s) { return {s.m, s.z, s.e, s.z_y}; }
+Numbers numbers(const TeacherState<double>& s) { return {s.m_s, s.s_one, s.e_s, s.s_y}; }
+
+constexpr int kAllSums = kStudentOne | kTeacherOne | kTeacherEntropy | kStudentEntropy;
+
+template <class State>
+Numbers finished(const State& state, bool labelled, double tau, const Terms& terms, double share_rows,
+                 double share_labelled, const Numbers& own) {
+  const Coefficients coefficients{own.empty() ? nullptr : own.data(), 1};
+  const RowEnd<double> end = finish(state, labelled, tau, terms, {share_rows, share_labelled}, coefficients, 1.0);
+  const RowGradient<double>& c = end.gradient;
+  return {end.value, end.target.z_tau, end.target.impossible ? 1.0 : 0.0, c.student_tau, c.teacher_tau, c.one,
+          c.log,     c.label};
+}
 
 template <class Sums>
 Sums folded(Sums sums, const Numbers& a, const Numbers& b, double inv_tau) {
@@ -128,7 +147,7 @@ Sums folded(Sums sums, const Numbers& a, const Numbers& b, double inv_tau) {
     if constexpr (sizeof(Sums) == sizeof(TeacherSums<double>)) {
       fold<true>(sums, a.at(i));
     } else {
-      fold<0, 3, true>(sums, a.at(i), b.at(i), inv_tau);
+      fold<0, kAllSums, true>(sums, a.at(i), b.at(i), inv_tau);
     }
   }
   return sums;
@@ -137,14 +156,14 @@ Sums folded(Sums sums, const Numbers& a, const Numbers& b, double inv_tau) {
 void define_row(py::module_ row) {
   row.def("student_fold", [](const Numbers& dt, const Numbers& ds, double inv_tau) {
     const auto s = folded(StudentSums<double>{}, dt, ds, inv_tau);
-    return Numbers{s.z_tau, s.s_tau, s.a, s.s_one, s.z_one, s.impossible, s.e_one};
+    return Numbers{s.z_tau, s.s_tau, s.a, s.s_one, s.z_one, s.impossible, s.e_one, s.e_s};
   });
   row.def("student_merge", [](const Numbers& left, const Numbers& right, double inv_tau) {
     return numbers(merge(student(left), student(right), inv_tau));
   });
   row.def("teacher_fold", [](const Numbers& x) {
     const auto s = folded(TeacherSums<double>{}, x, {}, 1.0);
-    return Numbers{s.z, s.e};
+    return Numbers{s.s_one, s.e_s};
   });
   row.def("teacher_merge",
           [](const Numbers& left, const Numbers& right) { return numbers(merge(teacher(left), teacher(right))); });
@@ -187,34 +206,33 @@ void define_row(py::module_ row) {
   });
   row.def("row_weights", [](bool ignored, bool labelled, double weight) {
     const auto w = row_weights(ignored, labelled, weight);
-    return Numbers{w.kd, w.ce};
+    return Numbers{w.rows, w.labelled};
   });
-  row.def("student_finish",
-          [](const Numbers& state, bool labelled, double tau, const StudentOptions& options, double kd, double ce) {
-            const auto s = student(state);
-            const auto loss = finish(s, labelled, tau, options);
-            const auto c = coefficients(s, loss, tau, kd, ce);
-            return Numbers{loss.kd,       loss.ce,       loss.z_tau,    loss.impossible ? 1.0 : 0.0,
-                           c.student_tau, c.teacher_tau, c.student_one, c.label};
-          });
+  row.def("finish", [](const Numbers& state, bool labelled, double tau, const Terms& terms, double share_rows,
+                       double share_labelled, const Numbers& own) {
+    return state.size() == 4 ? finished(teacher(state), labelled, tau, terms, share_rows, share_labelled, own)
+                             : finished(student(state), labelled, tau, terms, share_rows, share_labelled, own);
+  });
   row.def("focal", [](double log_p, double gamma, double alpha) {
-    const auto t = focal(log_p, gamma, alpha);
-    return Numbers{t.value, t.slope};
+    const auto f = focal(log_p, gamma, alpha);
+    return Numbers{f.value, f.slope};
   });
-  row.def("gate", [](double log_p, const TeacherOptions& options) {
-    const auto t = gate(log_p, options);
-    return Numbers{t.value, t.slope};
+  row.def("gate", [](double log_p, double threshold, double scale, double power) {
+    const auto w = gate(log_p, threshold, scale, power);
+    return Numbers{w.value, w.slope};
   });
-  row.def("teacher_finish", [](const Numbers& state, double alpha, const TeacherOptions& options, double scale) {
-    const auto loss = finish(teacher(state), alpha, options);
-    const auto c = coefficients(loss, scale);
-    return Numbers{loss.value, loss.entropy, c.one, c.log, c.label};
+  row.def("term", [](int kind, double a, double b, double c, double d, double forward_kl, double log_p, double entropy,
+                     double lse) {
+    const auto found = evaluate(Term{kind, 1, a, b, c, d}, RowValues<double>{forward_kl, log_p, entropy, lse});
+    const auto& by = found.slopes;
+    return Numbers{found.value, by.forward_kl, by.log_p, by.entropy, by.lse};
   });
   row.def("student_element", [](const Numbers& c, double dt, double ds, double inv_tau) {
-    return element<0, 1, true>(StudentGradient<double>{c.at(0), c.at(1), c.at(2), c.at(3)}, dt, ds, inv_tau);
+    const StudentLogGradient<double> of{{c.at(0), c.at(1), c.at(2) * c.at(4)}, c.at(3) * c.at(4), c.at(5)};
+    return element<0, true, true>(of, dt, ds, inv_tau);
   });
   row.def("teacher_element", [](const Numbers& c, double x, double inv_z, double log_z) {
-    return element(TeacherGradient<double>{c.at(0), c.at(1), c.at(2)}, x, inv_z, log_z);
+    return element(TeacherGradient<double>{c.at(0), c.at(1)}, x, inv_z, log_z);
   });
 }
 
@@ -222,11 +240,9 @@ void define_row(py::module_ row) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native CPU kernels of cudfast.";
-  define_options(m);
-  m.def("student_state", row_state<StudentOptions>);
-  m.def("teacher_state", row_state<TeacherOptions>);
-  m.def("student_gradient", row_gradient<StudentOptions>);
-  m.def("teacher_gradient", row_gradient<TeacherOptions>);
+  define_terms(m);
+  m.def("row_state", state_of_call);
+  m.def("row_gradient", gradient_of_call);
 
   m.attr("STUDENT_COLUMNS") = kStudentColumns;
   m.attr("PROJECTED_COLUMNS") = kProjectedColumns;

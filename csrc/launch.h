@@ -43,15 +43,17 @@ struct Constraints {
 
 // One call: N rows of V classes. Vectors are (N,), dense; a null pointer means absent.
 struct Rows {
-  int64_t rows = 0;                 // N
-  int64_t classes = 0;              // V
-  int64_t padded = 0;               // width of the logits' own rows, >= V; the padding gets a zero gradient
-  Matrix logits;                    // (N, V) student, or the teacher being fine-tuned
-  Matrix target;                    // (N, V) teacher of the student loss
-  const int64_t* labels = nullptr;  // (N,)
-  const double* weight = nullptr;   // (N,)
-  const double* per_row = nullptr;  // (N,) temperature of the student loss, alpha of the teacher loss
-  double scalar = 1;                // replaces per_row if that is absent
+  int64_t rows = 0;                      // N
+  int64_t classes = 0;                   // V
+  int64_t padded = 0;                    // width of the logits' own rows, >= V; the padding gets a zero gradient
+  Matrix logits;                         // (N, V) student, or the only model
+  Matrix target;                         // (N, V) teacher; data null: none
+  const int64_t* labels = nullptr;       // (N,)
+  const double* weight = nullptr;        // (N,)
+  const double* temperature = nullptr;   // (N,)
+  const double* coefficients = nullptr;  // (terms, N), or (terms, 1): replace those of the terms
+  bool coefficients_per_row = false;
+  double scalar = 1;  // temperature of all rows, if they have none of their own
   int64_t ignore_index = -100;
   int64_t unlabeled_index = -1;
   int threads = 1;
@@ -64,21 +66,27 @@ struct Rows {
     return labels && labels[row] != ignore_index && labels[row] != unlabeled_index;
   }
   CUDFAST_HD double weight_at(int64_t row) const { return weight ? weight[row] : 1.0; }
-  CUDFAST_HD double value_at(int64_t row) const { return per_row ? per_row[row] : scalar; }
+  CUDFAST_HD double temperature_at(int64_t row) const { return temperature ? temperature[row] : scalar; }
+  CUDFAST_HD Coefficients coefficients_at(int64_t row) const {
+    if (!coefficients) return {};
+    return {coefficients + (coefficients_per_row ? row : 0), coefficients_per_row ? rows : 1};
+  }
   // Whether the computation is in f64; then the loss, the state and the upstream gradient have that dtype, too.
   CUDFAST_HD bool wide() const { return logits.dtype == DType::f64 || (target.data && target.dtype == DType::f64); }
 };
 
-// Divisors of the two terms under reduction="mean"; 1 for the other reductions.
+// Divisors under reduction="mean" of terms that count in all rows, and of those that need a label; 1 for the other
+// reductions.
 struct Divisors {
-  double kd = 1;
-  double ce = 1;
+  double rows = 1;
+  double labelled = 1;
 };
 
-// Columns of a packed state (N, kStudentColumns) or (N, kTeacherColumns), in the order of the fields of row/state.h.
-constexpr int kStudentColumns = 11;
-constexpr int kTeacherColumns = 4;
+// Columns of a packed state, in the order of the fields of row/state.h.
+constexpr int kStudentColumns = 11;    // with a target; then e_s if a term needs the student's entropy
+constexpr int kTeacherColumns = 4;     // without a target
 constexpr int kProjectedColumns = 10;  // after the student's, if there are constraints: see projected.h
+CUDFAST_HD constexpr int student_columns(bool entropy) { return kStudentColumns + (entropy ? 1 : 0); }
 
 // Memory for the results. Nothing is written to null pointers.
 struct Outputs {
@@ -100,26 +108,21 @@ constexpr double kLowestTemperature = 1e-4;
 constexpr double kHighestTemperature = 1e4;
 
 // An error in the vectors of a call, found before any sweep; or in a row's bounds, which only a sweep can find.
-enum class Fault : int { none, label, weight, per_row, bounds, strides };  // strides: no Matrix can describe the rows
+enum class Fault : int { none, label, weight, temperature, coefficient, bounds, strides };  // strides: no Matrix fits
 struct Check {
   Fault fault = Fault::none;
-  int64_t row = 0;
+  int64_t row = 0;  // for a coefficient its place in memory
 };
-Check check(const Rows& rows);
+Check check(const Rows& rows, const Terms& terms);
 
-// Sums of the rows' weights in each term.
+// Sums of the rows' weights.
 Divisors count(const Rows& rows);
 
 // First sweep: state and loss of every row; with out.gradient, also the gradient, while the row is in cache.
-// The result names the first row that cannot meet its bounds, if any.
-Check student_state(const Rows& rows, const StudentOptions& options, bool statistics, Divisors divisors,
-                    const Outputs& out);
-void teacher_state(const Rows& rows, const TeacherOptions& options, Divisors divisors, const Outputs& out);
+// The result names the first row that cannot meet its bounds, if any. statistics: a row with a target sums z_one, too.
+Check row_state(const Rows& rows, const Terms& terms, bool statistics, Divisors divisors, const Outputs& out);
 
 // Second sweep alone, from a packed state.
-void student_gradient(const Rows& rows, const StudentOptions& options, Divisors divisors, Upstream upstream,
-                      const Outputs& from);
-void teacher_gradient(const Rows& rows, const TeacherOptions& options, Divisors divisors, Upstream upstream,
-                      const Outputs& from);
+void row_gradient(const Rows& rows, const Terms& terms, Divisors divisors, Upstream upstream, const Outputs& from);
 
 }  // namespace cudfast

@@ -19,21 +19,21 @@ struct ProjectedState : StudentState<double> {
   CUDFAST_HD double seen(double t) const { return beta == 1 ? t : beta * (t - centre); }
 };
 
-constexpr int kAllColumns = kStudentColumns + kProjectedColumns;
-
-CUDFAST_HD inline void pack(const ProjectedState& s, const Outputs& out, bool wide, int64_t row) {
+CUDFAST_HD inline void pack(const ProjectedState& s, const Outputs& out, bool wide, int64_t row, bool entropy) {
   if (!out.state) return;
-  pack(static_cast<const StudentState<double>&>(s), out, wide, row, kAllColumns);
+  pack(static_cast<const StudentState<double>&>(s), out, wide, row, entropy, kProjectedColumns);
   const double values[kProjectedColumns] = {s.beta,       s.centre, s.near,   s.wrong, s.rest,
                                             s.confidence, s.prob,   s.target, s.moved, s.relaxed};
-  for (int i = 0; i < kProjectedColumns; ++i) put(out.state, wide, row * kAllColumns + kStudentColumns + i, values[i]);
+  const int64_t first = row * (student_columns(entropy) + kProjectedColumns) + student_columns(entropy);
+  for (int i = 0; i < kProjectedColumns; ++i) put(out.state, wide, first + i, values[i]);
 }
 
 // The fields of a packed state that a gradient needs.
-CUDFAST_HD inline ProjectedState unpack_projected(const Outputs& from, bool wide, int64_t row) {
-  const auto extra = [&](int i) { return get(from.state, wide, row * kAllColumns + kStudentColumns + i); };
+CUDFAST_HD inline ProjectedState unpack_projected(const Outputs& from, bool wide, int64_t row, bool entropy) {
+  const int64_t first = row * (student_columns(entropy) + kProjectedColumns) + student_columns(entropy);
+  const auto extra = [&](int i) { return get(from.state, wide, first + i); };
   ProjectedState state;
-  static_cast<StudentState<double>&>(state) = unpack_student(from, wide, row, kAllColumns);
+  static_cast<StudentState<double>&>(state) = unpack_student(from, wide, row, entropy, kProjectedColumns);
   state.beta = extra(0);
   state.centre = extra(1);
   state.near = extra(2);
@@ -115,12 +115,12 @@ CUDFAST_HD inline void complete(ProjectedState& state, const Apart& apart, doubl
 }
 
 // The label's gradient in double, since p_y - 1 is small in a confident row. top: see Apart::tops.
-CUDFAST_HD inline double label_gradient(const ProjectedState& state, const StudentRow& r, bool near, double top,
+CUDFAST_HD inline double label_gradient(const ProjectedState& state, const RowEnd<double>& end, bool near, double top,
                                         double inv_tau) {
   const double reference = near ? top - state.near : state.m_t - state.rest;
   const double dt = state.t_y == kNothing<double> ? state.t_y : state.seen(state.t_y) - reference;
-  const double g_y = element<0, 1, true>(r.gradient, dt, state.s_y - state.m_s, inv_tau);
-  return state.s_y == kNothing<double> ? g_y : g_y - r.gradient.label;
+  const double g_y = element_at(end, dt, state.s_y - state.m_s, inv_tau);
+  return state.s_y == kNothing<double> ? g_y : g_y + end.gradient.label;
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Conversions for both bindings: tensors and options of Python to the types of launch.h. Tensors are read through their
+// Conversions for both bindings: tensors and terms of Python to the types of launch.h. Tensors are read through their
 // Python methods, without torch headers, so one binary works with every version of torch.
 #pragma once
 
@@ -115,14 +115,16 @@ inline Rows make_rows(const py::tuple& fields, int64_t ignore_index, int64_t unl
   rows.target = matrix(field(1));
   rows.labels = address<const int64_t>(field(2));
   rows.weight = address<const double>(field(3));
-  rows.per_row = address<const double>(field(4));
-  rows.scalar = field(5).cast<double>();
-  rows.classes = field(7).cast<int64_t>();
-  if (!field(8).is_none()) rows.constraints = make_constraints(field(8));
+  rows.temperature = address<const double>(field(4));
+  rows.coefficients = address<const double>(field(5));
+  rows.scalar = field(6).cast<double>();
+  rows.classes = field(8).cast<int64_t>();
+  if (!field(9).is_none()) rows.constraints = make_constraints(field(9));
   const py::object shape = shape_of(field(0));
   rows.padded = width(shape);
   rows.rows = 1;
   for (Py_ssize_t axis = 0; axis + 1 < PyTuple_GET_SIZE(shape.ptr()); ++axis) rows.rows *= size_at(shape, axis);
+  if (rows.coefficients) rows.coefficients_per_row = width(shape_of(field(5))) == rows.rows;
   rows.ignore_index = ignore_index;
   rows.unlabeled_index = unlabeled_index;
   rows.threads = threads;
@@ -131,7 +133,8 @@ inline Rows make_rows(const py::tuple& fields, int64_t ignore_index, int64_t unl
     require_memory(rows.target.data, field(1), "teacher_logits");
     require_memory(rows.labels, field(2), "labels");
     require_memory(rows.weight, field(3), "weight");
-    require_memory(rows.per_row, field(4), "temperature (or alpha)");
+    require_memory(rows.temperature, field(4), "temperature");
+    require_memory(rows.coefficients, field(5), "the coefficients of the terms");
   }
   return rows;
 }
@@ -146,14 +149,24 @@ inline double* divisors_in(const py::object& state) {
   return state.is_none() ? nullptr : address<double>(PyTuple_GET_ITEM(state.ptr(), 2));
 }
 
-inline void define_options(py::module_& m) {
-  py::class_<StudentOptions>(m, "StudentOptions", py::module_local())
-      .def(py::init<double, double, bool, double, double>(), py::arg("kd_weight"), py::arg("ce_weight"),
-           py::arg("clip"), py::arg("budget"), py::arg("margin"));
-  py::class_<TeacherOptions>(m, "TeacherOptions", py::module_local())
-      .def(py::init<double, double, double, double, double, double, double, bool>(), py::arg("ce_weight"),
-           py::arg("focal_weight"), py::arg("entropy_weight"), py::arg("gamma"), py::arg("gate_threshold"),
-           py::arg("gate_scale"), py::arg("gate_power"), py::arg("differentiate_gate"));
+// From (kind, coefficient, a, b, c, d), one tuple a term.
+inline Terms terms_from(const py::list& given, bool clip, double budget, double margin) {
+  if (given.size() > static_cast<size_t>(kMaxTerms)) {
+    throw py::value_error(std::to_string(given.size()) + " terms: a kernel takes at most " + std::to_string(kMaxTerms));
+  }
+  Term terms[kMaxTerms];
+  int count = 0;
+  for (const py::handle each : given) {
+    const auto fields = each.cast<py::tuple>();
+    const auto number = [&](size_t i) { return fields[i].cast<double>(); };
+    terms[count++] = {fields[0].cast<int>(), number(1), number(2), number(3), number(4), number(5)};
+  }
+  return make_terms(terms, count, clip, budget, margin);
+}
+
+inline void define_terms(py::module_& m) {
+  py::class_<Terms>(m, "Terms", py::module_local())
+      .def(py::init(&terms_from), py::arg("terms"), py::arg("clip"), py::arg("budget"), py::arg("margin"));
 }
 
 }  // namespace

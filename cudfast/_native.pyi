@@ -10,26 +10,13 @@ FAULTS: dict[str, int]
 OPENMP: bool
 COMPILER: str
 
-class StudentOptions:
-    def __init__(self, kd_weight: float, ce_weight: float, clip: bool, budget: float, margin: float) -> None: ...
-
-class TeacherOptions:
+class Terms:
     def __init__(
-        self,
-        ce_weight: float,
-        focal_weight: float,
-        entropy_weight: float,
-        gamma: float,
-        gate_threshold: float,
-        gate_scale: float,
-        gate_power: float,
-        differentiate_gate: bool,
+        self, terms: list[tuple[int, float, float, float, float, float]], clip: bool, budget: float, margin: float
     ) -> None: ...
 
-def student_state(*args: object) -> tuple[int, int]: ...
-def teacher_state(*args: object) -> tuple[int, int]: ...
-def student_gradient(*args: object) -> tuple[int, int]: ...
-def teacher_gradient(*args: object) -> tuple[int, int]: ...
+def row_state(*args: object) -> tuple[int, int]: ...
+def row_gradient(*args: object) -> tuple[int, int]: ...
 def isa() -> str: ...
 def isa_warning() -> str: ...
 def isa_check_seconds() -> float: ...
@@ -73,15 +60,31 @@ class row:  # noqa: N801 (a submodule)
     @staticmethod
     def row_weights(ignored: bool, labelled: bool, weight: float) -> list[float]: ...
     @staticmethod
-    def student_finish(
-        state: list[float], labelled: bool, tau: float, options: StudentOptions, kd: float, ce: float
+    def finish(
+        state: list[float],
+        labelled: bool,
+        tau: float,
+        terms: Terms,
+        share_rows: float,
+        share_labelled: float,
+        coefficients: list[float],
     ) -> list[float]: ...
     @staticmethod
     def focal(log_p: float, gamma: float, alpha: float) -> list[float]: ...
     @staticmethod
-    def gate(log_p: float, options: TeacherOptions) -> list[float]: ...
+    def gate(log_p: float, threshold: float, scale: float, power: float) -> list[float]: ...
     @staticmethod
-    def teacher_finish(state: list[float], alpha: float, options: TeacherOptions, scale: float) -> list[float]: ...
+    def term(
+        kind: int,
+        a: float,
+        b: float,
+        c: float,
+        d: float,
+        forward_kl: float,
+        log_p: float,
+        entropy: float,
+        lse: float,
+    ) -> list[float]: ...
     @staticmethod
     def student_element(c: list[float], dt: float, ds: float, inv_tau: float) -> float: ...
     @staticmethod

@@ -76,8 +76,9 @@ void run(const Case& c, const char* isa) {
     rows.constraints.bounds = bounds.data();
     rows.constraints.top1 = true;
   }
-  const StudentOptions student{0.8, 0.2, !c.bounded, 0.5, 0.7};
-  const TeacherOptions teacher{1, 1, 0.1, 10, 0.5, 1, 1, false};
+  const Term student[] = {{kForwardKl, 0.8}, {kCrossEntropy, 0.2}};
+  const Term teacher[] = {{kCrossEntropy, 1}, {kFocal, 1, 10, 1}, {kGatedEntropy, -0.1, 0.5, 1, 1, 0}};
+  const Terms terms = c.teacher ? make_terms(teacher, 3, false, 0, 1) : make_terms(student, 2, !c.bounded, 0.5, 0.7);
   const Divisors divisors = count(rows);
   Outputs out;
   out.loss = &loss;
@@ -86,13 +87,12 @@ void run(const Case& c, const char* isa) {
     out.top1 = top1.data();
   }
   const auto first = [&] {
-    if (c.teacher) return teacher_state(rows, teacher, divisors, out);
-    if (student_state(rows, student, false, divisors, out).fault != Fault::none) std::abort();
+    if (row_state(rows, terms, false, divisors, out).fault != Fault::none) std::abort();
   };
   if (c.work == Work::second_sweep) {
     first();
     out.gradient = matrix(gradient);
-    counted([&] { student_gradient(rows, student, divisors, {}, out); });
+    counted([&] { row_gradient(rows, terms, divisors, {}, out); });
   } else {
     if (c.work == Work::gradient) out.gradient = matrix(gradient);
     first();  // memory that a thread keeps from call to call is there

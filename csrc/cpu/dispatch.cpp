@@ -58,7 +58,7 @@ bool agrees_with_baseline(const Sweeps& candidate) {
                      false,
                      n,
                      2,
-                     2,
+                     kStudentOne | kTeacherOne,
                      0.5,
                      {},
                      nullptr,
@@ -72,8 +72,8 @@ bool agrees_with_baseline(const Sweeps& candidate) {
         close(state.s_tau, expected.s_tau) && close(state.a, expected.a) && close(state.s_one, expected.s_one))) {
     return false;
   }
-  StudentBlockMap map{state.m_t,       state.m_s, 1 / state.s_tau, 1 / state.z_tau,
-                      1 / state.s_one, false,     nullptr,         DType::f32};
+  StudentBlockMap map{state.m_t, state.m_s, 1 / state.s_tau, 1 / state.z_tau, 1 / state.s_one,
+                      0,         0,         false,           nullptr,         DType::f32};
   map.g = reinterpret_cast<char*>(g);
   candidate.student_gradient(block, map);
   map.g = reinterpret_cast<char*>(g_expected);

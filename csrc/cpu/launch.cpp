@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 #include <vector>
@@ -174,7 +175,7 @@ void run(const Loss& loss, const Outputs& out) {
     if (out.gradient.data && loss.keeps(row)) work.kept = room_for_exponentials(work.own, p, loss.wide ? 8 : 4);
     const typename Loss::State state = work.state(out.gradient);
     loss.pack(state, row, out);
-    const typename Loss::Row r = loss.finish_row(row, state, 1.0);
+    const typename Loss::Row r = loss.finish(row, state, 1.0);
     values[static_cast<size_t>(row)] = r.value;
     if (out.gradient.data) work.gradient(state, r, out.gradient);
   });
@@ -197,25 +198,28 @@ void run_gradient(const Loss& loss, Upstream upstream, const Outputs& from) {
     const typename Loss::State state = loss.unpack(row, from);
     auto&& own = loss.prepared(row, &state);
     const RowWork<std::remove_reference_t<decltype(own)>> work{own, p, row, threads, scratch<typename Loss::State>()};
-    work.gradient(state, loss.finish_row(row, state, scale), from.gradient);
+    work.gradient(state, loss.finish(row, state, scale), from.gradient);
   });
 }
 
 }  // namespace
 
-Check check(const Rows& rows) {
-  const double low = rows.target.data ? kLowestTemperature : std::numeric_limits<double>::denorm_min();
-  const double high = rows.target.data ? kHighestTemperature : std::numeric_limits<double>::max();
+Check check(const Rows& rows, const Terms& terms) {
+  constexpr double largest = std::numeric_limits<double>::max();
   for (int64_t row = 0; row < rows.rows; ++row) {
     if (rows.labels && rows.labelled(row) && (rows.labels[row] < 0 || rows.labels[row] >= rows.classes)) {
       return {Fault::label, row};
     }
-    if (rows.weight && !(rows.weight[row] >= 0 && rows.weight[row] <= std::numeric_limits<double>::max())) {
-      return {Fault::weight, row};
+    if (rows.weight && !(rows.weight[row] >= 0 && rows.weight[row] <= largest)) return {Fault::weight, row};
+    if (rows.temperature &&
+        !(rows.temperature[row] >= kLowestTemperature && rows.temperature[row] <= kHighestTemperature)) {
+      return {Fault::temperature, row};
     }
-    if (rows.per_row && !(rows.per_row[row] >= low && rows.per_row[row] <= high)) {
-      return {Fault::per_row, row};
-    }
+  }
+  if (!rows.coefficients) return {};
+  const int64_t count = terms.count * (rows.coefficients_per_row ? rows.rows : 1);
+  for (int64_t i = 0; i < count; ++i) {
+    if (!(std::fabs(rows.coefficients[i]) <= largest)) return {Fault::coefficient, i};
   }
   return {};
 }
@@ -224,16 +228,19 @@ Divisors count(const Rows& rows) {
   Divisors sums{0, 0};
   for (int64_t row = 0; row < rows.rows; ++row) {
     const RowWeights<double> w = row_weights(rows.ignored(row), rows.labelled(row), rows.weight_at(row));
-    sums.kd += w.kd;
-    sums.ce += w.ce;
+    sums.rows += w.rows;
+    sums.labelled += w.labelled;
   }
   return sums;
 }
 
-Check student_state(const Rows& rows, const StudentOptions& options, bool statistics, Divisors divisors,
-                    const Outputs& given) {
+Check row_state(const Rows& rows, const Terms& terms, bool statistics, Divisors divisors, const Outputs& given) {
   const Outputs out = streamed(rows, given, 2);
-  const StudentLossOfRows loss{rows, options, divisors, rows.wide(), statistics, out.gradient};
+  if (!rows.target.data) {
+    run(TeacherLossOfRows{rows, terms, divisors, rows.wide()}, out);
+    return {};
+  }
+  const StudentLossOfRows loss{rows, terms, divisors, rows.wide(), needs_of(terms, statistics), out.gradient};
   if (!rows.constraints.bounds) {
     run(loss, out);
     return {};
@@ -242,19 +249,14 @@ Check student_state(const Rows& rows, const StudentOptions& options, bool statis
   run(ProjectedLossOfRows(loss, &unmet), out);
   return unmet == rows.rows ? Check{} : Check{Fault::bounds, unmet};
 }
-void teacher_state(const Rows& rows, const TeacherOptions& options, Divisors divisors, const Outputs& out) {
-  run(TeacherLossOfRows{rows, options, divisors, rows.wide()}, streamed(rows, out, 2));
-}
-void student_gradient(const Rows& rows, const StudentOptions& options, Divisors divisors, Upstream upstream,
-                      const Outputs& from) {
-  const StudentLossOfRows loss{rows, options, divisors, rows.wide(), false, Matrix{}};
-  if (!rows.constraints.bounds) return run_gradient(loss, upstream, streamed(rows, from, 4));
+
+void row_gradient(const Rows& rows, const Terms& terms, Divisors divisors, Upstream upstream, const Outputs& given) {
+  const Outputs from = streamed(rows, given, 4);
+  if (!rows.target.data) return run_gradient(TeacherLossOfRows{rows, terms, divisors, rows.wide()}, upstream, from);
+  const StudentLossOfRows loss{rows, terms, divisors, rows.wide(), needs_of(terms, false), Matrix{}};
+  if (!rows.constraints.bounds) return run_gradient(loss, upstream, from);
   std::atomic<int64_t> unmet{rows.rows};
   run_gradient(ProjectedLossOfRows(loss, &unmet), upstream, from);
-}
-void teacher_gradient(const Rows& rows, const TeacherOptions& options, Divisors divisors, Upstream upstream,
-                      const Outputs& from) {
-  run_gradient(TeacherLossOfRows{rows, options, divisors, rows.wide()}, upstream, streamed(rows, from, 4));
 }
 
 }  // namespace cudfast

@@ -1,4 +1,5 @@
-// The two losses for the driver in launch.cpp: fold a block of a row, merge, finish the row, map a block.
+// Rows with and without a target for the driver in launch.cpp: fold a block of a row, merge, finish the row, map a
+// block.
 #pragma once
 
 #include <algorithm>
@@ -43,20 +44,31 @@ constexpr int64_t kFetchAhead = 256;
 // Results of again() after all blocks of a row are folded: the index of a block that must be folded again, or these.
 constexpr int64_t kNone = -1, kEvery = -2;
 
+template <class State>
+RowEnd<double> finished(const Rows& rows, int64_t row, const State& state, const Terms& terms, Divisors divisors,
+                        double upstream) {
+  const bool labelled = rows.labelled(row);
+  const RowWeights<double> weights = row_weights(rows.ignored(row), labelled, rows.weight_at(row));
+  return finish_row(state, labelled, rows.temperature_at(row), weights, terms, divisors, rows.coefficients_at(row),
+                    upstream);
+}
+
+inline int64_t label_of(const Rows& rows, int64_t row) { return rows.labelled(row) ? rows.labels[row] : -1; }
+
 struct StudentLossOfRows {
   using State = StudentState<double>;
+  using Row = RowEnd<double>;
 
   const Rows& rows;
-  const StudentOptions& options;
+  const Terms& terms;
   Divisors divisors;
   bool wide;
-  bool statistics;
+  int needs;        // a mask of Needs
   Matrix gradient;  // data null if the first sweep is not followed by the second
 
   StudentBlock block(int64_t row, int64_t column, int n, Kept kept) const {
-    const double tau = rows.value_at(row);
+    const double tau = rows.temperature_at(row);
     const int power = is_power(tau) ? static_cast<int>(tau) : 0;
-    const int ones = statistics ? 2 : options.ce_weight > 0 ? 1 : 0;
     return {rows.logits.at(row, column),
             rows.target.at(row, column),
             rows.logits.dtype,
@@ -64,7 +76,7 @@ struct StudentLossOfRows {
             wide,
             n,
             power,
-            ones,
+            needs,
             1 / tau,
             kept,
             kept.teacher ? soon(row, column) : nullptr,
@@ -90,12 +102,13 @@ struct StudentLossOfRows {
     state.s_one = part.s_one;
     state.z_one = part.z_one;
     state.impossible = part.impossible;
+    state.e_s = part.e_s;
     state.k = column;  // the block of the maximum; complete() finds the column
     return state;
   }
 
   State merged(int64_t row, const State& left, const State& right) const {
-    return merge(left, right, 1 / rows.value_at(row));
+    return merge(left, right, 1 / rows.temperature_at(row));
   }
 
   void complete(int64_t row, State& state) const {
@@ -108,14 +121,11 @@ struct StudentLossOfRows {
     }
   }
 
-  void pack(const State& s, int64_t row, const Outputs& out) const { cudfast::pack(s, out, wide, row); }
-  State unpack(int64_t row, const Outputs& from) const { return unpack_student(from, wide, row); }
+  void pack(const State& s, int64_t row, const Outputs& out) const { cudfast::pack(s, out, wide, row, terms.entropy); }
+  State unpack(int64_t row, const Outputs& from) const { return unpack_student(from, wide, row, terms.entropy); }
 
-  using Row = StudentRow;
-  Row finish_row(int64_t row, const State& state, double upstream) const {
-    const bool labelled = rows.labelled(row);
-    const RowWeights<double> weights = row_weights(rows.ignored(row), labelled, rows.weight_at(row));
-    return cudfast::finish_row(state, labelled, rows.value_at(row), weights, options, divisors, upstream);
+  Row finish(int64_t row, const State& state, double upstream) const {
+    return finished(rows, row, state, terms, divisors, upstream);
   }
 
   // Whether the gradient's own memory can store the student's exponentials until the second sweep overwrites them.
@@ -132,7 +142,12 @@ struct StudentLossOfRows {
   }
 
   // The second sweep can reuse exponentials if the temperature is a power.
-  bool keeps(int64_t row) const { return is_power(rows.value_at(row)); }
+  bool keeps(int64_t row) const { return is_power(rows.temperature_at(row)); }
+
+  static StudentBlockMap map_of(const State& state, const Row& r) {
+    return {state.m_t,     state.m_s, r.gradient.student_tau, r.gradient.teacher_tau, r.student_one,
+            r.student_log, r.log_z,   r.target.impossible};
+  }
 
   // part: the block's own state if its exponentials were kept, else null.
   void map(int64_t row, int64_t column, int n, const State& state, const State* part, const Row& r, const Matrix& g,
@@ -141,22 +156,19 @@ struct StudentLossOfRows {
   }
   void map(StudentBlock b, int64_t row, int64_t column, const State& state, const State* part, const Row& r,
            const Matrix& g) const {
-    StudentBlockMap m{state.m_t,
-                      state.m_s,
-                      r.gradient.student_tau,
-                      r.gradient.teacher_tau,
-                      r.gradient.student_one,
-                      r.loss.impossible,
-                      g.at(row, column),
-                      g.dtype,
-                      g.stream};
-    if (!part || r.loss.impossible) {
+    StudentBlockMap m = map_of(state, r);
+    m.g = g.at(row, column);
+    m.g_dtype = g.dtype;
+    m.stream = g.stream;
+    if (!part || m.holes) {
       b.kept = {};
     } else {
-      const double inv_tau = 1 / rows.value_at(row);
+      const double inv_tau = 1 / rows.temperature_at(row);
       m.teacher_tau *= rescale(below(part->m_t, state.m_t) * inv_tau);
       m.student_tau *= rescale(below(part->m_s, state.m_s) * inv_tau);
-      m.student_one *= rescale(below(part->m_s, state.m_s));
+      const double down = rescale(below(part->m_s, state.m_s));
+      m.student_one *= down;
+      m.student_log *= down;
     }
     if (r.gradient.teacher_tau == 0) {  // logits that are read for statistics only must not turn 0 into NaN
       b.t = b.s;
@@ -170,15 +182,16 @@ struct StudentLossOfRows {
   }
 
   void fix(int64_t row, const State& state, const Row& r, const Matrix& g) const {
-    put_fixes(fixes(state, r, rows.labelled(row) ? rows.labels[row] : -1, rows.value_at(row)), g, row);
+    put_fixes(fixes(state, r, label_of(rows, row), rows.temperature_at(row)), g, row);
   }
 };
 
 struct TeacherLossOfRows {
   using State = TeacherState<double>;
+  using Row = RowEnd<double>;
 
   const Rows& rows;
-  const TeacherOptions& options;
+  const Terms& terms;
   Divisors divisors;
   bool wide;
 
@@ -193,25 +206,23 @@ struct TeacherLossOfRows {
     TeacherBlockState part;
     sweeps().teacher_state(block(row, column, n), part);
     State state;
-    state.m = part.m;
-    state.z = part.z;
-    state.e = part.e;
+    state.m_s = part.m_s;
+    state.s_one = part.s_one;
+    state.e_s = part.e_s;
     return state;
   }
 
   State merged(int64_t, const State& left, const State& right) const { return merge(left, right); }
 
   void complete(int64_t row, State& state) const {
-    if (rows.labelled(row)) state.z_y = load(rows.logits, row, rows.labels[row]);
+    if (rows.labelled(row)) state.s_y = load(rows.logits, row, rows.labels[row]);
   }
 
-  void pack(const State& s, int64_t row, const Outputs& out) const { cudfast::pack(s, out, wide, row); }
+  void pack(const State& s, int64_t row, const Outputs& out) const { cudfast::pack(s, out, wide, row, terms.entropy); }
   State unpack(int64_t row, const Outputs& from) const { return unpack_teacher(from, wide, row); }
 
-  using Row = TeacherRow;
-  Row finish_row(int64_t row, const State& state, double upstream) const {
-    const RowWeights<double> weights = row_weights(rows.ignored(row), rows.labelled(row), rows.weight_at(row));
-    return cudfast::finish_row(state, rows.value_at(row), weights, options, divisors, upstream);
+  Row finish(int64_t row, const State& state, double upstream) const {
+    return finished(rows, row, state, terms, divisors, upstream);
   }
 
   bool keeps(int64_t) const { return false; }
@@ -219,13 +230,13 @@ struct TeacherLossOfRows {
 
   void map(int64_t row, int64_t column, int n, const State& state, const State*, const Row& r, const Matrix& g,
            Kept) const {
-    const TeacherBlockMap m{state.m,        1 / state.z,       r.loss.log_z, r.gradient.one,
-                            r.gradient.log, g.at(row, column), g.dtype,      g.stream};
+    const TeacherBlockMap m{state.m_s,      1 / state.s_one,   r.log_z, r.gradient.one,
+                            r.gradient.log, g.at(row, column), g.dtype, g.stream};
     sweeps().teacher_gradient(block(row, column, n), m);
   }
 
   void fix(int64_t row, const State& state, const Row& r, const Matrix& g) const {
-    put_fixes(fixes(state, r, rows.labelled(row) ? rows.labels[row] : -1), g, row);
+    put_fixes(fixes(state, r, label_of(rows, row), 1), g, row);
   }
 };
 

@@ -1,4 +1,4 @@
-// The student loss with a target that meets bounds on its mass and entropy, on the CPU: see ../projected.h.
+// Rows with a target that meets bounds on its mass and entropy, on the CPU: see ../projected.h.
 #pragma once
 
 #include <atomic>
@@ -37,8 +37,8 @@ struct ProjectedLossOfRows {
   Search search = {};
 
   ProjectedLossOfRows(const StudentLossOfRows& of, std::atomic<int64_t>* first_unmet)
-      : base(of), rows(of.rows), wide(of.wide), statistics(of.statistics), unmet(first_unmet) {
-    base.statistics = true;  // the masses are sums at temperature 1
+      : base(of), rows(of.rows), wide(of.wide), statistics((of.needs & kTeacherOne) != 0), unmet(first_unmet) {
+    base.needs |= kStudentOne | kTeacherOne;  // the masses are sums at temperature 1
     for (Set& set : sets) set.wide = wide;
   }
 
@@ -172,13 +172,13 @@ struct ProjectedLossOfRows {
 
   // The entropy at the temperature of the last fold, from its sums, without the slope.
   End<double> folded(int64_t row, const std::vector<State>& parts) {
-    TeacherState<double> rest;
+    TeacherState<double> rest;  // of the teacher's logits
     for (const State& part : parts) rest = merge(rest, {part.m_t, part.z_one, part.e_one});
-    const double top = rest.m == kNothing<double> ? 0 : rest.m, beta = view.beta;
+    const double top = rest.m_s == kNothing<double> ? 0 : rest.m_s, beta = view.beta;
     if (beta == 1) view.centre = top;
     const Tempered states[3] = {sets[0].tempered(beta),
                                 sets[1].tempered(beta),
-                                {beta == 1 ? top : view.centre + top / beta, rest.z, rest.e / beta}};
+                                {beta == 1 ? top : view.centre + top / beta, rest.s_one, rest.e_s / beta}};
     if (beta == 1) log_one = log_total(states, beta);
     End<double> end = end_at(beta, states, low(row), high(row));
     end.found.slope = std::numeric_limits<double>::quiet_NaN();
@@ -253,7 +253,7 @@ struct ProjectedLossOfRows {
 
   State fold(int64_t row, int64_t column, int n, Kept kept) const {
     StudentBlock b = block(row, column, n, kept);
-    if (stage != settled && bounds_entropy(row)) b.ones = 3;
+    if (stage != settled && bounds_entropy(row)) b.needs |= kTeacherEntropy;
     StudentBlockState part;
     sweeps().student_state(b, part);
     State state;
@@ -269,7 +269,7 @@ struct ProjectedLossOfRows {
   }
 
   void complete(int64_t row, State& state) const {
-    const double inv_tau = 1 / rows.value_at(row);
+    const double inv_tau = 1 / rows.temperature_at(row);
     if (rows.labelled(row)) {
       state.t_y = load(rows.target, row, rows.labels[row]);
       state.s_y = load(rows.logits, row, rows.labels[row]);
@@ -294,13 +294,15 @@ struct ProjectedLossOfRows {
     }
   }
 
-  void pack(const State& s, int64_t row, const Outputs& out) const { cudfast::pack(s, out, wide, row); }
-
-  State unpack(int64_t row, const Outputs& from) const { return {unpack_projected(from, wide, row), 0}; }
-
-  Row finish_row(int64_t row, const State& state, double upstream) const {
-    return base.finish_row(row, state, upstream);
+  void pack(const State& s, int64_t row, const Outputs& out) const {
+    cudfast::pack(s, out, wide, row, base.terms.entropy);
   }
+
+  State unpack(int64_t row, const Outputs& from) const {
+    return {unpack_projected(from, wide, row, base.terms.entropy), 0};
+  }
+
+  Row finish(int64_t row, const State& state, double upstream) const { return base.finish(row, state, upstream); }
 
   bool keeps(int64_t row) const { return base.keeps(row); }
   bool keeps_in_gradient() const { return base.keeps_in_gradient(); }
@@ -308,27 +310,24 @@ struct ProjectedLossOfRows {
   void map(int64_t row, int64_t column, int n, const State& state, const State* part, const Row& r, const Matrix& g,
            Kept kept) const {
     Row rest = r;
-    rest.gradient.teacher_tau *= std::exp(state.rest / rows.value_at(row));
-    const bool seen_again = !part || r.loss.impossible;  // else the kept exponentials include the view
+    rest.gradient.teacher_tau *= std::exp(state.rest / rows.temperature_at(row));
+    const bool seen_again = !part || r.target.impossible;  // else the kept exponentials include the view
     base.map(seen_again ? block(row, column, n, kept) : base.block(row, column, n, kept), row, column, state, part,
              rest, g);
   }
 
   void fix(int64_t row, const State& state, const Row& r, const Matrix& g) const {
     if (!rows.labelled(row)) return;
-    const double inv_tau = 1 / rows.value_at(row);
+    const double inv_tau = 1 / rows.temperature_at(row);
     const double offset[2] = {state.near, state.wrong};
     const Element gradient(g, row);
     alignas(64) double values[kBlock];
     for (int i = 0; i < 2; ++i) {
-      StudentBlockMap m{0,
-                        state.m_s,
-                        r.gradient.student_tau,
-                        r.gradient.teacher_tau * std::exp(offset[i] * inv_tau),
-                        r.gradient.student_one,
-                        r.loss.impossible,
-                        reinterpret_cast<char*>(values),
-                        sets[i].type()};
+      StudentBlockMap m = base.map_of(state, r);
+      m.m_t = 0;
+      m.teacher_tau *= std::exp(offset[i] * inv_tau);
+      m.g = reinterpret_cast<char*>(values);
+      m.g_dtype = sets[i].type();
       sets[i].each_block([&](int64_t j, int n) {
         sweeps().student_gradient(block(row, sets[i], j, n), m);
         for (int l = 0; l < n; ++l) gradient.store(begin(i)[j + l], get(values, wide, l));

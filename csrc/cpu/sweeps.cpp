@@ -133,7 +133,7 @@ Lanes<T> only(Lanes<T> lanes, int valid) {
 
 template <class F>
 StudentSums<F> zero_student() {
-  return {F(0), F(0), F(0), F(0), F(0), F(0), F(0)};
+  return {F(0), F(0), F(0), F(0), F(0), F(0), F(0), F(0)};
 }
 template <class F>
 TeacherSums<F> zero_teacher() {
@@ -175,7 +175,7 @@ inline __attribute__((always_inline)) Sums accumulate(int whole, int rest, Sums 
   return sums;
 }
 
-template <class T, int P, int Ones, bool Holes, bool Keep>
+template <class T, int P, int Needs, bool Holes, bool Keep>
 __attribute__((noinline)) StudentSums<Lanes<T>> student_sums(const StudentBlock& b, const Columns<T>& s,
                                                              const Columns<T>& t, T m_s, T m_t) {
   using F = Lanes<T>;
@@ -189,14 +189,14 @@ __attribute__((noinline)) StudentSums<Lanes<T>> student_sums(const StudentBlock&
   return accumulate<T>(
       s.whole, s.rest, zero_student<F>(),
       [=](auto& sums, int i) __attribute__((always_inline)) {
-        const auto e = fold<P, Ones, Holes>(sums, F::load(at_t + i) - mt, F::load(at_s + i) - ms, inv);
+        const auto e = fold<P, Needs, Holes>(sums, F::load(at_t + i) - mt, F::load(at_s + i) - ms, inv);
         if constexpr (Keep) {
           e.teacher.store(kept_t + i);
           e.student.store(kept_s + i);
         }
       },
       [&](auto& sums) {
-        const auto e = fold<P, Ones, true>(sums, only(t.last() - mt, s.rest), only(s.last() - ms, s.rest), inv);
+        const auto e = fold<P, Needs, true>(sums, only(t.last() - mt, s.rest), only(s.last() - ms, s.rest), inv);
         if constexpr (Keep) {
           store_some(e.teacher, s.rest, kept_t + s.whole);
           store_some(e.student, s.rest, kept_s + s.whole);
@@ -209,22 +209,31 @@ __attribute__((noinline)) StudentSums<Lanes<T>> student_sums(const StudentBlock&
       });
 }
 
-// Run-time flags become compile-time ones here: f(P, Ones) as integral constants.
+// Run-time flags become compile-time ones here: f(P, N) as integral constants.
 template <int N>
 struct Constant {
   static constexpr int value = N;
 };
-template <int Ones, class F>
-void with_power(int power, F f) {
-  if (power == 1) return f(Constant<1>{}, Constant<Ones>{});
-  if (power == 2) return f(Constant<2>{}, Constant<Ones>{});
-  if (power == 4) return f(Constant<4>{}, Constant<Ones>{});
-  return f(Constant<0>{}, Constant<Ones>{});
+template <int N, class F>
+inline __attribute__((always_inline)) void with_power(int power, F f) {
+  if (power == 1) return f(Constant<1>{}, Constant<N>{});
+  if (power == 2) return f(Constant<2>{}, Constant<N>{});
+  if (power == 4) return f(Constant<4>{}, Constant<N>{});
+  return f(Constant<0>{}, Constant<N>{});
 }
+constexpr int kOnes = kStudentOne | kTeacherOne, kEntropies = kStudentEntropy | kTeacherEntropy;
 template <class F>
-void with_temperature(int power, int ones, F f) {
-  if (power > 0 || ones == 2) return with_power<2>(power, f);
-  return ones == 0 ? f(Constant<0>{}, Constant<0>{}) : f(Constant<0>{}, Constant<1>{});
+__attribute__((noinline)) void with_entropies(int power, int needs, F f) {
+  if ((needs & kEntropies) == kEntropies) return with_power<kOnes | kEntropies>(power, f);
+  if (needs & kStudentEntropy) return with_power<kOnes | kStudentEntropy>(power, f);
+  with_power<kOnes | kTeacherEntropy>(power, f);
+}
+// N is a mask that includes `needs`.
+template <class F>
+inline __attribute__((always_inline)) void with_needs(int power, int needs, F f) {
+  if (needs & kEntropies) return with_entropies(power, needs, f);
+  if (power > 0 || (needs & kTeacherOne)) return with_power<kOnes>(power, f);
+  needs == 0 ? f(Constant<0>{}, Constant<0>{}) : f(Constant<0>{}, Constant<kStudentOne>{});
 }
 
 template <class T>
@@ -239,16 +248,16 @@ void student_state(const StudentBlock& b, StudentBlockState& out) {
   if (rt.high == kApart<T>) rt.high = kNothing<T>;
   if (holes && !b.view.plain()) Columns<T>::mask(t_buffer, b.view, kNothing<T>);  // a class apart is not impossible
   const T m_s = rs.centre(), m_t = rt.centre();
-  const auto sum = [&](auto p, auto ones) {
-    constexpr int P = decltype(p)::value, Ones = decltype(ones)::value;
+  with_needs(b.power, b.needs, [&](auto p, auto needs) {
+    constexpr int P = decltype(p)::value, Needs = decltype(needs)::value;
     constexpr bool can_keep = P > 0;
     StudentSums<Lanes<T>> sums;
     if (can_keep && b.kept.teacher) {
-      sums = holes ? student_sums<T, P, Ones, true, can_keep>(b, s, t, m_s, m_t)
-                   : student_sums<T, P, Ones, false, can_keep>(b, s, t, m_s, m_t);
+      sums = holes ? student_sums<T, P, Needs, true, can_keep>(b, s, t, m_s, m_t)
+                   : student_sums<T, P, Needs, false, can_keep>(b, s, t, m_s, m_t);
     } else {
-      sums = holes ? student_sums<T, P, Ones, true, false>(b, s, t, m_s, m_t)
-                   : student_sums<T, P, Ones, false, false>(b, s, t, m_s, m_t);
+      sums = holes ? student_sums<T, P, Needs, true, false>(b, s, t, m_s, m_t)
+                   : student_sums<T, P, Needs, false, false>(b, s, t, m_s, m_t);
     }
     out = {rt.high,
            rs.high,
@@ -258,9 +267,9 @@ void student_state(const StudentBlock& b, StudentBlockState& out) {
            total(sums.s_one),
            total(sums.z_one),
            total(sums.impossible) > 0 ? 1.0 : 0.0,
-           Ones > 2 ? total(sums.e_one) : 0.0};
-  };
-  b.ones == 3 ? with_power<3>(b.power, sum) : with_temperature(b.power, b.ones, sum);
+           (Needs & kTeacherEntropy) != 0 ? total(sums.e_one) : 0.0,
+           (Needs & kStudentEntropy) != 0 ? total(sums.e_s) : 0.0};
+  });
 }
 
 // Writes body(i) for every whole vector of a block and tail() for the last, partial one, in the gradient's own type.
@@ -302,12 +311,23 @@ inline __attribute__((always_inline)) void map(int n, const Map& m, Body body, T
   }
 }
 
-template <class T, int P, int Ones, bool Holes>
+// Coefficients as lanes: C is StudentGradient or StudentLogGradient.
+template <class F>
+void lanes_of(const StudentBlockMap& m, StudentGradient<F>& c) {
+  c = {F(m.student_tau), F(m.teacher_tau), F(m.student_one)};
+}
+template <class F>
+void lanes_of(const StudentBlockMap& m, StudentLogGradient<F>& c) {
+  c = {{F(m.student_tau), F(m.teacher_tau), F(m.student_one)}, F(m.student_log), F(m.log_z)};
+}
+
+template <template <class> class C, class T, int P, bool One, bool Holes>
 __attribute__((noinline)) void student_map(const StudentBlock& b, const StudentBlockMap& m) {
   using F = Lanes<T>;
   alignas(64) T s_buffer[kBlock], t_buffer[kBlock];
   const Columns<T> s(b.s, b.s_dtype, b.n, s_buffer), t(b.t, b.t_dtype, b.n, t_buffer, b.view);
-  const StudentGradient<F> c{F(m.student_tau), F(m.teacher_tau), F(m.student_one), F(0)};
+  C<F> c;
+  lanes_of(m, c);
   const F ms(m.m_s), mt(m.m_t), inv(b.inv_tau);
   // Memory limits this sweep if the row is longer than the cache: prefetch some lines ahead in all three streams.
   constexpr int ahead = 512;
@@ -322,72 +342,106 @@ __attribute__((noinline)) void student_map(const StudentBlock& b, const StudentB
         __builtin_prefetch(next_s + i * s_size);
         __builtin_prefetch(next_t + i * t_size);
         __builtin_prefetch(next_g + i * g_size, 1);
-        return element<P, Ones, Holes>(c, F::load(at_t + i) - mt, F::load(at_s + i) - ms, inv);
+        return element<P, One, Holes>(c, F::load(at_t + i) - mt, F::load(at_s + i) - ms, inv);
       },
-      [&] { return element<P, Ones, Holes>(c, t.last() - mt, s.last() - ms, inv); });
+      [&] { return element<P, One, Holes>(c, t.last() - mt, s.last() - ms, inv); });
 }
 
 template <class T, int P>
 __attribute__((noinline)) void student_map_kept(const StudentBlock& b, const StudentBlockMap& m) {
   using F = Lanes<T>;
-  const StudentGradient<F> c{F(m.student_tau), F(m.teacher_tau), F(m.student_one), F(0)};
+  StudentGradient<F> c;
+  lanes_of(m, c);
   const T* const kept_t = reinterpret_cast<const T*>(b.kept.teacher);
   const T* const kept_s = reinterpret_cast<const T*>(b.kept.student);
   const int whole = b.n / F::count * F::count, rest = b.n - whole;
   map<T>(
       b.n, m,
       [=](int i) __attribute__((always_inline)) {
-        return element<P>(c, Exponentials<F>{F::load(kept_t + i), F::load(kept_s + i)});
+        return element<P>(c, Exponentials<F>{F::load(kept_t + i), F::load(kept_s + i)}, F(0));
       },
       [&] {
         return element<P>(
-            c, Exponentials<F>{load_some(kept_t + whole, rest, T(0)), load_some(kept_s + whole, rest, T(0))});
+            c, Exponentials<F>{load_some(kept_t + whole, rest, T(0)), load_some(kept_s + whole, rest, T(0))}, F(0));
+      });
+}
+
+// With the share of log p_j, for which the student's logits are read again.
+template <class T, int P>
+__attribute__((noinline)) void student_map_kept_log(const StudentBlock& b, const StudentBlockMap& m) {
+  using F = Lanes<T>;
+  alignas(64) T s_buffer[kBlock];
+  const Columns<T> s(b.s, b.s_dtype, b.n, s_buffer);
+  StudentLogGradient<F> c;
+  lanes_of(m, c);
+  const F ms(m.m_s);
+  const T* const kept_t = reinterpret_cast<const T*>(b.kept.teacher);
+  const T* const kept_s = reinterpret_cast<const T*>(b.kept.student);
+  const T* const at_s = s.data;
+  map<T>(
+      b.n, m,
+      [=](int i) __attribute__((always_inline)) {
+        return element<P>(c, Exponentials<F>{F::load(kept_t + i), F::load(kept_s + i)}, F::load(at_s + i) - ms);
+      },
+      [&] {
+        const Exponentials<F> e{load_some(kept_t + s.whole, s.rest, T(0)), load_some(kept_s + s.whole, s.rest, T(0))};
+        return element<P>(c, e, s.last() - ms);
       });
 }
 
 template <class T>
 void student_gradient(const StudentBlock& b, const StudentBlockMap& m) {
-  with_temperature(b.power, b.ones, [&](auto p, auto ones) {
-    constexpr int P = decltype(p)::value, Ones = decltype(ones)::value;
+  with_power<0>(b.power, [&](auto p, auto) {
+    constexpr int P = decltype(p)::value;
     if constexpr (P > 0) {
-      if (b.kept.teacher) return student_map_kept<T, P>(b, m);
+      if (b.kept.teacher) return m.student_log != 0 ? student_map_kept_log<T, P>(b, m) : student_map_kept<T, P>(b, m);
+    } else {
+      if (b.needs == 0) {
+        return m.holes ? student_map<StudentGradient, T, P, false, true>(b, m)
+                       : student_map<StudentGradient, T, P, false, false>(b, m);
+      }
     }
-    m.holes ? student_map<T, P, Ones, true>(b, m) : student_map<T, P, Ones, false>(b, m);
+    if (m.student_log != 0) {
+      return m.holes ? student_map<StudentLogGradient, T, P, true, true>(b, m)
+                     : student_map<StudentLogGradient, T, P, true, false>(b, m);
+    }
+    m.holes ? student_map<StudentGradient, T, P, true, true>(b, m)
+            : student_map<StudentGradient, T, P, true, false>(b, m);
   });
 }
 
 template <class T, bool Holes>
-__attribute__((noinline)) TeacherSums<Lanes<T>> teacher_sums(const TeacherBlock& b, const Columns<T>& z, T m) {
+__attribute__((noinline)) TeacherSums<Lanes<T>> teacher_sums(const TeacherBlock& b, const Columns<T>& s, T m) {
   using F = Lanes<T>;
-  const Ahead next(b.z, b.dtype);
+  const Ahead next(b.s, b.dtype);
   const F centre(m);
   return accumulate<T>(
-      z.whole, z.rest, zero_teacher<F>(), [&](auto& sums, int i) { fold<Holes>(sums, z.at(i) - centre); },
-      [&](auto& sums) { fold<true>(sums, only(z.last() - centre, z.rest)); },
+      s.whole, s.rest, zero_teacher<F>(), [&](auto& sums, int i) { fold<Holes>(sums, s.at(i) - centre); },
+      [&](auto& sums) { fold<true>(sums, only(s.last() - centre, s.rest)); },
       [&](int i) __attribute__((always_inline)) { next.prefetch(i); });
 }
 
 template <class T>
 void teacher_state(const TeacherBlock& b, TeacherBlockState& out) {
   alignas(64) T buffer[kBlock];
-  const Looked<T> seen = looked<T>(b.z, b.dtype, b.n, buffer);
-  const Columns<T>& z = seen.columns;
+  const Looked<T> seen = looked<T>(b.s, b.dtype, b.n, buffer);
+  const Columns<T>& s = seen.columns;
   const Range<T> r = seen.range;
-  const auto sums = r.holes() ? teacher_sums<T, true>(b, z, r.centre()) : teacher_sums<T, false>(b, z, r.centre());
-  out = {r.high, total(sums.z), total(sums.e)};
+  const auto sums = r.holes() ? teacher_sums<T, true>(b, s, r.centre()) : teacher_sums<T, false>(b, s, r.centre());
+  out = {r.high, total(sums.s_one), total(sums.e_s)};
 }
 
 template <class T>
 void teacher_gradient(const TeacherBlock& b, const TeacherBlockMap& m) {
   using F = Lanes<T>;
   alignas(64) T buffer[kBlock];
-  const Columns<T> z(b.z, b.dtype, b.n, buffer);
-  const TeacherGradient<F> c{F(m.one), F(m.log), F(0)};
-  const F centre(m.m), inv_z(m.inv_z), log_z(m.log_z);
-  const T* const at = z.data;
+  const Columns<T> s(b.s, b.dtype, b.n, buffer);
+  const TeacherGradient<F> c{F(m.one), F(m.log)};
+  const F centre(m.m_s), inv_z(m.inv_z), log_z(m.log_z);
+  const T* const at = s.data;
   map<T>(
       b.n, m, [=](int i) __attribute__((always_inline)) { return element(c, F::load(at + i) - centre, inv_z, log_z); },
-      [&] { return element(c, z.last() - centre, inv_z, log_z); });
+      [&] { return element(c, s.last() - centre, inv_z, log_z); });
 }
 
 template <class F>
@@ -412,7 +466,7 @@ void tempered(const TeacherBlock& b, View view, TemperedBlockSums& out) {
   const T centre = static_cast<T>(view.centre), beta = static_cast<T>(view.beta);
   view.beta = 1;  // the columns are not changed
   alignas(64) T buffer[kBlock];
-  const Columns<T> t(b.z, b.dtype, b.n, buffer, view);
+  const Columns<T> t(b.s, b.dtype, b.n, buffer, view);
   const auto sums = beta == 0 ? tempered_sums<T, true>(t, centre, beta) : tempered_sums<T, false>(t, centre, beta);
   out = {total(sums.z), total(sums.e), total(sums.v)};
 }

@@ -34,7 +34,7 @@ struct StudentBlock {
   bool wide;  // compute in f64
   int n;      // <= kBlock
   int power;  // the temperature if it is 1, 2 or 4, else 0
-  int ones;   // the temperature-1 sums that are needed: see fold() in row/state.h
+  int needs;  // a mask of Needs: see row/state.h
   double inv_tau;
   Kept kept;
   const char* g;  // null, or memory that will be written soon: prefetched during the arithmetic
@@ -44,28 +44,28 @@ struct StudentBlock {
 
 // Sums of a block relative to its own maxima.
 struct StudentBlockState {
-  double m_t, m_s, z_tau, s_tau, a, s_one, z_one, impossible, e_one;
+  double m_t, m_s, z_tau, s_tau, a, s_one, z_one, impossible, e_one, e_s;
 };
 
 // The map of the second sweep. `holes` zeroes classes where the student is -inf. From kept exponentials, which are
-// relative to the block's own maxima, the coefficients are the block's own, too.
+// relative to the block's own maxima, the coefficients are the block's own, too, and m_s is the row's.
 struct StudentBlockMap {
-  double m_t, m_s, student_tau, teacher_tau, student_one;
+  double m_t, m_s, student_tau, teacher_tau, student_one, student_log, log_z;
   bool holes;
-  char* g;  // (n,)
-  DType g_dtype;
+  char* g = nullptr;  // (n,)
+  DType g_dtype = DType::f32;
   bool stream = false;  // past the caches
 };
 
 struct TeacherBlock {
-  const char* z;  // (n,)
+  const char* s;  // (n,)
   DType dtype;
   bool wide;
   int n;
 };
 
 struct TeacherBlockState {
-  double m, z, e;
+  double m_s, s_one, e_s;
 };
 
 struct TemperedBlockSums {
@@ -73,7 +73,7 @@ struct TemperedBlockSums {
 };
 
 struct TeacherBlockMap {
-  double m, inv_z, log_z, one, log;
+  double m_s, inv_z, log_z, one, log;
   char* g;
   DType g_dtype;
   bool stream = false;

@@ -22,19 +22,17 @@ struct Device {
   }
 };
 
-template <class Options>
-void sweep_unlocked(const Call& call, const Options& options, int device, uintptr_t stream, const Tuning& tuning = {}) {
+void sweep_unlocked(const Call& call, const Terms& terms, int device, uintptr_t stream, const Tuning& tuning = {}) {
   const py::gil_scoped_release unlocked;
   const Device on(device, stream);
-  sweep(on.kernels, call, options, on.machine, on.stream, tuning);
+  sweep(on.kernels, call, terms, on.machine, on.stream, tuning);
 }
 
 // Both sweeps return false for logits whose rows a Matrix cannot describe.
-template <class Options>
-bool row_state(const py::tuple& fields, const Options& options, int64_t ignore_index, int64_t unlabeled_index,
-               int device, uintptr_t stream, int cluster, int threads, bool statistics, const py::object& divisors,
-               const py::object& loss, const py::object& state, const py::object& gradient,
-               const py::object& parts) try {
+bool state_of_call(const py::tuple& fields, const Terms& terms, int64_t ignore_index, int64_t unlabeled_index,
+                   int device, uintptr_t stream, int cluster, int threads, bool statistics, const py::object& divisors,
+                   const py::object& loss, const py::object& state, const py::object& gradient,
+                   const py::object& parts) try {
   Call call;
   call.rows = make_rows(fields, ignore_index, unlabeled_index, 1);
   call.divisors = address<const double>(divisors);
@@ -43,16 +41,15 @@ bool row_state(const py::tuple& fields, const Options& options, int64_t ignore_i
   set_state(call.out, state);
   call.out.gradient = matrix(gradient);
   call.parts = address<void>(parts);
-  sweep_unlocked(call, options, device, stream, {cluster, threads});
+  sweep_unlocked(call, terms, device, stream, {cluster, threads});
   return true;
 } catch (const NoLayout&) {
   return false;
 }
 
-template <class Options>
-bool row_gradient(const py::tuple& fields, const Options& options, int64_t ignore_index, int64_t unlabeled_index,
-                  int device, uintptr_t stream, const py::object& upstream, bool per_row_upstream,
-                  const py::object& state, const py::object& gradient) try {
+bool gradient_of_call(const py::tuple& fields, const Terms& terms, int64_t ignore_index, int64_t unlabeled_index,
+                      int device, uintptr_t stream, const py::object& upstream, bool per_row_upstream,
+                      const py::object& state, const py::object& gradient) try {
   Call call;
   call.rows = make_rows(fields, ignore_index, unlabeled_index, 1);
   call.from = From::state;
@@ -60,7 +57,7 @@ bool row_gradient(const py::tuple& fields, const Options& options, int64_t ignor
   call.upstream = {address<const void>(upstream), per_row_upstream};
   set_state(call.out, state);
   call.out.gradient = matrix(gradient);
-  sweep_unlocked(call, options, device, stream);
+  sweep_unlocked(call, terms, device, stream);
   return true;
 } catch (const NoLayout&) {
   return false;
@@ -96,11 +93,9 @@ bool scale_rows(const py::object& gradient, int device, uintptr_t stream, const 
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of cudfast.";
-  define_options(m);
-  m.def("student_state", row_state<StudentOptions>);
-  m.def("teacher_state", row_state<TeacherOptions>);
-  m.def("student_gradient", row_gradient<StudentOptions>);
-  m.def("teacher_gradient", row_gradient<TeacherOptions>);
+  define_terms(m);
+  m.def("row_state", state_of_call);
+  m.def("row_gradient", gradient_of_call);
   m.def("count", count_rows);
   m.def("scale", scale_rows);
   m.def("parts", [](int64_t rows, int64_t classes, int device) {

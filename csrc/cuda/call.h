@@ -15,7 +15,7 @@ enum class From : int { logits, parts, state };
 // The argument of a kernel; plain data. Pointers are the device's.
 struct Call {
   Rows rows;
-  const double* divisors = nullptr;  // (2,): of the KD term, of the label terms
+  const double* divisors = nullptr;  // (2,): of terms that need no label, of those that do
   Outputs out;                       // the loss is f64, one per row
   Upstream upstream;
   From from = From::logits;
@@ -27,24 +27,26 @@ struct Call {
   int slots = 0;  // chunks of a row that fit into a block's shared memory
 };
 
-// The values of a row besides its logits. The host reads no values: a label that is not a class, or a weight or
-// temperature out of range, makes the loss of its row NaN.
+// The values of a row besides its logits and coefficients. The host reads no values: a label that is not a class, or a
+// weight or temperature out of range, makes the loss of its row NaN.
 struct Marks {
   bool ignored;
   bool labelled;
   int64_t label;  // a class, or -1
-  double value;   // temperature or alpha
+  double temperature;
   double weight;
 };
 
-CUDFAST_HD inline Marks marks(const Rows& rows, int64_t row, double low, double high) {
+CUDFAST_HD inline Marks marks(const Rows& rows, int64_t row) {
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  Marks m{rows.ignored(row), rows.labelled(row), -1, rows.value_at(row), rows.weight_at(row)};
+  Marks m{rows.ignored(row), rows.labelled(row), -1, rows.temperature_at(row), rows.weight_at(row)};
   if (m.labelled) m.label = rows.labels[row];
   const bool no_class = m.labelled && (m.label < 0 || m.label >= rows.classes);
   if (no_class) m.label = -1;
   if (no_class || !(m.weight >= 0 && m.weight <= std::numeric_limits<double>::max())) m.weight = nan;
-  if (rows.per_row && !(m.value >= low && m.value <= high)) m.value = nan;
+  if (rows.temperature && !(m.temperature >= kLowestTemperature && m.temperature <= kHighestTemperature)) {
+    m.temperature = nan;
+  }
   return m;
 }
 

@@ -71,7 +71,7 @@ template <class Loss, bool Staged>
 struct RowKernel {
   using R = typename Loss::R;
   using State = typename Loss::State;
-  using Rows = RowOf<Loss::dtype>[2];  // the logits, and the teacher's if the loss has them
+  using Rows = RowOf<Loss::dtype>[2];  // the logits, and those of the target if there is one
   using Values = typename Loss::Values;
   static constexpr int width = Loss::chunk, ahead = 4;  // groups of copies in flight
 
@@ -184,13 +184,12 @@ struct RowKernel {
 
   // Each thread's share.
   CUDFAST_KERNEL void fold(Executor& x, int row, const Marks& m) const {
-    const R inv_tau = static_cast<R>(1 / m.value);
+    const R inv_tau = static_cast<R>(1 / m.temperature);
+    const int needs = needs_of(loss.terms, call.statistics);
     Parts part(x);
     x.each([&](Thread th) {
       typename Loss::Part own;
-      view(x, th, row).each(x, th, true, [&](int chunk, Values& v) {
-        Loss::fold(own, v, chunk, inv_tau, call.statistics);
-      });
+      view(x, th, row).each(x, th, true, [&](int chunk, Values& v) { Loss::fold(own, v, chunk, inv_tau, needs); });
       part[th] = own;
     });
     merge(x, row, m, part);
@@ -198,7 +197,7 @@ struct RowKernel {
 
   // The merge of the threads' shares: board.part becomes the state of the cluster's columns.
   CUDFAST_KERNEL void merge(Executor& x, int row, const Marks& m, Parts& part) const {
-    const R inv_tau = static_cast<R>(1 / m.value);
+    const R inv_tau = static_cast<R>(1 / m.temperature);
     Executor::Local<typename Loss::Top> top(x);
     Executor::Local<typename Loss::Sums> sums(x);
     x.each([&](Thread th) { top[th] = Loss::top(part[th]); });
@@ -234,21 +233,22 @@ struct RowKernel {
       if (call.from == From::parts) {
         if (th.index < count) own = parts()[static_cast<int64_t>(row) * count + th.index];
       } else if (th.index == 0) {
-        own = call.from == From::state ? Loss::unpack(call.out, sizeof(R) == 8, row) : x.shared<Board>(th.rank).part;
+        own = call.from == From::state ? Loss::unpack(call.out, sizeof(R) == 8, row, loss.terms.entropy)
+                                       : x.shared<Board>(th.rank).part;
       }
       whole[th] = own;
       top[th] = Loss::top(own);
     });
     if (count == 1) return;
     x.reduce(top, [](const auto& a, const auto& b) { return Loss::higher(a, b); });
-    x.each([&](Thread th) { whole[th] = Loss::seen(whole[th], top[th], m.value); });
+    x.each([&](Thread th) { whole[th] = Loss::seen(whole[th], top[th], m.temperature); });
     x.reduce(whole, [](const State& a, const State& b) { return join(a, b); }, Loss::nothing());
   }
 
   template <class S>
-  CUDFAST_KERNEL void report(int row, const S& state, double loss) const {
-    pack(state, call.out, sizeof(R) == 8, row);
-    if (call.out.loss) static_cast<double*>(call.out.loss)[row] = loss;
+  CUDFAST_KERNEL void report(int row, const S& state, double value) const {
+    pack(state, call.out, sizeof(R) == 8, row, loss.terms.entropy);
+    if (call.out.loss) static_cast<double*>(call.out.loss)[row] = value;
   }
 
   // The first thread of every block finishes the row; that of the first block writes the results.
@@ -259,7 +259,7 @@ struct RowKernel {
       if (th.index != 0) return;
       Board& board = x.shared<Board>(th.rank);
       board.whole = whole[th];
-      const double value = cudfast::finish(call, loss.options, row, board.whole, board.map);
+      const double value = cudfast::finish(call, loss.terms, row, sizeof(R) == 8, board.whole, board.map);
       if (!writes(x, th) || call.from == From::state) return;
       report(row, board.whole, value);
     });
@@ -306,7 +306,7 @@ struct RowKernel {
 
   CUDFAST_KERNEL void operator()(Executor& x) const {
     const int row = x.block(0) / call.split;
-    const Marks m = marks_of(call.rows, loss.options, row);
+    const Marks m = marks(call.rows, row);
     if (!m.ignored) {
       if (call.from == From::logits) fold(x, row, m);
       if (call.only_parts) {
@@ -326,13 +326,15 @@ struct RowKernel {
   }
 };
 
-// Sums of the rows' weights in each term, by one block.
+// Sums of the rows' weights, by one block.
 struct CountKernel {
   Rows rows;
   double* divisors;  // (2,)
 
   using Weights = RowWeights<double>;
-  CUDFAST_KERNEL static Weights sum(const Weights& a, const Weights& b) { return {a.kd + b.kd, a.ce + b.ce}; }
+  CUDFAST_KERNEL static Weights sum(const Weights& a, const Weights& b) {
+    return {a.rows + b.rows, a.labelled + b.labelled};
+  }
 
   CUDFAST_KERNEL void operator()(Executor& x) const {
     Executor::Local<Weights> sums(x);
@@ -346,8 +348,8 @@ struct CountKernel {
     x.reduce(sums, [](const Weights& a, const Weights& b) { return sum(a, b); });
     x.each([&](Thread th) {
       if (th.index != 0) return;
-      divisors[0] = sums[th].kd;
-      divisors[1] = sums[th].ce;
+      divisors[0] = sums[th].rows;
+      divisors[1] = sums[th].labelled;
     });
   }
 };

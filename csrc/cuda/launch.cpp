@@ -30,43 +30,26 @@ int threads_for(int64_t chunks, int most = kMaxThreads) {
   return static_cast<int>(std::min<int64_t>(most, (std::max<int64_t>(chunks, 1) + kWarp - 1) / kWarp * kWarp));
 }
 
-std::string text(const Call& call, const char* loss, const char* error) {
+std::string text(const Call& call, const char* error) {
   static const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
   const Rows& r = call.rows;
   std::string logits = names[static_cast<int>(r.logits.dtype)];
   if (r.target.data) logits += std::string(" and ") + names[static_cast<int>(r.target.dtype)];
-  return std::string("the CUDA kernel of the ") + loss + " on " + std::to_string(r.rows) + " x " +
-         std::to_string(r.classes) + " logits (" + logits + ") was not launched: " + error;
+  return std::string("the CUDA kernel of the ") + (r.target.data ? "student" : "teacher") + " loss on " +
+         std::to_string(r.rows) + " x " + std::to_string(r.classes) + " logits (" + logits +
+         ") was not launched: " + error;
 }
 
-template <class Options>
-void launch(RowLaunch<Options> run, const char* loss, const Call& call, const Options& options, const Machine& machine,
-            void* stream, const Tuning& tuning) {
+void launch(RowLaunch run, const Call& call, const Terms& terms, const Machine& machine, void* stream,
+            const Tuning& tuning) {
   Call own = call;
   const Grid grid = plan(call, machine, tuning);
   if (grid.cluster > 1) own.split = grid.cluster;
   if (grid.staged > 0) own.slots = static_cast<int>((chunks_of(call.rows) + grid.cluster - 1) / grid.cluster);
   if (call.rows.rows * own.split > std::numeric_limits<int>::max()) {
-    throw std::runtime_error(text(call, loss, "more blocks than a launch can have; pass fewer rows"));
+    throw std::runtime_error(text(call, "more blocks than a launch can have; pass fewer rows"));
   }
-  if (const char* const error = run(own, options, grid, stream)) throw std::runtime_error(text(call, loss, error));
-}
-
-template <class Options>
-void sweeps(RowLaunch<Options> run, const char* loss, Call call, const Options& options, const Machine& machine,
-            void* stream, const Tuning& tuning) {
-  if (call.rows.rows == 0) return;
-  const int shared = shared_rows(call.rows.rows, call.rows.classes, machine.processors);
-  if (searched(call)) return launch(run, loss, call, options, machine, stream, tuning);
-  if (shared > 1 && call.from == From::logits) {
-    call.part_count = call.split = shared;
-    call.only_parts = true;
-    launch(run, loss, call, options, machine, stream, tuning);
-    call.only_parts = false;
-    call.from = From::parts;
-  }
-  call.split = call.out.gradient.data ? shared : 1;
-  launch(run, loss, call, options, machine, stream, tuning);
+  if (const char* const error = run(own, terms, grid, stream)) throw std::runtime_error(text(call, error));
 }
 
 int kind_of(const Rows& rows) {
@@ -116,14 +99,25 @@ Grid plan(const Call& call, const Machine& machine, const Tuning& tuning) {
   return grid;
 }
 
-void sweep(const Kernels& kernels, Call call, const StudentOptions& options, const Machine& machine, void* stream,
+void sweep(const Kernels& kernels, const Call& given, const Terms& terms, const Machine& machine, void* stream,
            const Tuning& tuning) {
-  const auto run = projected(call.rows) ? kernels.projected : kernels.student[kind_of(call.rows)];
-  sweeps(run, "student loss", call, options, machine, stream, tuning);
-}
-void sweep(const Kernels& kernels, Call call, const TeacherOptions& options, const Machine& machine, void* stream,
-           const Tuning& tuning) {
-  sweeps(kernels.teacher[kind_of(call.rows)], "teacher loss", call, options, machine, stream, tuning);
+  Call call = given;
+  const Rows& rows = call.rows;
+  if (rows.rows == 0) return;
+  const RowLaunch run = projected(rows)    ? kernels.projected
+                        : rows.target.data ? kernels.student[kind_of(rows)]
+                                           : kernels.teacher[kind_of(rows)];
+  const int shared = shared_rows(rows.rows, rows.classes, machine.processors);
+  if (searched(call)) return launch(run, call, terms, machine, stream, tuning);
+  if (shared > 1 && call.from == From::logits) {
+    call.part_count = call.split = shared;
+    call.only_parts = true;
+    launch(run, call, terms, machine, stream, tuning);
+    call.only_parts = false;
+    call.from = From::parts;
+  }
+  call.split = call.out.gradient.data ? shared : 1;
+  launch(run, call, terms, machine, stream, tuning);
 }
 
 }  // namespace cudfast

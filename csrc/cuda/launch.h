@@ -23,14 +23,13 @@ struct Tuning {
 };
 
 // Launches a kernel. Returns nullptr, or an error message.
-template <class Options>
-using RowLaunch = const char* (*)(const Call&, const Options&, const Grid&, void* stream);
+using RowLaunch = const char* (*)(const Call&, const Terms&, const Grid&, void* stream);
 
 // The kernels for logits that all have one dtype, in the order of DType; those in the place of f64 are for all others.
 struct Kernels {
-  RowLaunch<StudentOptions> student[4];
-  RowLaunch<TeacherOptions> teacher[4];
-  RowLaunch<StudentOptions> projected;  // with constraints, for all dtypes
+  RowLaunch student[4];  // with a target
+  RowLaunch teacher[4];  // without a target
+  RowLaunch projected;   // with constraints, for all dtypes
   const char* (*count)(const Rows& rows, double* divisors, void* stream);
   const char* (*scale)(const Matrix& gradient, int64_t rows, int64_t columns, Upstream upstream, int split,
                        void* stream);
@@ -50,9 +49,7 @@ int shared_rows(int64_t rows, int64_t classes, int processors);
 Grid plan(const Call& call, const Machine& machine, const Tuning& tuning = {});
 
 // Both sweeps. call.parts has room for shared_rows() states of a row. A launch that fails throws std::runtime_error.
-void sweep(const Kernels& kernels, Call call, const StudentOptions& options, const Machine& machine, void* stream,
-           const Tuning& tuning = {});
-void sweep(const Kernels& kernels, Call call, const TeacherOptions& options, const Machine& machine, void* stream,
+void sweep(const Kernels& kernels, const Call& call, const Terms& terms, const Machine& machine, void* stream,
            const Tuning& tuning = {});
 
 }  // namespace cudfast

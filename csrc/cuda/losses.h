@@ -1,5 +1,5 @@
-// The two losses for kernels.h: fold a chunk of a row, merge relative to the block's maxima, finish, map a chunk. D is
-// the dtype of all logits, or kAny; R is the computing type.
+// Rows with and without a target for kernels.h: fold a chunk of a row, merge relative to the block's maxima, finish,
+// map a chunk. D is the dtype of all logits, or kAny; R is the computing type.
 #pragma once
 
 #include "../finish.h"
@@ -49,44 +49,23 @@ CUDFAST_KERNEL void set(Fixed<R>& to, const Fixes& f, bool counts) {
   }
 }
 
-CUDFAST_KERNEL Marks marks_of(const Rows& rows, const StudentOptions&, int row) {
-  return marks(rows, row, kLowestTemperature, kHighestTemperature);
-}
-CUDFAST_KERNEL Marks marks_of(const Rows& rows, const TeacherOptions&, int row) {
-  return marks(rows, row, std::numeric_limits<double>::denorm_min(), std::numeric_limits<double>::max());
-}
-
 template <class R>
 struct StudentMap : Fixed<R> {
-  StudentGradient<R> c;
+  StudentLogGradient<R> c;
   R c_s, c_t, inv_tau;
 };
 
-CUDFAST_KERNEL StudentRow end_of(const Call& call, const StudentOptions& options, int row, const Marks& m, bool wide,
-                                 const StudentState<double>& state) {
-  return finish_row(state, m.labelled, m.value, row_weights(m.ignored, m.labelled, m.weight), options,
-                    {call.divisors[0], call.divisors[1]}, upstream_of(call, wide, row));
-}
-
 template <class R>
-CUDFAST_KERNEL void set(StudentMap<R>& map, const StudentState<double>& state, const StudentRow& end, const Fixes& f,
-                        const Marks& m) {
+CUDFAST_KERNEL void set(StudentMap<R>& map, const StudentState<double>& state, const RowEnd<double>& end,
+                        const Fixes& f, const Marks& m) {
   set(map, f, end.counts);
-  map.c = {static_cast<R>(end.gradient.student_tau), static_cast<R>(end.gradient.teacher_tau),
-           static_cast<R>(end.gradient.student_one), R(0)};
+  map.c = {{static_cast<R>(end.gradient.student_tau), static_cast<R>(end.gradient.teacher_tau),
+            static_cast<R>(end.student_one)},
+           static_cast<R>(end.student_log),
+           static_cast<R>(end.log_z)};
   map.c_s = static_cast<R>(centred(state.m_s));
   map.c_t = static_cast<R>(centred(state.m_t));
-  map.inv_tau = static_cast<R>(1 / m.value);
-}
-
-// The row's value, and the inputs of its map.
-template <class R>
-CUDFAST_KERNEL double finish(const Call& call, const StudentOptions& options, int row,
-                             const StudentState<double>& state, StudentMap<R>& map) {
-  const Marks m = marks_of(call.rows, options, row);
-  const StudentRow end = end_of(call, options, row, m, sizeof(R) == 8, state);
-  set(map, state, end, fixes(state, end, m.label, m.value), m);
-  return end.value;
+  map.inv_tau = static_cast<R>(1 / m.temperature);
 }
 
 template <class R>
@@ -96,16 +75,28 @@ struct TeacherMap : Fixed<R> {
 };
 
 template <class R>
-CUDFAST_KERNEL double finish(const Call& call, const TeacherOptions& options, int row,
-                             const TeacherState<double>& state, TeacherMap<R>& map) {
-  const Marks m = marks_of(call.rows, options, row);
-  const TeacherRow end = finish_row(state, m.value, row_weights(m.ignored, m.labelled, m.weight), options,
-                                    {call.divisors[0], call.divisors[1]}, upstream_of(call, sizeof(R) == 8, row));
-  set(map, fixes(state, end, m.label), end.counts);
-  map.c = {static_cast<R>(end.gradient.one), static_cast<R>(end.gradient.log), R(0)};
-  map.centre = static_cast<R>(centred(state.m));
-  map.inv_z = static_cast<R>(1 / state.z);
-  map.log_z = static_cast<R>(end.loss.log_z);
+CUDFAST_KERNEL void set(TeacherMap<R>& map, const TeacherState<double>& state, const RowEnd<double>& end,
+                        const Fixes& f, const Marks&) {
+  set(map, f, end.counts);
+  map.c = {static_cast<R>(end.gradient.one), static_cast<R>(end.gradient.log)};
+  map.centre = static_cast<R>(centred(state.m_s));
+  map.inv_z = static_cast<R>(1 / state.s_one);
+  map.log_z = static_cast<R>(end.log_z);
+}
+
+template <class State>
+CUDFAST_KERNEL RowEnd<double> end_of(const Call& call, const Terms& terms, int row, const Marks& m, bool wide,
+                                     const State& state) {
+  return finish_row(state, m.labelled, m.temperature, row_weights(m.ignored, m.labelled, m.weight), terms,
+                    {call.divisors[0], call.divisors[1]}, call.rows.coefficients_at(row), upstream_of(call, wide, row));
+}
+
+// The row's value, and the inputs of its map.
+template <class State, class Map>
+CUDFAST_KERNEL double finish(const Call& call, const Terms& terms, int row, bool wide, const State& state, Map& map) {
+  const Marks m = marks(call.rows, row);
+  const RowEnd<double> end = end_of(call, terms, row, m, wide, state);
+  set(map, state, end, fixes(state, end, m.label, m.temperature), m);
   return end.value;
 }
 
@@ -119,22 +110,27 @@ struct Student {
   static constexpr int dtype = D, arrays = 2, chunk = kChunk<D>;
   using Values = R[arrays][chunk];  // the student's, the teacher's
 
-  StudentOptions options;
+  Terms terms;
 
-  template <int Ones, bool Holes>
+  template <int Needs, bool Holes>
   CUDFAST_KERNEL static StudentSums<F> sums_of(const Values& v, R c_s, R c_t, R inv_tau) {
-    StudentSums<F> sums{F(0), F(0), F(0), F(0), F(0), F(0), F(0)};
+    StudentSums<F> sums{F(0), F(0), F(0), F(0), F(0), F(0), F(0), F(0)};
     CUDFAST_UNROLL
-    for (int j = 0; j < chunk; ++j) cudfast::fold<P, Ones, Holes>(sums, F(v[1][j] - c_t), F(v[0][j] - c_s), F(inv_tau));
+    for (int j = 0; j < chunk; ++j) {
+      cudfast::fold<P, Needs, Holes>(sums, F(v[1][j] - c_t), F(v[0][j] - c_s), F(inv_tau));
+    }
     return sums;
   }
+  // needs: a mask of Needs, the same for all threads.
   template <bool Holes>
-  CUDFAST_KERNEL static StudentSums<F> sums_of(const Values& v, R c_s, R c_t, R inv_tau, bool statistics) {
-    if (P == 0 && statistics) return sums_of<2, Holes>(v, c_s, c_t, inv_tau);
-    return sums_of<1, Holes>(v, c_s, c_t, inv_tau);
+  CUDFAST_KERNEL static StudentSums<F> sums_of(const Values& v, R c_s, R c_t, R inv_tau, int needs) {
+    constexpr int both = kStudentOne | kTeacherOne;
+    if (needs & kStudentEntropy) return sums_of<both | kStudentEntropy, Holes>(v, c_s, c_t, inv_tau);
+    if (P == 0 && (needs & kTeacherOne)) return sums_of<both, Holes>(v, c_s, c_t, inv_tau);
+    return sums_of<kStudentOne, Holes>(v, c_s, c_t, inv_tau);
   }
 
-  CUDFAST_KERNEL static void fold(Part& part, const Values& v, int at, R inv_tau, bool statistics) {
+  CUDFAST_KERNEL static void fold(Part& part, const Values& v, int at, R inv_tau, int needs) {
     R m_s = part.m_s, m_t = part.m_t;
     CUDFAST_UNROLL
     for (int j = 0; j < chunk; ++j) {
@@ -147,14 +143,15 @@ struct Student {
       part.k = k;
     }
     const R c_s = centred(m_s), c_t = centred(m_t);
-    StudentSums<F> sums = sums_of<false>(v, c_s, c_t, inv_tau, statistics);
-    if (broken(scalar(sums.a))) sums = sums_of<true>(v, c_s, c_t, inv_tau, statistics);
+    StudentSums<F> sums = sums_of<false>(v, c_s, c_t, inv_tau, needs);
+    if (broken(scalar(sums.a))) sums = sums_of<true>(v, c_s, c_t, inv_tau, needs);
     part.z_tau += scalar(sums.z_tau);
     part.s_tau += scalar(sums.s_tau);
     part.a += scalar(sums.a);
     part.s_one += scalar(sums.s_one);
     part.z_one += scalar(sums.z_one);
     part.impossible = larger(part.impossible, scalar(sums.impossible));
+    part.e_s += scalar(sums.e_s);
   }
 
   // The merge of a block's threads: maxima first, then sums relative to them.
@@ -184,12 +181,12 @@ struct Student {
   CUDFAST_KERNEL static Sums around(const Part& part, const Top& top, R inv_tau, Find find) {
     const Part moved = move(part, top.m_t, top.m_s, inv_tau);
     const bool holds = moved.k != kBeaten && top.m_t > kNothing<R>;
-    return {{moved.z_tau, moved.s_tau, moved.a, moved.s_one, moved.z_one, moved.impossible, R(0)},
+    return {{moved.z_tau, moved.s_tau, moved.a, moved.s_one, moved.z_one, moved.impossible, R(0), moved.e_s},
             holds ? find(1, static_cast<int>(moved.k), top.m_t) : kBeaten};
   }
   CUDFAST_KERNEL static Sums sum(const Sums& a, const Sums& b) {
     return {{a.of.z_tau + b.of.z_tau, a.of.s_tau + b.of.s_tau, a.of.a + b.of.a, a.of.s_one + b.of.s_one,
-             a.of.z_one + b.of.z_one, larger(a.of.impossible, b.of.impossible), R(0)},
+             a.of.z_one + b.of.z_one, larger(a.of.impossible, b.of.impossible), R(0), a.of.e_s + b.of.e_s},
             a.k < b.k ? a.k : b.k};
   }
 
@@ -207,6 +204,7 @@ struct Student {
     s.s_one = static_cast<double>(sums.of.s_one);
     s.z_one = static_cast<double>(sums.of.z_one);
     s.impossible = static_cast<double>(sums.of.impossible);
+    s.e_s = static_cast<double>(sums.of.e_s);
     s.k = sums.k == kBeaten ? begin : sums.k;
     s.s_k = rows[0].template load<double>(s.k);
     if (label >= begin && label < end) {
@@ -221,19 +219,24 @@ struct Student {
     s.k = kBeaten;
     return s;
   }
-  CUDFAST_KERNEL static State unpack(const Outputs& from, bool wide, int64_t row) {
-    return unpack_student(from, wide, row);
+  CUDFAST_KERNEL static State unpack(const Outputs& from, bool wide, int64_t row, bool entropy) {
+    return unpack_student(from, wide, row, entropy);
   }
 
   using Map = StudentMap<R>;
-  CUDFAST_KERNEL static void map(const Map& m, const Values& v, R (&g)[chunk]) {
-    const StudentGradient<F> c{F(m.c.student_tau), F(m.c.teacher_tau), F(m.c.student_one), F(0)};
+  template <class C>
+  CUDFAST_KERNEL static void map(const C& c, const Map& m, const Values& v, R (&g)[chunk]) {
     CUDFAST_UNROLL
     for (int j = 0; j < chunk; ++j) {
       // Logits that are read for statistics only must not turn 0 into NaN.
       const R dt = m.c.teacher_tau == 0 ? R(0) : v[1][j] - m.c_t;
-      g[j] = scalar(element<P, 1, true>(c, F(dt), F(v[0][j] - m.c_s), F(m.inv_tau)));
+      g[j] = scalar(element<P, true, true>(c, F(dt), F(v[0][j] - m.c_s), F(m.inv_tau)));
     }
+  }
+  CUDFAST_KERNEL static void map(const Map& m, const Values& v, R (&g)[chunk]) {
+    const StudentGradient<F> c{F(m.c.student_tau), F(m.c.teacher_tau), F(m.c.student_one)};
+    if (m.c.student_log == 0) return map(c, m, v, g);
+    map(StudentLogGradient<F>{c, F(m.c.student_log), F(m.c.log_z)}, m, v, g);
   }
 };
 
@@ -246,7 +249,7 @@ struct Teacher {
   static constexpr int dtype = D, arrays = 1, chunk = kChunk<D>;
   using Values = R[arrays][chunk];
 
-  TeacherOptions options;
+  Terms terms;
 
   template <bool Holes>
   CUDFAST_KERNEL static TeacherSums<F> sums_of(const Values& v, R c) {
@@ -256,15 +259,15 @@ struct Teacher {
     return sums;
   }
 
-  CUDFAST_KERNEL static void fold(Part& part, const Values& v, int, R, bool) {
-    R m = part.m;
+  CUDFAST_KERNEL static void fold(Part& part, const Values& v, int, R, int) {
+    R m = part.m_s;
     CUDFAST_UNROLL
     for (int j = 0; j < chunk; ++j) m = larger(m, v[0][j]);
-    if (m > part.m) part = move(part, m);
+    if (m > part.m_s) part = move(part, m);
     TeacherSums<F> sums = sums_of<false>(v, centred(m));
-    if (broken(scalar(sums.e))) sums = sums_of<true>(v, centred(m));
-    part.z += scalar(sums.z);
-    part.e += scalar(sums.e);
+    if (broken(scalar(sums.e_s))) sums = sums_of<true>(v, centred(m));
+    part.s_one += scalar(sums.s_one);
+    part.e_s += scalar(sums.e_s);
   }
 
   template <class T>
@@ -274,7 +277,7 @@ struct Teacher {
   using Top = TopOf<R>;
   template <class T>
   CUDFAST_KERNEL static TopOf<T> top(const TeacherState<T>& part) {
-    return {part.m};
+    return {part.m_s};
   }
   template <class T>
   CUDFAST_KERNEL static TopOf<T> higher(const TopOf<T>& a, const TopOf<T>& b) {
@@ -291,29 +294,31 @@ struct Teacher {
   template <class Find>
   CUDFAST_KERNEL static Sums around(const Part& part, const Top& top, R, Find) {
     const Part moved = move(part, top.m);
-    return {{moved.z, moved.e}};
+    return {{moved.s_one, moved.e_s}};
   }
-  CUDFAST_KERNEL static Sums sum(const Sums& a, const Sums& b) { return {{a.of.z + b.of.z, a.of.e + b.of.e}}; }
+  CUDFAST_KERNEL static Sums sum(const Sums& a, const Sums& b) {
+    return {{a.of.s_one + b.of.s_one, a.of.e_s + b.of.e_s}};
+  }
 
   template <class Rows>
   CUDFAST_KERNEL static State state(const Top& top, const Sums& sums, const Rows& rows, int64_t begin, int64_t end,
                                     int64_t label) {
     State s;
     if (begin >= end) return s;
-    s.m = static_cast<double>(top.m);
-    s.z = static_cast<double>(sums.of.z);
-    s.e = static_cast<double>(sums.of.e);
-    if (label >= begin && label < end) s.z_y = rows[0].template load<double>(label);
+    s.m_s = static_cast<double>(top.m);
+    s.s_one = static_cast<double>(sums.of.s_one);
+    s.e_s = static_cast<double>(sums.of.e_s);
+    if (label >= begin && label < end) s.s_y = rows[0].template load<double>(label);
     return s;
   }
   CUDFAST_KERNEL static State nothing() { return {}; }
-  CUDFAST_KERNEL static State unpack(const Outputs& from, bool wide, int64_t row) {
+  CUDFAST_KERNEL static State unpack(const Outputs& from, bool wide, int64_t row, bool) {
     return unpack_teacher(from, wide, row);
   }
 
   using Map = TeacherMap<R>;
   CUDFAST_KERNEL static void map(const Map& m, const Values& v, R (&g)[chunk]) {
-    const TeacherGradient<F> c{F(m.c.one), F(m.c.log), F(0)};
+    const TeacherGradient<F> c{F(m.c.one), F(m.c.log)};
     CUDFAST_UNROLL
     for (int j = 0; j < chunk; ++j) {
       g[j] = scalar(element(c, F(v[0][j] - m.centre), F(m.inv_z), F(m.log_z)));

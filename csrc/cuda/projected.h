@@ -1,4 +1,4 @@
-// The student loss with a target that meets bounds, see ../projected.h. A row is processed by a block or a cluster,
+// Rows with a target that meets bounds, see ../projected.h. A row is processed by a block or a cluster,
 // which sweeps it until its temperature is known; if rows are staged, all sweeps except the first read shared memory.
 #pragma once
 
@@ -98,7 +98,8 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
   // The rest's state, board.part. `first`: the first sweep over the row. `again`: only the thread with the column
   // board.alone computes a new share.
   CUDFAST_KERNEL void fold(Executor& x, int row, const Marks& m, Parts& part, bool first, bool again) const {
-    const R inv_tau = static_cast<R>(1 / m.value);
+    const R inv_tau = static_cast<R>(1 / m.temperature);
+    const int needs = needs_of(loss.terms, true);  // the masses are sums at temperature 1
     x.each([&](Thread th) {
       const View view = this->view(x, th, row);
       if (again) {
@@ -111,7 +112,7 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
       Sees see = seeing(x, th, row, m, view, rest_at(state.beta, state.centre));
       view.each(x, th, first, [&](int chunk, Values& v) {
         see(chunk, v);
-        Loss::fold(own, v, chunk, inv_tau, true);
+        Loss::fold(own, v, chunk, inv_tau, needs);
       });
       part[th] = own;
     });
@@ -287,14 +288,14 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
         const View view = this->view(x, th, row);
         const Board& b = board(x, th);
         const R top = static_cast<R>(centred(b.tops[i])), beta = static_cast<R>(b.state.beta);
-        const R c_s = static_cast<R>(centred(b.part.m_s)), inv_tau = static_cast<R>(1 / m.value);
-        StudentSums<F> own{F(0), F(0), F(0), F(0), F(0), F(0), F(0)};
+        const R c_s = static_cast<R>(centred(b.part.m_s)), inv_tau = static_cast<R>(1 / m.temperature);
+        StudentSums<F> own{F(0), F(0), F(0), F(0), F(0), F(0), F(0), F(0)};
         each_member(x, th, apart(x, th, row, m, i), [&](int64_t column) {
           const R t = view.rows[1].template load<R>(column), s = view.rows[0].template load<R>(column);
-          cudfast::fold<0, 2, true>(own, F(beta * (t - top)), F(s - c_s), F(inv_tau));
+          cudfast::fold<0, kStudentOne | kTeacherOne, true>(own, F(beta * (t - top)), F(s - c_s), F(inv_tau));
         });
         sums[th].of = {scalar(own.z_tau), scalar(own.s_tau),      scalar(own.a), scalar(own.s_one),
-                       scalar(own.z_one), scalar(own.impossible), R(0)};
+                       scalar(own.z_one), scalar(own.impossible), R(0),          R(0)};
       });
       total(x, sums, [](const auto& a, const auto& b) { return Loss::sum(a, b); });
       x.each([&](Thread th) {
@@ -351,13 +352,13 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
       static_cast<StudentState<double>&>(b.state) = b.part;
       b.state.k = k;
       b.state.s_k = view.rows[0].template load<double>(k);
-      complete(b, 1 / call.rows.value_at(row), call.statistics, view.rows[1].template load<double>(k));
+      complete(b, 1 / call.rows.temperature_at(row), call.statistics, view.rows[1].template load<double>(k));
     });
   }
 
   // The values for a gradient that a packed state does not contain.
   CUDFAST_KERNEL void restore(Executor& x, int row, const Marks& m) const {
-    once(x, [&](Thread, Board& b) { b.state = unpack_projected(call.out, wide, row); });
+    once(x, [&](Thread, Board& b) { b.state = unpack_projected(call.out, wide, row, loss.terms.entropy); });
     set_alone(x, row, m);
     find_tops(x, row, m);
     once(x, [&](Thread th, Board& b) {
@@ -369,10 +370,10 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
   CUDFAST_KERNEL void finish(Executor& x, int row, const Marks& m) const {
     once(x, [&](Thread th, Board& b) {
       const ProjectedState& s = b.state;
-      const StudentRow end = end_of(call, loss.options, row, m, wide, s);
+      const RowEnd<double> end = end_of(call, loss.terms, row, m, wide, static_cast<const StudentState<double>&>(s));
       Fixes label;
       label.column[0] = m.label;
-      if (m.label >= 0) label.value[0] = label_gradient(s, end, b.apart.near, b.apart.tops[0], 1 / m.value);
+      if (m.label >= 0) label.value[0] = label_gradient(s, end, b.apart.near, b.apart.tops[0], 1 / m.temperature);
       set(b.map, s, end, label, m);
       b.map.c_t = 0;
       const double centre = (s.beta == 1 ? 0 : s.centre) + centred(s.m_t) / s.beta;
@@ -385,7 +386,7 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
 
   CUDFAST_KERNEL void operator()(Executor& x) const {
     const int row = x.block(0) / call.split;
-    const auto marks = [&] { return marks_of(call.rows, loss.options, row); };  // read again, to save registers
+    const auto marks = [&] { return cudfast::marks(call.rows, row); };  // read again, to save registers
     once(x, [&](Thread, Board& b) {
       b.state = {};
       b.search = {};

@@ -20,20 +20,21 @@ const char* run_rows(const Call& call, const Loss& loss, const Grid& grid, void*
 // Run-time flags become compile-time ones here. The default temperature has separate kernels, with one exponential less
 // per element and sweep; kernels for more temperatures would double the build time.
 template <int D>
-const char* student(const Call& call, const StudentOptions& options, const Grid& grid, void* stream) {
+const char* student(const Call& call, const Terms& terms, const Grid& grid, void* stream) {
   if constexpr (D == kAny) {
-    if (call.rows.wide()) return run_rows(call, Student<0, D, double>{options}, grid, stream);
-    return run_rows(call, Student<0, D, float>{options}, grid, stream);
+    if (call.rows.wide()) return run_rows(call, Student<0, D, double>{terms}, grid, stream);
+    return run_rows(call, Student<0, D, float>{terms}, grid, stream);
   } else {
-    if (!call.rows.per_row && call.rows.scalar == 2) return run_rows(call, Student<2, D, float>{options}, grid, stream);
-    return run_rows(call, Student<0, D, float>{options}, grid, stream);
+    if (!call.rows.temperature && call.rows.scalar == 2)
+      return run_rows(call, Student<2, D, float>{terms}, grid, stream);
+    return run_rows(call, Student<0, D, float>{terms}, grid, stream);
   }
 }
 
 template <int D>
-const char* teacher(const Call& call, const TeacherOptions& options, const Grid& grid, void* stream) {
+const char* teacher(const Call& call, const Terms& terms, const Grid& grid, void* stream) {
   using R = std::conditional_t<D == kAny, double, float>;
-  return run_rows(call, Teacher<D, R>{options}, grid, stream);
+  return run_rows(call, Teacher<D, R>{terms}, grid, stream);
 }
 
 }  // namespace
@@ -46,18 +47,18 @@ constexpr Where kHere = Where::emulated;
 
 template <Where, int>
 struct RowLaunches {
-  static const char* student(const Call&, const StudentOptions&, const Grid&, void*);
-  static const char* teacher(const Call&, const TeacherOptions&, const Grid&, void*);
+  static const char* student(const Call&, const Terms&, const Grid&, void*);
+  static const char* teacher(const Call&, const Terms&, const Grid&, void*);
 };
 template <>
-const char* RowLaunches<kHere, CUDFAST_DTYPE>::student(const Call& call, const StudentOptions& options,
-                                                       const Grid& grid, void* stream) {
-  return cudfast::student<CUDFAST_DTYPE>(call, options, grid, stream);
+const char* RowLaunches<kHere, CUDFAST_DTYPE>::student(const Call& call, const Terms& terms, const Grid& grid,
+                                                       void* stream) {
+  return cudfast::student<CUDFAST_DTYPE>(call, terms, grid, stream);
 }
 template <>
-const char* RowLaunches<kHere, CUDFAST_DTYPE>::teacher(const Call& call, const TeacherOptions& options,
-                                                       const Grid& grid, void* stream) {
-  return cudfast::teacher<CUDFAST_DTYPE>(call, options, grid, stream);
+const char* RowLaunches<kHere, CUDFAST_DTYPE>::teacher(const Call& call, const Terms& terms, const Grid& grid,
+                                                       void* stream) {
+  return cudfast::teacher<CUDFAST_DTYPE>(call, terms, grid, stream);
 }
 
 #if CUDFAST_DTYPE < 0
@@ -71,10 +72,10 @@ const char* count_rows(const Rows& rows, double* divisors, void* stream) {
   return run(CountKernel{rows, divisors}, grid, stream);
 }
 
-const char* projected_rows(const Call& call, const StudentOptions& options, const Grid& grid, void* stream) {
-  if (call.rows.wide()) return run(ProjectedKernel<double, false>{{call, {options}}}, grid, stream);
-  if (grid.staged == 0) return run(ProjectedKernel<float, false>{{call, {options}}}, grid, stream);
-  return run(ProjectedKernel<float, true>{{call, {options}}}, grid, stream);
+const char* projected_rows(const Call& call, const Terms& terms, const Grid& grid, void* stream) {
+  if (call.rows.wide()) return run(ProjectedKernel<double, false>{{call, {terms}}}, grid, stream);
+  if (grid.staged == 0) return run(ProjectedKernel<float, false>{{call, {terms}}}, grid, stream);
+  return run(ProjectedKernel<float, true>{{call, {terms}}}, grid, stream);
 }
 
 const char* scale_rows(const Matrix& gradient, int64_t rows, int64_t columns, Upstream upstream, int split,

@@ -6,23 +6,46 @@
 namespace cudfast {
 namespace {
 
-// dL/ds_j without the label's share, at a temperature of 1, 2 or 4.
-template <int P, class F>
-CUDFAST_HD inline F element(const StudentGradient<F>& c, Exponentials<F> e) {
-  return c.student_tau * e.student - c.teacher_tau * e.teacher + c.student_one * power<P>(e.student);
+// Coefficients of a row with a target, in the form that its elements take; 1 / s_one is included.
+template <class F>
+struct StudentGradient {
+  F student_tau, teacher_tau, student_one;
+};
+
+// The same with the share of log p_j.
+template <class F>
+struct StudentLogGradient : StudentGradient<F> {
+  F student_log, log_z;
+};
+
+// p_j (one + log * log p_j) from e^(ds). 0 log 0 is 0.
+template <class F>
+CUDFAST_HD_INLINED F share_of_one(const StudentGradient<F>& c, F e_one, F) {
+  return c.student_one * e_one;
+}
+template <class F>
+CUDFAST_HD_INLINED F share_of_one(const StudentLogGradient<F>& c, F e_one, F ds) {
+  return e_one * (c.student_one + c.student_log * select(ds > F(kNothing<float>), ds - c.log_z, F(0)));
 }
 
-// The same from dt and ds, as in fold(). Holes: a class that is impossible for the student has a zero gradient even if
-// the teacher gives it mass.                                                                        [element-student]
-template <int P, int Ones, bool Holes, class F>
-CUDFAST_HD inline F element(const StudentGradient<F>& c, F dt, F ds, F inv_tau) {
+// dL/ds_j without the label's share, at a temperature of 1, 2 or 4. C: StudentGradient, which needs no ds, or
+// StudentLogGradient.
+template <int P, class C, class F>
+CUDFAST_HD_INLINED F element(const C& c, Exponentials<F> e, F ds) {
+  return c.student_tau * e.student - c.teacher_tau * e.teacher + share_of_one(c, power<P>(e.student), ds);
+}
+
+// The same from dt and ds, as in fold(). One: whether there are shares of p_j; a power always computes them. Holes: a
+// class that is impossible for the student has a zero gradient even if the teacher gives it mass.   [element-student]
+template <int P, bool One, bool Holes, class C, class F>
+CUDFAST_HD_INLINED F element(const C& c, F dt, F ds, F inv_tau) {
   const Exponentials<F> e{exp(dt * inv_tau), exp(ds * inv_tau)};
   F g;
   if constexpr (P > 0) {
-    g = element<P>(c, e);
+    g = element<P>(c, e, ds);
   } else {
     g = c.student_tau * e.student - c.teacher_tau * e.teacher;
-    if constexpr (Ones > 0) g = g + c.student_one * exp(ds);
+    if constexpr (One) g = g + share_of_one(c, exp(ds), ds);
   }
   if constexpr (Holes) {  // NaN in a NaN row
     g = select(ds == F(kNothing<float>), F(0) * (c.student_tau + c.student_one), g);
@@ -30,9 +53,15 @@ CUDFAST_HD inline F element(const StudentGradient<F>& c, F dt, F ds, F inv_tau) 
   return g;
 }
 
-// dL/dz_j without the label's share; x = z_j - m. 0 log 0 is 0.                                     [element-teacher]
+// Coefficients of a row without a target.
 template <class F>
-CUDFAST_HD inline F element(const TeacherGradient<F>& c, F x, F inv_z, F log_z) {
+struct TeacherGradient {
+  F one, log;
+};
+
+// dL/ds_j without the label's share; x = s_j - m_s. 0 log 0 is 0.                                   [element-teacher]
+template <class F>
+CUDFAST_HD_INLINED F element(const TeacherGradient<F>& c, F x, F inv_z, F log_z) {
   const F p = exp(x) * inv_z;
   const F log_p = select(x > F(kNothing<float>), x - log_z, F(0));
   return p * (c.one + c.log * log_p);

@@ -35,7 +35,7 @@ using std::log;
 CUDFAST_HD inline double max(double a, double b) { return a > b ? a : b; }
 CUDFAST_HD inline double select(bool mask, double yes, double no) { return mask ? yes : no; }
 
-// ---- Student loss: state of one row, or of some of its columns ----                              [state-student]
+// ---- Rows with a target: state of one row, or of some of its columns ----                        [state-student]
 
 template <class R>
 struct StudentState {
@@ -50,6 +50,7 @@ struct StudentState {
   R t_y = kNothing<R>;  // teacher logit of the label, if this part contains it
   R s_y = kNothing<R>;  // student logit of the label
   R impossible = 0;     // 1 if some class has t finite and s = -inf
+  R e_s = 0;            // sum exp(s - m_s) (s - m_s), at most 0; only the student's entropy needs it
   int64_t k = 0;        // teacher's top-1, the lowest index of equal logits
 };
 
@@ -57,7 +58,16 @@ struct StudentState {
 template <class F>
 struct StudentSums {
   F z_tau, s_tau, a, s_one, z_one, impossible;
-  F e_one;  // sum exp(t - m_t) (t - m_t); only a bound on the entropy needs it
+  F e_one;  // sum exp(t - m_t) (t - m_t); only a bound on the target's entropy needs it
+  F e_s;
+};
+
+// The sums at temperature 1, and those for entropies, that fold() computes: a mask.
+enum Needs : int {
+  kStudentOne = 1,      // s_one
+  kTeacherOne = 2,      // z_one
+  kTeacherEntropy = 4,  // e_one
+  kStudentEntropy = 8,  // e_s
 };
 
 template <class F>
@@ -69,6 +79,7 @@ CUDFAST_HD inline void add(StudentSums<F>& to, const StudentSums<F>& from) {
   to.z_one = to.z_one + from.z_one;
   to.impossible = max(to.impossible, from.impossible);
   to.e_one = to.e_one + from.e_one;
+  to.e_s = to.e_s + from.e_s;
 }
 
 // e^(x) from e^(x / P): temperatures 1, 2 and 4 need no second exponential.
@@ -88,10 +99,9 @@ struct Exponentials {
   F teacher, student;
 };
 
-// Adds the columns in dt = t - m_t and ds = s - m_s. P is the temperature if that is 1, 2 or 4, else 0; with P = 0,
-// Ones selects the temperature-1 sums (0 none, 1 the student's, 2 both); 3 adds e_one for every P. Holes: some logit
-// may be -inf.
-template <int P, int Ones, bool Holes, class F>
+// Adds the columns in dt = t - m_t and ds = s - m_s. P is the temperature if that is 1, 2 or 4, else 0; with P > 0,
+// both sums at temperature 1 are computed, whatever the mask. Holes: some logit may be -inf.
+template <int P, int Needs, bool Holes, class F>
 CUDFAST_HD inline Exponentials<F> fold(StudentSums<F>& sums, F dt, F ds, F inv_tau) {
   const F x = dt * inv_tau;
   const F w = ds * inv_tau;
@@ -105,18 +115,21 @@ CUDFAST_HD inline Exponentials<F> fold(StudentSums<F>& sums, F dt, F ds, F inv_t
   sums.z_tau = sums.z_tau + e.teacher;
   sums.s_tau = sums.s_tau + e.student;
   sums.a = sums.a + e.teacher * excess;
-  F one = F(0);  // exp(dt)
+  F one_t = F(0), one_s = F(0);  // exp(dt), exp(ds)
   if constexpr (P > 0) {
-    one = power<P>(e.teacher);
-    sums.s_one = sums.s_one + power<P>(e.student);
-    sums.z_one = sums.z_one + one;
+    sums.s_one = sums.s_one + (one_s = power<P>(e.student));
+    sums.z_one = sums.z_one + (one_t = power<P>(e.teacher));
   } else {
-    if constexpr (Ones > 0) sums.s_one = sums.s_one + exp(ds);
-    if constexpr (Ones > 1) sums.z_one = sums.z_one + (one = exp(dt));
+    if constexpr ((Needs & kStudentOne) != 0) sums.s_one = sums.s_one + (one_s = exp(ds));
+    if constexpr ((Needs & kTeacherOne) != 0) sums.z_one = sums.z_one + (one_t = exp(dt));
   }
-  if constexpr (Ones > 2) {
+  if constexpr ((Needs & kTeacherEntropy) != 0) {
     if constexpr (Holes) dt = select(dt > F(kNothing<float>), dt, F(0));
-    sums.e_one = sums.e_one + one * dt;
+    sums.e_one = sums.e_one + one_t * dt;
+  }
+  if constexpr ((Needs & kStudentEntropy) != 0) {
+    if constexpr (Holes) ds = select(ds > F(kNothing<float>), ds, F(0));
+    sums.e_s = sums.e_s + one_s * ds;
   }
   return e;
 }
@@ -146,8 +159,10 @@ CUDFAST_HD inline StudentState<R> move(StudentState<R> part, R m_t, R m_s, R inv
   part.z_tau *= teacher;
   part.z_one *= inv_tau == 1 ? teacher : rescale(down_t);
   const R student = rescale(down_s * inv_tau);
+  const R student_one = inv_tau == 1 ? student : rescale(down_s);
   part.s_tau *= student;
-  part.s_one *= inv_tau == 1 ? student : rescale(down_s);
+  part.e_s = student_one * (part.e_s + part.s_one * down_s);
+  part.s_one *= student_one;
   if (part.m_t != m_t) part.k = kBeaten;
   part.m_t = m_t;
   part.m_s = m_s;
@@ -166,6 +181,7 @@ CUDFAST_HD inline StudentState<R> join(const StudentState<R>& a, const StudentSt
   both.a += b.a;
   both.s_one += b.s_one;
   both.z_one += b.z_one;
+  both.e_s += b.e_s;
   both.t_y = a.t_y > b.t_y ? a.t_y : b.t_y;  // only one part contains the label
   both.s_y = a.s_y > b.s_y ? a.s_y : b.s_y;
   both.impossible = a.impossible > b.impossible ? a.impossible : b.impossible;
@@ -179,58 +195,58 @@ CUDFAST_HD inline StudentState<R> merge(const StudentState<R>& left, const Stude
   return join(move(left, m_t, m_s, inv_tau), move(right, m_t, m_s, inv_tau));
 }
 
-// ---- Teacher loss ----                                                                            [state-teacher]
+// ---- Rows without a target: the sums of the row's own logits ----                                [state-teacher]
 
 template <class R>
 struct TeacherState {
-  R m = kNothing<R>;    // maximum
-  R z = 0;              // sum exp(z_j - m)
-  R e = 0;              // sum exp(z_j - m) * (z_j - m), at most 0
-  R z_y = kNothing<R>;  // logit of the label
+  R m_s = kNothing<R>;  // maximum
+  R s_one = 0;          // sum exp(s - m_s)
+  R e_s = 0;            // sum exp(s - m_s) (s - m_s), at most 0
+  R s_y = kNothing<R>;  // logit of the label
 };
 
 template <class F>
 struct TeacherSums {
-  F z, e;
+  F s_one, e_s;
 };
 
 template <class F>
 CUDFAST_HD inline void add(TeacherSums<F>& to, const TeacherSums<F>& from) {
-  to.z = to.z + from.z;
-  to.e = to.e + from.e;
+  to.s_one = to.s_one + from.s_one;
+  to.e_s = to.e_s + from.e_s;
 }
 
 template <bool Holes, class F>
 CUDFAST_HD inline void fold(TeacherSums<F>& sums, F x) {
   const F p = exp(x);
-  sums.z = sums.z + p;
+  sums.s_one = sums.s_one + p;
   if constexpr (Holes) {
-    sums.e = sums.e + p * select(x > F(kNothing<float>), x, F(0));
+    sums.e_s = sums.e_s + p * select(x > F(kNothing<float>), x, F(0));
   } else {
-    sums.e = sums.e + p * x;
+    sums.e_s = sums.e_s + p * x;
   }
 }
 
-// e' = e^(m - m') (e + z (m - m'))                                                                  [merge-teacher]
+// e' = e^(m - m') (e + s (m - m'))                                                                  [merge-teacher]
 template <class R>
-CUDFAST_HD inline TeacherState<R> move(TeacherState<R> part, R m) {
-  const R down = below(part.m, m);
+CUDFAST_HD inline TeacherState<R> move(TeacherState<R> part, R m_s) {
+  const R down = below(part.m_s, m_s);
   const R scale = rescale(down);
-  part.e = scale * (part.e + part.z * down);
-  part.z *= scale;
-  part.m = m;
+  part.e_s = scale * (part.e_s + part.s_one * down);
+  part.s_one *= scale;
+  part.m_s = m_s;
   return part;
 }
 
 template <class R>
 CUDFAST_HD inline TeacherState<R> join(const TeacherState<R>& a, const TeacherState<R>& b) {
-  return {a.m, a.z + b.z, a.e + b.e, a.z_y > b.z_y ? a.z_y : b.z_y};
+  return {a.m_s, a.s_one + b.s_one, a.e_s + b.e_s, a.s_y > b.s_y ? a.s_y : b.s_y};
 }
 
 template <class R>
 CUDFAST_HD inline TeacherState<R> merge(const TeacherState<R>& left, const TeacherState<R>& right) {
-  const R m = left.m > right.m ? left.m : right.m;
-  return join(move(left, m), move(right, m));
+  const R m_s = left.m_s > right.m_s ? left.m_s : right.m_s;
+  return join(move(left, m_s), move(right, m_s));
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..options import CUDOptions, DUSOptions
+from ..options import RowOptions
 from ..rows.call import Rows, State, columns_of, compute_dtype
 from ..rows.vectors import refuse_label, refuse_value
 from ..targets.calibration import refuse_row
@@ -68,18 +68,18 @@ if "CUDFAST_CACHE_BYTES" in os.environ:
 
 
 def _divisors(num_items: float | Tensor | None) -> tuple[float, float]:
-    """Divisors of the distillation term and of the label terms; NaN: the kernel counts them."""
+    """Divisors of terms that need no label, and of those that do; NaN: the kernel counts them."""
     if num_items is None:
         return math.nan, math.nan
     if isinstance(num_items, Tensor) and num_items.dim() == 1:
-        kd, ce = num_items.tolist()
-        return kd, ce
+        items, labelled = num_items.tolist()
+        return items, labelled
     return float(num_items), float(num_items)
 
 
 def row_state(
     rows: Rows,
-    options: CUDOptions | DUSOptions,
+    options: RowOptions,
     *,
     statistics: bool,
     keep: bool,
@@ -94,12 +94,12 @@ def row_state(
         count = rows.n
         state = State(
             torch.empty(count, len(columns_of(rows, options)), dtype=dtype, device=_CPU),
-            torch.empty(count if calls.indices else 0, dtype=torch.int64, device=_CPU),
+            torch.empty(count if rows.target is not None else 0, dtype=torch.int64, device=_CPU),
             torch.empty(2, dtype=torch.float64, device=_CPU),
         )
     fault, row = calls.state(
         rows,
-        calls.options,
+        calls.terms,
         calls.ignore_index,
         calls.unlabeled_index,
         torch.get_num_threads(),
@@ -111,14 +111,13 @@ def row_state(
         gradient,
     )
     if fault == _STRIDES:
-        rows = copied(rows, calls.logits)
-        return row_state(rows, options, statistics=statistics, keep=keep, gradient=gradient)
+        return row_state(copied(rows), options, statistics=statistics, keep=keep, gradient=gradient)
     if fault:
         raise _refusal(rows, options, fault, row)
     return loss, state
 
 
-def _refusal(rows: Rows, options: CUDOptions | DUSOptions, fault: int, row: int) -> ValueError:
+def _refusal(rows: Rows, options: RowOptions, fault: int, row: int) -> ValueError:
     """The error for a fault that the kernel's check found."""
     name = _FAULTS[fault]
     if name == "label":
@@ -126,14 +125,14 @@ def _refusal(rows: Rows, options: CUDOptions | DUSOptions, fault: int, row: int)
         return refuse_label(rows, options, row, int(rows.labels[row]))
     if name == "bounds":
         return refuse_row(rows, row)
-    values = rows.weight if name == "weight" else rows.per_row
+    values = {"weight": rows.weight, "temperature": rows.temperature, "coefficient": rows.coefficients}[name]
     assert values is not None
-    return refuse_value(rows, options, name, row, float(values[row]))
+    return refuse_value(rows, options, name, row, float(values.flatten()[row]))
 
 
 def row_gradient(
     rows: Rows,
-    options: CUDOptions | DUSOptions,
+    options: RowOptions,
     state: State,
     upstream: Tensor,
     gradient: Tensor,
@@ -142,7 +141,7 @@ def row_gradient(
     calls = kernels(_native, options)
     fault, row = calls.gradient(
         rows,
-        calls.options,
+        calls.terms,
         calls.ignore_index,
         calls.unlabeled_index,
         torch.get_num_threads(),
@@ -152,6 +151,6 @@ def row_gradient(
         gradient,
     )
     if fault == _STRIDES:
-        row_gradient(copied(rows, calls.logits), options, state, upstream, gradient)
+        row_gradient(copied(rows), options, state, upstream, gradient)
     elif fault:  # memory shared with another library may have changed since the forward pass
         raise _refusal(rows, options, fault, row)

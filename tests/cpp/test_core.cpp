@@ -1,4 +1,4 @@
-// csrc/row and csrc/cpu without Python: merges of random splits, both losses against a plain double-precision loop, exp
+// csrc/row and csrc/cpu without Python: merges of random splits, terms against a plain double-precision loop, exp
 // against libm, half conversions against every bit pattern. Runs under the address and undefined-behaviour sanitizers.
 #include <cmath>
 #include <cstdio>
@@ -43,13 +43,15 @@ StudentState<double> part_of(const std::vector<double>& s, const std::vector<dou
   }
   StudentSums<double> sums{};
   const double c_t = state.m_t == kNothing<double> ? 0 : state.m_t, c_s = state.m_s == kNothing<double> ? 0 : state.m_s;
-  for (size_t j = from; j < to; ++j) fold<0, 2, true>(sums, t[j] - c_t, s[j] - c_s, inv_tau);
+  for (size_t j = from; j < to; ++j)
+    fold<0, kStudentOne | kTeacherOne | kStudentEntropy, true>(sums, t[j] - c_t, s[j] - c_s, inv_tau);
   state.z_tau = sums.z_tau;
   state.s_tau = sums.s_tau;
   state.a = sums.a;
   state.s_one = sums.s_one;
   state.z_one = sums.z_one;
   state.impossible = sums.impossible;
+  state.e_s = sums.e_s;
   return state;
 }
 
@@ -76,13 +78,14 @@ void test_merge() {
       if (whole.impossible == 0) near("merge a", both.a, whole.a, 1e-11);  // else the loss is inf, whatever a is
       near("merge s_one", both.s_one, whole.s_one, 1e-12);
       near("merge z_one", both.z_one, whole.z_one, 1e-12);
+      near("merge e_s", both.e_s, whole.e_s, 1e-11);
       near("merge impossible", both.impossible, whole.impossible, 0);
     }
   }
 }
 
 template <class T>
-void test_student(int64_t n_rows, int n, double tau, int threads) {
+void test_student(int64_t n_rows, int n, double tau, int threads, const Terms& terms) {
   const DType dtype = sizeof(T) == 4 ? DType::f32 : DType::f64;
   Random random(static_cast<uint64_t>(n));
   std::vector<T> s, t;
@@ -93,7 +96,6 @@ void test_student(int64_t n_rows, int n, double tau, int threads) {
     for (double x : normal(random, n, 4)) t.push_back(static_cast<T>(x));
     labels.push_back((row * 7919) % n);
   }
-  const StudentOptions options{0.8, 0.2, true, 0.5, 0.7};
   Rows rows;
   rows.rows = n_rows;
   rows.classes = rows.padded = n;
@@ -102,7 +104,7 @@ void test_student(int64_t n_rows, int n, double tau, int threads) {
   rows.labels = labels.data();
   rows.scalar = tau;
   rows.threads = threads;
-  std::vector<T> loss(static_cast<size_t>(n_rows)), state(static_cast<size_t>(n_rows * kStudentColumns));
+  std::vector<T> loss(static_cast<size_t>(n_rows)), state(static_cast<size_t>(n_rows * student_columns(true)));
   std::vector<int64_t> top1(static_cast<size_t>(n_rows));
   Outputs out;
   out.loss = loss.data();
@@ -110,14 +112,14 @@ void test_student(int64_t n_rows, int n, double tau, int threads) {
   out.state = state.data();
   out.top1 = top1.data();
   out.gradient = dense(g, n_rows, n, dtype);
-  student_state(rows, options, false, Divisors{}, out);
+  row_state(rows, terms, false, Divisors{}, out);
   const double loss_tolerance = sizeof(T) == 4 ? 2e-6 * (tau > 1 ? tau * tau : 1) : 1e-12;
   const double gradient_tolerance = sizeof(T) == 4 ? 1e-6 * (tau > 1 ? tau : 1) : 1e-13;
   for (int64_t row = 0; row < n_rows; ++row) {
     const auto at = static_cast<size_t>(row * n), end = at + static_cast<size_t>(n);
-    const Truth truth = student_truth({s.begin() + static_cast<long>(at), s.begin() + static_cast<long>(end)},
-                                      {t.begin() + static_cast<long>(at), t.begin() + static_cast<long>(end)},
-                                      labels[static_cast<size_t>(row)], tau, options);
+    const Truth truth = row_truth({s.begin() + static_cast<long>(at), s.begin() + static_cast<long>(end)},
+                                  {t.begin() + static_cast<long>(at), t.begin() + static_cast<long>(end)},
+                                  labels[static_cast<size_t>(row)], tau, terms);
     near("student loss", static_cast<double>(loss[static_cast<size_t>(row)]), truth.loss, loss_tolerance);
     for (size_t j = at; j < end; ++j) {
       near("student gradient", static_cast<double>(g[j]), truth.gradient[j - at], gradient_tolerance);
@@ -126,21 +128,20 @@ void test_student(int64_t n_rows, int n, double tau, int threads) {
   // From the saved state, written over the logits: bitwise equal.
   Outputs from = out;
   from.gradient = rows.logits;
-  student_gradient(rows, options, Divisors{}, Upstream{}, from);
+  row_gradient(rows, terms, Divisors{}, Upstream{}, from);
   for (size_t j = 0; j < g.size(); ++j) {
     near("gradient from state", static_cast<double>(s[j]), static_cast<double>(g[j]), sizeof(T) == 4 ? 1e-6 : 1e-13);
   }
 }
 
 template <class T>
-void test_teacher(int n) {
+void test_teacher(int n, const Terms& terms) {
   const DType dtype = sizeof(T) == 4 ? DType::f32 : DType::f64;
   Random random(static_cast<uint64_t>(n) + 17);
   std::vector<T> z;
   for (double x : normal(random, n, 3)) z.push_back(static_cast<T>(x));
   std::vector<T> g(static_cast<size_t>(n));
   std::vector<int64_t> labels{n / 2};
-  const TeacherOptions options{1.0, 1.0, 0.1, 2.5, 0.5, 1.0, 0.5, true};
   Rows rows;
   rows.rows = 1;
   rows.classes = rows.padded = n;
@@ -152,11 +153,9 @@ void test_teacher(int n) {
   out.loss = &loss;
   out.state = state.data();
   out.gradient = dense(g, 1, n, dtype);
-  teacher_state(rows, options, Divisors{}, out);
+  row_state(rows, terms, false, Divisors{}, out);
 
-  const auto value = [&](const std::vector<double>& v) {
-    return teacher_truth(v, static_cast<size_t>(n / 2), options);
-  };
+  const auto value = [&](const std::vector<double>& v) { return row_truth(v, {}, n / 2, 1, terms).loss; };
   std::vector<double> v(z.begin(), z.end());
   near("teacher loss", static_cast<double>(loss), value(v), sizeof(T) == 4 ? 2e-6 : 1e-12);
   for (size_t j = 0; j < v.size(); j += 1 + v.size() / 20) {  // central differences
@@ -168,6 +167,61 @@ void test_teacher(int n) {
     v[j] = x;
     near("teacher gradient", static_cast<double>(g[j]), (above - below) / (2 * h), sizeof(T) == 4 ? 1e-6 : 1e-8);
   }
+}
+
+// Coefficients of rows, terms of weight 0, rows without labels, logits of -inf.
+void test_weights() {
+  const int64_t n = 4, v = 300;
+  const double inf = std::numeric_limits<double>::infinity();
+  Random random(3);
+  std::vector<double> s = normal(random, static_cast<int>(n * v), 2), t = normal(random, static_cast<int>(n * v), 2);
+  std::vector<double> g(s.size());
+  std::vector<int64_t> labels{1, 2, -1, 4};
+  s[static_cast<size_t>(v + 2)] = -inf;                                          // the label of a row that counts it 0
+  s[static_cast<size_t>(3 * v + 9)] = t[static_cast<size_t>(3 * v + 9)] = -inf;  // impossible for both
+  const std::vector<double> own{1, 0, 0.5, 1, 2, 0, 3, 0.25, 0.1, 0.2, 0.3, 0.4, 0, 0.01, 0.02, 0.03};
+  const Terms terms = terms_of({{kForwardKl, 9}, {kCrossEntropy, 9}, {kEntropy, 9}, {kZLoss, 9}});
+  Rows rows;
+  rows.rows = n;
+  rows.classes = rows.padded = v;
+  rows.logits = dense(s, n, v, DType::f64);
+  rows.target = dense(t, n, v, DType::f64);
+  rows.labels = labels.data();
+  rows.scalar = 2;
+  rows.coefficients = own.data();
+  rows.coefficients_per_row = true;
+  double loss[4];
+  Outputs out;
+  out.loss = loss;
+  out.per_row_loss = true;
+  out.gradient = dense(g, n, v, DType::f64);
+  row_state(rows, terms, false, Divisors{}, out);
+  for (size_t row = 0; row < 4; ++row) {
+    Terms weighted = terms;
+    for (size_t i = 0; i < 4; ++i) weighted.term[i].coefficient = own[i * 4 + row];
+    if (labels[row] < 0) weighted.term[1].coefficient = 0;
+    const size_t hole = row == 1 ? 2 : row == 3 ? 9 : static_cast<size_t>(v);
+    std::vector<double> a, b;
+    for (size_t j = 0; j < static_cast<size_t>(v); ++j) {
+      if (j == hole) continue;
+      a.push_back(s[row * static_cast<size_t>(v) + j]);
+      b.push_back(t[row * static_cast<size_t>(v) + j]);
+    }
+    if (row == 1) {  // without terms of weight 0, which would be inf
+      weighted = terms_of({weighted.term[2], weighted.term[3]});
+    }
+    const int64_t label = row == 1 || labels[row] < 0 ? 0 : labels[row];
+    const Truth truth = row_truth(a, b, label, 2, weighted);
+    near("weighted loss", loss[row], truth.loss, 1e-12);
+    for (size_t j = 0, i = 0; j < static_cast<size_t>(v); ++j) {
+      const double wanted = j == hole ? 0 : truth.gradient[i++];
+      near("weighted gradient", g[row * static_cast<size_t>(v) + j], wanted, 1e-13);
+    }
+  }
+  const double wrong = inf;
+  rows.coefficients = &wrong;
+  rows.coefficients_per_row = false;
+  near("a coefficient of inf", check(rows, terms_of({{kZLoss, 1}})).fault == Fault::coefficient ? 1 : 0, 1, 0);
 }
 
 template <class T>
@@ -231,14 +285,21 @@ int main() {
     test_exp<double>("exp double", -708.38, sweeps().exp64);
     for (int n : {1, 2, 3, 7, 8, 15, 16, 17, 77, 255, 1000, 2047, 2048, 2049, 5000}) {
       for (double tau : {1.0, 2.0, 4.0, 3.0}) {
-        test_student<float>(3, n, tau, 1);
-        test_student<double>(2, n, tau, 1);
+        for (const Terms& terms : {student_terms(), mixed_terms()}) {
+          test_student<float>(3, n, tau, 1, terms);
+          test_student<double>(2, n, tau, 1, terms);
+        }
       }
-      test_teacher<float>(n);
-      test_teacher<double>(n);
+      for (const Terms& terms : {teacher_terms(), terms_of({{kEntropy, -0.5}, {kZLoss, 0.02}})}) {
+        test_teacher<float>(n, terms);
+        test_teacher<double>(n, terms);
+      }
     }
-    test_student<float>(2, 40000, 2.0, 2);  // columns over threads
-    test_student<float>(40, 3000, 2.0, 2);  // rows over threads
+    for (const Terms& terms : {student_terms(), mixed_terms()}) {
+      test_student<float>(2, 40000, 2.0, 2, terms);  // columns over threads
+      test_student<float>(40, 3000, 2.0, 2, terms);  // rows over threads
+    }
+    test_weights();
     std::printf("%s: ok so far, %d failures\n", names[i], failures);
   }
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

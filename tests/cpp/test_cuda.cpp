@@ -78,15 +78,14 @@ void fill(Random& random, Logits& x, int64_t rows, double scale) {
 }
 
 // The same call again, with the gradient written over the logits: blocks of a cluster must have read them before.
-template <class Options>
-void test_over_logits(const std::string& what, Call call, const Options& options, const Machine& machine, Logits logits,
+void test_over_logits(const std::string& what, Call call, const Terms& terms, const Machine& machine, Logits logits,
                       const std::vector<double>& gradient, double tolerance) {
   const auto n = static_cast<size_t>(call.rows.rows);
   const auto wanted = static_cast<const double*>(call.out.loss);
   std::vector<double> loss(n);
   call.rows.logits = call.out.gradient = logits.matrix(call.rows.rows);
   call.out.loss = loss.data();
-  sweep(kernels<Where::emulated>(), call, options, machine, nullptr);
+  sweep(kernels<Where::emulated>(), call, terms, machine, nullptr);
   for (size_t row = 0; row < n; ++row) near(what + " loss, over the logits", loss[row], wanted[row], tolerance);
   for (size_t i = 0; i < gradient.size(); ++i) {
     near(what + " gradient, over the logits", logits.get(static_cast<int64_t>(i)), gradient[i],
@@ -94,7 +93,7 @@ void test_over_logits(const std::string& what, Call call, const Options& options
   }
 }
 
-// Of the student loss, without what comes back.
+// With a target, without what comes back.
 Call student_call(const Case& c, Logits& s, Logits& t, const std::vector<int64_t>& labels) {
   Call call;
   call.rows.rows = c.rows;
@@ -107,10 +106,10 @@ Call student_call(const Case& c, Logits& s, Logits& t, const std::vector<int64_t
   return call;
 }
 
-void test_student(const Way& way, const Case& c) {
+void test_student(const Way& way, const Case& c, const Terms& terms = student_terms()) {
   const std::string what = std::string(way.name) + " student, V=" + std::to_string(c.classes) + ", dtypes " +
                            std::to_string(static_cast<int>(c.s)) + std::to_string(static_cast<int>(c.t)) + ", tau " +
-                           std::to_string(c.tau);
+                           std::to_string(c.tau) + ", terms " + std::to_string(terms.count);
   const int64_t v = c.classes, width = v + c.padding;
   Random random(static_cast<uint64_t>(v));
   Logits s(c.s, c.rows, width, c.shift_s), t(c.t, c.rows, width, c.shift_t), g(c.s, c.rows, width, c.shift_s);
@@ -119,10 +118,9 @@ void test_student(const Way& way, const Case& c) {
   for (int64_t i = 0; i < c.rows * width; ++i) g.set(i, std::numeric_limits<double>::quiet_NaN());
   std::vector<int64_t> labels;
   for (int64_t row = 0; row < c.rows; ++row) labels.push_back(row * 7919 % v);
-  const StudentOptions options{0.8, 0.2, true, 0.5, 0.7};
   const double divisors[2] = {1, 1};
   std::vector<double> loss(static_cast<size_t>(c.rows));
-  std::vector<double> state(static_cast<size_t>(c.rows * kStudentColumns));  // f32 takes half of it
+  std::vector<double> state(static_cast<size_t>(c.rows * student_columns(true)));  // f32 takes half of it
   std::vector<int64_t> top1(static_cast<size_t>(c.rows));
   Call call = student_call(c, s, t, labels);
   call.divisors = divisors;
@@ -136,7 +134,7 @@ void test_student(const Way& way, const Case& c) {
   near(what + " blocks", grid.staged > 0 ? grid.cluster : 0, call.rows.wide() ? 0 : way.cluster, 0);
   if (way.tuning.threads > 0)
     near(what + " threads", std::max(grid.threads, way.tuning.threads), way.tuning.threads, 0);
-  sweep(kernels<Where::emulated>(), call, options, way.machine, nullptr, way.tuning);
+  sweep(kernels<Where::emulated>(), call, terms, way.machine, nullptr, way.tuning);
 
   const bool wide = call.rows.wide();
   const double tau = std::fmax(c.tau, 1.0);
@@ -145,7 +143,7 @@ void test_student(const Way& way, const Case& c) {
   for (int64_t row = 0; row < c.rows; ++row) {
     const auto at = static_cast<size_t>(row);
     const std::vector<double> teacher = t.row(row, v);
-    const Truth truth = student_truth(s.row(row, v), teacher, labels[at], c.tau, options);
+    const Truth truth = row_truth(s.row(row, v), teacher, labels[at], c.tau, terms);
     near(what + " loss", loss[at], truth.loss, loss_tolerance);
     near(what + " top-1", static_cast<double>(top1[at]),
          static_cast<double>(std::max_element(teacher.begin(), teacher.end()) - teacher.begin()), 0);
@@ -155,20 +153,20 @@ void test_student(const Way& way, const Case& c) {
       found.push_back(got);
     }
   }
-  test_over_logits(what, call, options, way.machine, s, found, tolerance);
+  test_over_logits(what, call, terms, way.machine, s, found, tolerance);
   // From the saved state, written over the logits, with an upstream gradient.
   const float half = 0.5f;
   const double half_wide = 0.5;
   call.from = From::state;
   call.upstream = {wide ? static_cast<const void*>(&half_wide) : &half, false};
   call.out.gradient = call.rows.logits;
-  sweep(kernels<Where::emulated>(), call, options, way.machine, nullptr);
+  sweep(kernels<Where::emulated>(), call, terms, way.machine, nullptr);
   for (int64_t i = 0; i < c.rows * width; ++i) {
     near(what + " gradient from state", s.get(i), 0.5 * found[static_cast<size_t>(i)], tolerance + 2 * rounding(c.s));
   }
 }
 
-void test_teacher(const Way& way, const Case& c) {
+void test_teacher(const Way& way, const Case& c, const Terms& terms = teacher_terms()) {
   const std::string what = std::string(way.name) + " teacher, V=" + std::to_string(c.classes) + ", dtype " +
                            std::to_string(static_cast<int>(c.s));
   const int64_t v = c.classes, width = v + c.padding;
@@ -177,7 +175,6 @@ void test_teacher(const Way& way, const Case& c) {
   fill(random, z, c.rows, 3);
   std::vector<int64_t> labels;
   for (int64_t row = 0; row < c.rows; ++row) labels.push_back(v / 2);
-  const TeacherOptions options{1.0, 1.0, 0.1, 2.5, 0.5, 1.0, 0.5, true};
   const double divisors[2] = {1, 1};
   std::vector<double> loss(static_cast<size_t>(c.rows)), state(static_cast<size_t>(c.rows * kTeacherColumns));
   std::vector<double> parts(static_cast<size_t>(c.rows) * 2000 * sizeof(TeacherState<double>) / 8);
@@ -192,11 +189,11 @@ void test_teacher(const Way& way, const Case& c) {
   call.out.state = state.data();
   call.out.gradient = g.matrix(c.rows);
   call.parts = parts.data();
-  sweep(kernels<Where::emulated>(), call, options, way.machine, nullptr);
+  sweep(kernels<Where::emulated>(), call, terms, way.machine, nullptr);
   const bool wide = call.rows.wide();
   for (int64_t row = 0; row < c.rows; ++row) {
     std::vector<double> values = z.row(row, v);
-    const auto value = [&] { return teacher_truth(values, static_cast<size_t>(v / 2), options); };
+    const auto value = [&] { return row_truth(values, {}, v / 2, 1, terms).loss; };
     near(what + " loss", loss[static_cast<size_t>(row)], value(), wide ? 1e-12 : 2e-6);
     for (size_t j = 0; j < values.size(); j += 1 + values.size() / 5) {
       const double x = values[j], h = 1e-5;
@@ -209,11 +206,11 @@ void test_teacher(const Way& way, const Case& c) {
            (wide ? 1e-8 : 1e-6) + 1.01 * rounding(c.s));
     }
   }
-  test_over_logits(what, call, options, way.machine, z, g.row(0, c.rows * width), wide ? 1e-12 : 1e-6);
+  test_over_logits(what, call, terms, way.machine, z, g.row(0, c.rows * width), wide ? 1e-12 : 1e-6);
 }
 
 // Bounds on the target: against the CPU's kernels in double precision, which Python tests compare with dense targets.
-void test_projected(const Way& way, const Case& c, bool top1, bool near_sets) {
+void test_projected(const Way& way, const Case& c, bool top1, bool near_sets, bool entropy = false) {
   const std::string what = std::string(way.name) + " projected, V=" + std::to_string(c.classes) + ", dtypes " +
                            std::to_string(static_cast<int>(c.s)) + std::to_string(static_cast<int>(c.t)) +
                            (top1 ? ", top-1" : ", sets");
@@ -245,9 +242,11 @@ void test_projected(const Way& way, const Case& c, bool top1, bool near_sets) {
   }
   near_offsets.push_back(static_cast<int64_t>(near_members.size()));
   wrong_offsets.push_back(static_cast<int64_t>(wrong_members.size()));
-  const StudentOptions options{0.8, 0.2, false, 0, 1};
+  const Term given[] = {{kForwardKl, 0.8}, {kCrossEntropy, 0.2}, {kEntropy, -0.3}};
+  const Terms terms = make_terms(given, entropy ? 3 : 2, false, 0, 1);
   const double divisors[2] = {1, 1};
-  const auto n = static_cast<size_t>(c.rows), columns = static_cast<size_t>(kStudentColumns + kProjectedColumns);
+  const auto n = static_cast<size_t>(c.rows), own = static_cast<size_t>(student_columns(entropy)),
+             columns = own + kProjectedColumns;
   std::vector<double> loss(n), state(n * columns), wanted_loss(n), wanted_state(n * columns);
   std::vector<int64_t> top1_found(n), wanted_top1(n);
   Call call = student_call(c, s, t, labels);
@@ -272,7 +271,7 @@ void test_projected(const Way& way, const Case& c, bool top1, bool near_sets) {
   wanted.state = wanted_state.data();
   wanted.top1 = wanted_top1.data();
   wanted.gradient = exact_g.matrix(c.rows);
-  student_state(exact, options, true, {1, 1}, wanted);
+  row_state(exact, terms, true, {1, 1}, wanted);
 
   call.divisors = divisors;
   call.statistics = true;
@@ -282,7 +281,7 @@ void test_projected(const Way& way, const Case& c, bool top1, bool near_sets) {
   call.out.gradient = g.matrix(c.rows);
   const Grid grid = plan(call, way.machine);
   if (way.cluster > 0) near(what + " blocks", grid.cluster, way.cluster, 0);
-  sweep(kernels<Where::emulated>(), call, options, way.machine, nullptr);
+  sweep(kernels<Where::emulated>(), call, terms, way.machine, nullptr);
   const bool wide = call.rows.wide();
   const double tolerance = wide ? 1e-9 : 2e-5 * c.tau * c.tau;
   std::vector<double> found;
@@ -294,20 +293,20 @@ void test_projected(const Way& way, const Case& c, bool top1, bool near_sets) {
       near(what + " gradient of row " + std::to_string(row), found.back(),
            exact_g.get(static_cast<int64_t>(row) * width + j), tolerance + 1.01 * rounding(c.s));
     }
-    for (size_t i = kStudentColumns + 5; i < columns; ++i) {  // statistics: probabilities, moved mass, relaxed
+    for (size_t i = own + 5; i < columns; ++i) {  // statistics: probabilities, moved mass, relaxed
       const double got = wide ? state[row * columns + i]
                               : static_cast<double>(reinterpret_cast<float*>(state.data())[row * columns + i]);
       near(what + " statistics", got, wanted_state[row * columns + i], wide ? 1e-9 : 1e-4);
     }
   }
-  test_over_logits(what, call, options, way.machine, s, found, 0.1 * tolerance);
+  test_over_logits(what, call, terms, way.machine, s, found, 0.1 * tolerance);
   // From the saved state, written over the logits, with an upstream gradient.
   const float half = 0.5f;
   const double half_wide = 0.5;
   call.from = From::state;
   call.upstream = {wide ? static_cast<const void*>(&half_wide) : &half, false};
   call.out.gradient = call.rows.logits;
-  sweep(kernels<Where::emulated>(), call, options, way.machine, nullptr);
+  sweep(kernels<Where::emulated>(), call, terms, way.machine, nullptr);
   for (int64_t i = 0; i < c.rows * width; ++i) {
     near(what + " gradient from state", s.get(i), 0.5 * found[static_cast<size_t>(i)],
          0.1 * tolerance + 2 * rounding(c.s));
@@ -328,7 +327,7 @@ void test_marks(const Way& way) {
   t.set(7 * v + 17, -inf);
   t.set(2 * v + 40, 9);
   t.set(2 * v + 200, 9);  // a tie for the top-1
-  const StudentOptions options{1, 1, true, 0.5, 0.7};
+  const Terms terms = terms_of({{kForwardKl, 1}, {kCrossEntropy, 1}}, true, 0.5, 0.7);
   const double divisors[2] = {1, 1};
   std::vector<double> loss(static_cast<size_t>(n)), state(static_cast<size_t>(n * kStudentColumns));
   std::vector<int64_t> top1(static_cast<size_t>(n));
@@ -340,13 +339,25 @@ void test_marks(const Way& way) {
   call.rows.target = t.matrix(n);
   call.rows.labels = labels.data();
   call.rows.weight = weight.data();
-  call.rows.per_row = taus.data();
+  call.rows.temperature = taus.data();
   call.divisors = divisors;
   call.out.loss = loss.data();
   call.out.state = state.data();
   call.out.top1 = top1.data();
   call.out.gradient = g.matrix(n);
-  sweep(kernels<Where::emulated>(), call, options, way.machine, nullptr);
+  // Of the two terms in every row; one that is not finite counts in a row that has the term.
+  std::vector<double> own(static_cast<size_t>(2 * n), 1);
+  own[0] = 2;
+  own[static_cast<size_t>(n)] = 0;
+  call.rows.coefficients = own.data();
+  call.rows.coefficients_per_row = true;
+  own[static_cast<size_t>(n + 7)] = inf;
+  sweep(kernels<Where::emulated>(), call, terms, way.machine, nullptr);
+  near("coefficients of a row", loss[0],
+       row_truth(s.row(0, v), t.row(0, v), 3, 1, terms_of({{kForwardKl, 2}}, true, 0.5, 0.7)).loss, 2e-6);
+  near("coefficient of inf", loss[7], std::nan(""), 0);
+  call.rows.coefficients = nullptr;
+  sweep(kernels<Where::emulated>(), call, terms, way.machine, nullptr);
   for (const int64_t row : {1, 4}) {  // ignored
     near("ignored loss", loss[static_cast<size_t>(row)], 0, 0);
     for (int64_t j = 0; j < v; ++j) near("ignored gradient", g.get(row * v + j), 0, 0);
@@ -355,14 +366,14 @@ void test_marks(const Way& way) {
     near("wrong loss", loss[static_cast<size_t>(row)], std::nan(""), 0);
     near("wrong gradient", g.get(row * v), std::nan(""), 0);
   }
-  const Truth plain = student_truth(s.row(0, v), t.row(0, v), 3, 1, options);
+  const Truth plain = row_truth(s.row(0, v), t.row(0, v), 3, 1, terms);
   near("tau of a row", loss[0], plain.loss, 2e-6);
   near("first of a tie", static_cast<double>(top1[2]), 40, 0);
   near("hole", g.get(7 * v + 17), 0, 0);
   std::vector<double> a = s.row(7, v), b = t.row(7, v);
   a.erase(a.begin() + 17);
   b.erase(b.begin() + 17);
-  near("around a hole", loss[7], student_truth(a, b, 8, 2.5, options).loss, 1.3e-5);
+  near("around a hole", loss[7], row_truth(a, b, 8, 2.5, terms).loss, 1.3e-5);
   double found[2];
   kernels<Where::emulated>().count(call.rows, found, nullptr);
   near("count of rows", found[0], 5, 0);
@@ -411,6 +422,7 @@ int main() {
         test_student(two_sweeps, c);
         test_student(staged, c);
         for (const int blocks : {2, 4, 8}) test_student(clustered(c, blocks), c);
+        test_student(staged, c, mixed_terms());
         if (tau == 3) continue;
         test_teacher(two_sweeps, c);
         test_teacher(staged, c);
@@ -429,10 +441,18 @@ int main() {
   }
   for (const DType d : {f32, bf16}) {  // few rows, long V
     const Case c{2, 40'000, 0, 0, 0, d, d, 2.0};
-    test_student({"shared rows", {8, 0, 75}}, c);
-    test_teacher({"shared rows", {8, 0, 75}}, c);
+    const Way shared{"shared rows", {8, 0, 75}};
+    test_student(shared, c);
+    test_student(shared, c, mixed_terms());
+    test_teacher(shared, c);
   }
-  test_teacher(two_sweeps, {2, 333, 0, 0, 0, f64, f64, 2.0});
+  for (const DType d : {f32, f64}) {
+    const Case c{2, 333, 0, 0, 0, d, d, 2.0};
+    test_teacher(two_sweeps, c);
+    test_teacher(two_sweeps, c, terms_of({{kEntropy, -0.5}, {kZLoss, 0.02}}));
+    test_student(two_sweeps, c, mixed_terms());
+    test_student(clustered(c, 2), c, mixed_terms());
+  }
   const Case long_rows{3, 4097, 0, 0, 0, f32, f32, 2.0};
   Way slice = clustered(long_rows, 4);  // of a GPU, where no cluster of four can run
   slice.machine.cluster = 2;
@@ -452,6 +472,7 @@ int main() {
       for (const DType d : {f32, bf16, f64}) {
         const Case c{9, v, v % 3, 1, 1, d, d, top1 ? 2.0 : 3.0};
         test_projected({"many sweeps", {1, 0, 75}, 1}, c, top1, true);
+        test_projected({"many sweeps", {1, 0, 75}, 1}, c, top1, true, true);
         if (d != f64) test_projected(staged, c, top1, false);
         if (d == f64 || v < 300) continue;
         const int most = static_cast<int>(3 * size_of(d) * v / 2);  // of a block: between a half and all of a row

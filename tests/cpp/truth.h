@@ -1,4 +1,4 @@
-// Both losses of one row by the textbook, in double.
+// Terms of one row by the textbook, in double.
 #pragma once
 
 #include <cmath>
@@ -33,44 +33,75 @@ double log_sum_exp(const std::vector<double>& v, double inv_tau) {
   return m * inv_tau + std::log(sum);
 }
 
-Truth student_truth(const std::vector<double>& s, const std::vector<double>& t, int64_t label, double tau,
-                    const StudentOptions& o) {
-  const size_t n = s.size();
-  std::vector<double> log_q(n);
+// The target's log probabilities at temperature 1, after the clip.
+std::vector<double> target_truth(const std::vector<double>& t, size_t y, const Terms& terms) {
   const double lt = log_sum_exp(t, 1);
+  std::vector<double> log_q(t.size());
   size_t k = 0;
-  for (size_t j = 0; j < n; ++j) {
+  for (size_t j = 0; j < t.size(); ++j) {
     log_q[j] = t[j] - lt;
     if (t[j] > t[k]) k = j;
   }
-  const auto y = static_cast<size_t>(label);
-  if (o.clip && k != y) {
+  if (terms.clip && k != y) {
     const double pk = std::exp(log_q[k]), py = std::exp(log_q[y]);
-    const double delta = std::fmin(o.budget * pk, o.margin * (pk - py));
+    const double delta = std::fmin(terms.budget * pk, terms.margin * (pk - py));
     log_q[k] = std::log(pk - delta);
     log_q[y] = std::log(py + delta);
   }
-  const double lq = log_sum_exp(log_q, 1 / tau), ls = log_sum_exp(s, 1 / tau), l1 = log_sum_exp(s, 1);
+  return log_q;
+}
+
+// t: empty without a target. The gradient leaves out focal and gated entropy, for which there are central differences.
+Truth row_truth(const std::vector<double>& s, const std::vector<double>& t, int64_t label, double tau,
+                const Terms& terms) {
+  const size_t n = s.size();
+  const auto y = static_cast<size_t>(label);
+  const double ls = log_sum_exp(s, 1), log_p = s[y] - ls, p_y = std::exp(log_p);
+  double entropy = 0;
+  for (double x : s) entropy -= std::exp(x - ls) * (x - ls);
   Truth truth;
   truth.gradient.resize(n);
-  double kl = 0;
-  for (size_t j = 0; j < n; ++j) {
-    const double a = log_q[j] / tau - lq, b = s[j] / tau - ls;
-    kl += std::exp(a) * (a - b);
-    truth.gradient[j] =
-        o.kd_weight * tau * (std::exp(b) - std::exp(a)) + o.ce_weight * (std::exp(s[j] - l1) - (j == y ? 1.0 : 0.0));
+  for (int i = 0; i < terms.count; ++i) {
+    const Term& term = terms.term[i];
+    const double c = term.coefficient;
+    if (term.kind == kForwardKl) {
+      const std::vector<double> log_q = target_truth(t, y, terms);
+      const double lq = log_sum_exp(log_q, 1 / tau), l_tau = log_sum_exp(s, 1 / tau);
+      for (size_t j = 0; j < n; ++j) {
+        const double a = log_q[j] / tau - lq, b = s[j] / tau - l_tau;
+        truth.loss += c * tau * tau * std::exp(a) * (a - b);
+        truth.gradient[j] += c * tau * (std::exp(b) - std::exp(a));
+      }
+    } else if (term.kind == kCrossEntropy) {
+      truth.loss -= c * log_p;
+      for (size_t j = 0; j < n; ++j) truth.gradient[j] += c * (std::exp(s[j] - ls) - (j == y ? 1 : 0));
+    } else if (term.kind == kFocal) {
+      truth.loss -= c * term.b * std::pow(1 - p_y, term.a) * log_p;
+    } else if (term.kind == kEntropy) {
+      truth.loss += c * entropy;
+      for (size_t j = 0; j < n; ++j) truth.gradient[j] -= c * std::exp(s[j] - ls) * (s[j] - ls + entropy);
+    } else if (term.kind == kGatedEntropy) {
+      truth.loss += c * ((p_y < term.a ? 1 : 0) + term.b * std::pow(1 - p_y, term.c)) * entropy;
+    } else {
+      truth.loss += c * ls * ls;
+      for (size_t j = 0; j < n; ++j) truth.gradient[j] += 2 * c * ls * std::exp(s[j] - ls);
+    }
   }
-  truth.loss = o.kd_weight * tau * tau * kl + o.ce_weight * (l1 - s[y]);
   return truth;
 }
 
-// Its gradient is left to central differences.
-double teacher_truth(const std::vector<double>& v, size_t label, const TeacherOptions& o) {
-  const double lz = log_sum_exp(v, 1), log_p = v[label] - lz, p = std::exp(log_p);
-  double entropy = 0;
-  for (double x : v) entropy -= std::exp(x - lz) * (x - lz);
-  const double w = (p < o.gate_threshold ? 1.0 : 0.0) + o.gate_scale * std::pow(1 - p, o.gate_power);
-  return -o.ce_weight * log_p - o.focal_weight * std::pow(1 - p, o.gamma) * log_p - o.entropy_weight * w * entropy;
+inline Terms terms_of(std::initializer_list<Term> terms, bool clip = false, double budget = 0, double margin = 1) {
+  return make_terms(terms.begin(), static_cast<int>(terms.size()), clip, budget, margin);
+}
+
+// The presets of the two losses.
+inline Terms student_terms() { return terms_of({{kForwardKl, 0.8}, {kCrossEntropy, 0.2}}, true, 0.5, 0.7); }
+inline Terms teacher_terms() {
+  return terms_of({{kCrossEntropy, 1}, {kFocal, 1, 2.5, 1}, {kGatedEntropy, -0.1, 0.5, 1, 0.5, 1}});
+}
+// With a target, every term whose gradient is in row_truth().
+inline Terms mixed_terms() {
+  return terms_of({{kForwardKl, 0.8}, {kCrossEntropy, 0.2}, {kEntropy, -0.3}, {kZLoss, 0.01}}, true, 0.5, 0.7);
 }
 
 template <class T>

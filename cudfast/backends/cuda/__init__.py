@@ -1,7 +1,7 @@
 """The CUDA C++ kernels, opt-in: NVIDIA GPUs from compute capability 7.5.
 
 As in the Triton backend, the host reads no values: a label that is not a class, or a weight or temperature out of
-range, makes the loss of its row NaN.
+range, or a coefficient that is not finite, makes the loss of its row NaN.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from ...options import CUDOptions, DUSOptions
+from ...options import RowOptions
 from ...rows.call import Rows, State, columns_of, compute_dtype
 from ...rows.vectors import divisors_of
 from ...targets.calibration import refuse_unmet
@@ -59,8 +59,8 @@ def _tuning(rows: Rows) -> tuple[int, int]:
     return found.get("cluster", 0), found.get("threads", 0)
 
 
-def _divisors(rows: Rows, options: CUDOptions | DUSOptions, calls: Kernels) -> Tensor:
-    """(2,) f64 on the device: divisors of the KD term and of the label terms. One launch counts the rows."""
+def _divisors(rows: Rows, options: RowOptions, calls: Kernels) -> Tensor:
+    """(2,) f64 on the device: divisors of terms that need no label, and of those that do. One launch counts the rows."""
     if rows.num_items is not None or options.reduction != "mean":
         return divisors_of(rows, options)
     found = torch.empty(2, dtype=torch.float64, device=rows.logits.device)
@@ -71,7 +71,7 @@ def _divisors(rows: Rows, options: CUDOptions | DUSOptions, calls: Kernels) -> T
 
 def row_state(
     rows: Rows,
-    options: CUDOptions | DUSOptions,
+    options: RowOptions,
     *,
     statistics: bool,
     keep: bool,
@@ -88,26 +88,25 @@ def row_state(
         parts = _cuda.parts(rows.n, rows.classes, place[0])
         state = State(
             torch.empty(rows.n if needs_state else 0, len(columns_of(rows, options)), dtype=dtype, device=device),
-            torch.empty(rows.n if needs_state and calls.indices else 0, dtype=torch.int64, device=device),
+            torch.empty(rows.n if needs_state and rows.target is not None else 0, dtype=torch.int64, device=device),
             _divisors(rows, options, calls),
         )
         room = torch.empty(rows.n * parts * _cuda.PART if parts > 1 else 0, dtype=torch.float64, device=device)
         done = calls.state(
-            rows, calls.options, calls.ignore_index, calls.unlabeled_index, *place, *_tuning(rows), statistics,
+            rows, calls.terms, calls.ignore_index, calls.unlabeled_index, *place, *_tuning(rows), statistics,
             state.divisors, loss, state if needs_state else None, gradient, room,
         )  # fmt: skip
         if strict and done:
             refuse_unmet(rows, state)
         value = loss if options.reduction == "none" else loss.sum()
     if not done:
-        again = copied(rows, calls.logits)
-        return row_state(again, options, statistics=statistics, keep=keep, gradient=gradient)
+        return row_state(copied(rows), options, statistics=statistics, keep=keep, gradient=gradient)
     return value.to(dtype), state if keep else None
 
 
 def row_gradient(
     rows: Rows,
-    options: CUDOptions | DUSOptions,
+    options: RowOptions,
     state: State,
     upstream: Tensor,
     gradient: Tensor,
@@ -116,11 +115,11 @@ def row_gradient(
     calls, device = kernels(_cuda, options), rows.logits.device
     with _on(device):
         done = calls.gradient(
-            rows, calls.options, calls.ignore_index, calls.unlabeled_index, *_place(device),
+            rows, calls.terms, calls.ignore_index, calls.unlabeled_index, *_place(device),
             upstream.to(state.sums.dtype).contiguous(), upstream.dim() > 0, state, gradient,
         )  # fmt: skip
     if not done:
-        row_gradient(copied(rows, calls.logits), options, state, upstream, gradient)
+        row_gradient(copied(rows), options, state, upstream, gradient)
 
 
 def scale(gradient: Tensor, upstream: Tensor) -> Tensor:
