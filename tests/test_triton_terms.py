@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cudfast import ClassSets, CrossEntropy, Entropy, Focal, ForwardKL, Gate, Loss, Projection, WClip, ZLoss
+from cudfast import ClassSets, CrossEntropy, Entropy, Focal, ForwardKL, Gate, Loss, Projection, WClip
 from cudfast.backends import triton as backend
 from cudfast.backends.triton import launch
 from cudfast.terms import Terms
+from cudfast.terms.term import Evaluated, RowValues, Term
 
 from .truth import cud_rows, dus_rows, gradient
 
@@ -21,6 +23,17 @@ pytestmark = pytest.mark.skipif(not backend.interpreted(), reason="needs TRITON_
 
 GATE = Gate(threshold=0.4, scale=1.3, power=0.7, differentiate=True)
 Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ZLoss(Term):
+    """lse^2"""
+
+    kind = 5
+    label = "z_loss"
+
+    def evaluate(self, at: RowValues) -> Evaluated:
+        return Evaluated(at.lse * at.lse, lse=2 * at.lse)
 
 
 def values(student: Tensor, teacher: Tensor, labels: Tensor, tau: float | Tensor, clip: bool) -> Values:
@@ -120,7 +133,7 @@ def test_a_weight_per_row_and_a_temperature_per_row(save: Any) -> None:
         x, teacher, labels, temperature=tau, term_weights={"forward_kl": share, "entropy": 0.25 - share}
     )
     at = values(exact, teacher, labels, tau, False)
-    truth = share * at["kl"] + at["ce"] + (0.25 - share) * at["entropy"]
+    truth = share * at["kl"] + at["ce"] + 0.5 * (0.25 - share) * at["entropy"]
     compare(found, x, truth, exact, torch.linspace(-1, 2, 5, dtype=f64))
 
 

@@ -26,7 +26,7 @@ def row_weights(ignored, labelled, weight):
 
 @triton.jit
 def forward_kl(m_t, m_s, s_tau, z_tau, a, impossible, tau):
-    """tau^2 KL(q || p) = tau^2 (a / z + log(s / z)); rounding below 0 is 0.                            [forward-kl]"""
+    """tau^2 KL(q || p) = tau^2 (a / z + log(s / z)); rounding below 0 is 0.                                    [kd]"""
     kl = a / z_tau + tl.log(s_tau / z_tau)
     kl = tl.where(kl < 0, 0.0, tau * tau * kl)
     kl = tl.where(impossible > 0, float("inf") + 0.0 * (z_tau * s_tau), kl)
@@ -102,7 +102,7 @@ def weighted(c, x):
 def total(
     row, rows_share, labelled_share, given, divergence, log_p, entropy, lse, KINDS: tl.constexpr
 ):
-    """(value, whether any term counts, slopes by KL, log p, entropy and lse) of a row's weighted terms.       [total]"""
+    """(value, whether any term counts, slopes by KL, log p, entropy and lse) of a row's weighted terms."""
     zero = tl.zeros((), tl.float64)
     value, by_kl, by_log_p, by_entropy, by_lse = zero, zero, zero, zero, zero
     counts = tl.zeros((), tl.int1)
@@ -143,7 +143,7 @@ def finish(
 ):
     """(value, whether any term counts, log_z, by_kl, one, log, label) of a row, with a target or without.
 
-    dL/ds_j = by_kl d KL/ds_j + p_j (one + log * log p_j) + label 1[j = y].                                   [finish]
+    dL/ds_j = by_kl d KL/ds_j + p_j (one + log * log p_j) + label 1[j = y].
     """
     log_z = tl.log(s_one)
     entropy = log_z - e_s / s_one
@@ -156,7 +156,7 @@ def finish(
 
 @triton.jit
 def student_coefficients(s_tau, s_one, z_tau, tau, by_kl, one, log):
-    """(student_tau, teacher_tau, student_one, student_log) of dL/ds_j.                           [student-gradient]"""
+    """(student_tau, teacher_tau, student_one, student_log) of dL/ds_j.                              [row-gradient]"""
     return (
         tl.where(by_kl != 0, by_kl * tau / s_tau, 0.0),
         tl.where(by_kl != 0, by_kl * tau / z_tau, 0.0),
