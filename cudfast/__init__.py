@@ -7,7 +7,7 @@ from ._version import __version__
 from .autograd.memory import empty_cache
 from .classes.sets import ClassSets
 from .composed import Loss
-from .linear import FusedLinearCUDLoss, FusedLinearDUSLoss
+from .linear import FusedLinearCUDLoss, FusedLinearDUSLoss, FusedLinearLoss
 from .losses import CUDLoss, DUSLoss
 from .options import CUDOptions, DUSOptions, LinearOptions, WClip
 from .targets.calibration import calibrate
@@ -30,6 +30,7 @@ __all__ = [
     "ForwardKL",
     "FusedLinearCUDLoss",
     "FusedLinearDUSLoss",
+    "FusedLinearLoss",
     "Gate",
     "LinearOptions",
     "Loss",

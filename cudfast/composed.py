@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -118,7 +118,7 @@ class Loss(TermLoss):
         *,
         calibration: WClip | Projection | None = None,
         ignore_index: int = -100,
-        unlabeled_index: int | str | None = "auto",
+        unlabeled_index: int | Literal["auto"] | None = "auto",
         reduction: Reduction = "mean",
         num_classes: int | None = None,
         save: Save = "auto",

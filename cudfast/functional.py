@@ -14,11 +14,8 @@ from .distributed.group import telling
 from .options import CUDOptions, DUSOptions, RowOptions
 from .rows.call import Call, Rows, State
 from .rows.checks import (
-    alpha_of,
-    check_alpha,
     check_call,
     classes_of,
-    coefficients_of,
     constraints_of,
     labels_of,
     logits_of,
@@ -26,6 +23,7 @@ from .rows.checks import (
     temperature_of,
     weight_of,
 )
+from .rows.coefficients import coefficients_of, focal_scales
 from .rows.shard import Shard
 from .rows.tensors import is_dtensor
 from .statistics import (
@@ -192,11 +190,7 @@ def _distilled(
                 in_all = sets[0].num_classes
                 shard = shard.of_all(in_all)
             constraints = constraints_of(options.calibration, student, in_all, "student_logits")
-        scales = {}
-        for name, values in (alpha or {}).items():
-            none = torch.full(student.shape[:-1], -1, device=student.device).reshape(-1)
-            scales[name], shard = alpha_of(values, none if flat_labels is None else flat_labels, classes, shard)
-            check_alpha(scales[name], student)
+        scales, shard = focal_scales(alpha, flat_labels, student, classes, shard)
         rows = Rows(
             student,
             teacher if needed else None,
@@ -398,10 +392,8 @@ def dus_loss(
         classes = classes_of(logits, None, options.num_classes, ("logits", ""), shard)
         flat_labels = labels_of(labels, logits, "logits")
         assert flat_labels is not None
-        scales = {}
-        if alpha is not None and options.focal_weight > 0:
-            scales["focal"], shard = alpha_of(alpha, flat_labels, classes, shard)
-            check_alpha(scales["focal"], logits)
+        focal = {"focal": alpha} if alpha is not None and options.focal_weight > 0 else None
+        scales, shard = focal_scales(focal, flat_labels, logits, classes, shard)
         rows = Rows(
             logits,
             None,
