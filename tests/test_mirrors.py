@@ -196,6 +196,10 @@ def test_terms(term: Term) -> None:
         same(row.term(term.kind, *term.parameters, *values), wanted)
 
 
+def test_z_loss() -> None:
+    assert row.term(5, 0, 0, 0, 0, 1, -2, 3, -1.5) == [2.25, 0, 0, 0, -3]
+
+
 BOUNDS = [0.0, 0.2, 0.5, 0.9, 1.0]
 
 
