@@ -108,9 +108,7 @@ def student_fold_columns(
 
 
 @triton.jit
-def student_pack(
-    at, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, e_s, ONES: tl.constexpr
-):
+def student_pack(at, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, e_s, ONES: tl.constexpr):
     """Columns in the order of `cudfast.rows.call.STUDENT_COLUMNS`."""
     tl.store(at + 0, m_t)
     tl.store(at + 1, s_k)

@@ -34,9 +34,7 @@ def forward_kl(m_t, m_s, s_tau, z_tau, a, impossible, tau):
 
 
 @triton.jit
-def student_target(
-    m_t, m_s, z_tau, s_tau, a, impossible, s_k, t_y, s_y, labelled, tau, given, CLIP: tl.constexpr
-):
+def student_target(m_t, m_s, z_tau, s_tau, a, impossible, s_k, t_y, s_y, labelled, tau, given, CLIP: tl.constexpr):
     """The calibrated target of a row and its divergence: (tau^2 KL, z_tau, r, t_k, t_y)."""
     r = tl.zeros_like(m_t)
     t_k = tl.zeros_like(m_t)
@@ -99,9 +97,7 @@ def weighted(c, x):
 
 
 @triton.jit
-def total(
-    row, rows_share, labelled_share, given, divergence, log_p, entropy, lse, KINDS: tl.constexpr
-):
+def total(row, rows_share, labelled_share, given, divergence, log_p, entropy, lse, KINDS: tl.constexpr):
     """(value, whether any term counts, slopes by KL, log p, entropy and lse) of a row's weighted terms."""
     zero = tl.zeros((), tl.float64)
     value, by_kl, by_log_p, by_entropy, by_lse = zero, zero, zero, zero, zero
@@ -138,9 +134,7 @@ def total(
 
 
 @triton.jit
-def finish(
-    row, rows_share, labelled_share, given, divergence, m_s, s_one, e_s, s_y, KINDS: tl.constexpr
-):
+def finish(row, rows_share, labelled_share, given, divergence, m_s, s_one, e_s, s_y, KINDS: tl.constexpr):
     """(value, whether any term counts, log_z, by_kl, one, log, label) of a row, with a target or without.
 
     dL/ds_j = by_kl d KL/ds_j + p_j (one + log * log p_j) + label 1[j = y].
