@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from cudfast import CUDOptions, DUSOptions, WClip, reference
+from cudfast import CrossEntropy, Entropy, Focal, ForwardKL, Gate, WClip, reference
 from cudfast.backends.native import _native
 from cudfast.backends.packed import packed_options
+from cudfast.options import RowOptions
 from cudfast.targets import search
+from cudfast.terms import Term, Terms, named
+from cudfast.terms.entropy import gate
+from cudfast.terms.focal import focal
+from cudfast.terms.term import RowValues
 
 row = _native.row
 f64 = torch.float64
@@ -41,11 +46,11 @@ def student_state(rng: random.Random, first: int) -> list[float]:
     t, s = [draw(rng, True) for _ in range(3)], [draw(rng, True) for _ in range(3)]
     m_t, m_s = max(t), max(s)
     c_t, c_s = (0 if m == -INF else m for m in (m_t, m_s))
-    z, s_tau, a, s1, z1, impossible, _ = row.student_fold([x - c_t for x in t], [x - c_s for x in s], 0.5)
+    z, s_tau, a, s1, z1, impossible, _, e_s = row.student_fold([x - c_t for x in t], [x - c_s for x in s], 0.5)
     k = t.index(m_t)
     label = rng.randrange(4)
     at_label = (t[label], s[label]) if label < 3 else (-INF, -INF)
-    return [m_t, s[k], m_s, z, s_tau, a, s1, z1, *at_label, impossible, first + k]
+    return [m_t, s[k], m_s, z, s_tau, a, s1, z1, *at_label, impossible, e_s, first + k]
 
 
 def as_state(values: list[float]) -> reference.StudentState:
@@ -62,8 +67,8 @@ def test_student_fold(seed: int) -> None:
     dt, ds = ([-abs(draw(rng, True)) for _ in range(7)] for _ in range(2))
     inv_tau = rng.uniform(0.1, 2)
     sums = reference.student_fold(torch.tensor([dt], dtype=f64), torch.tensor([ds], dtype=f64), inv_tau)
-    *got, e_one = row.student_fold(dt, ds, inv_tau)
-    same(got, sums)
+    *got, e_one, e_s = row.student_fold(dt, ds, inv_tau)
+    same([*got, e_s], sums)
     assert e_one == pytest.approx(sum(math.exp(x) * x for x in dt if x > -INF), rel=1e-12, abs=1e-12)
 
 
@@ -72,7 +77,7 @@ def test_student_merge(seed: int) -> None:
     rng = random.Random(seed)
     left, right = student_state(rng, 0), student_state(rng, 3)
     if seed % 4 == 0:  # an empty part
-        left = [-INF, -INF, -INF, 0, 0, 0, 0, 0, -INF, -INF, 0, 0]
+        left = [-INF, -INF, -INF, 0, 0, 0, 0, 0, -INF, -INF, 0, 0, 0]
     if seed % 5 == 0:  # a tie: the lower index wins from either side
         right[0] = left[0]
     for a, b in ((left, right), (right, left)):
@@ -92,26 +97,48 @@ def test_teacher(seed: int) -> None:
         states.append([m, *(float(v) for v in sums), z[rng.randrange(5)]])
     merged = reference.teacher_merge(*(reference.TeacherState(*tensors(s)) for s in states))
     same(row.teacher_merge(*states), merged)
-    options = DUSOptions(
-        gamma=rng.choice([0, 0.5, 1, 10]),
-        gate_power=rng.choice([0, 0.5, 1, 3]),
-        differentiate_gate=seed % 2 == 0,
-        ce_weight=rng.choice([0.0, 1.0]),
+    options = options_of(
+        rng.choice([0.0, 1.0]) * CrossEntropy()
+        + Focal(gamma=rng.choice([0, 0.5, 1, 10]), alpha=0.7)
+        - 0.1 * Entropy(gate=Gate(power=rng.choice([0, 0.5, 1, 3]), differentiate=seed % 2 == 0))
+        + 0.3 * Entropy(name="all")
     )
-    alpha = torch.tensor([0.7], dtype=f64)
     for state in states:
         if state[0] == -INF:
             continue
-        loss = reference.teacher_finish(reference.TeacherState(*tensors(state)), alpha, options)
-        c = reference.teacher_coefficients(loss, torch.tensor([1.5], dtype=f64))
-        got = row.teacher_finish(state, 0.7, packed_options(_native, options), 1.5)
-        same(got, (loss.value, loss.entropy, *c))
+        end = same_end(rng, reference.TeacherState(*tensors(state)), state, True, 1.0, options)
+        log_z = math.log(state[1])
         for x in (0.0, -3.0, -INF):
-            log_z = math.log(state[1])
-            element = reference.teacher_element(
-                c, torch.tensor([x], dtype=f64), torch.tensor([1 / state[1]], dtype=f64), log_z
-            )
-            same([row.teacher_element([float(v) for v in c], x, 1 / state[1], log_z)], (element,))
+            element = reference.own_element(end.gradient, *tensors([x, state[1], log_z]))
+            got = row.teacher_element([float(end.gradient.one), float(end.gradient.log)], x, 1 / state[1], log_z)
+            same([got], (element,))
+
+
+def options_of(terms: Terms, calibration: WClip | None = None) -> RowOptions:
+    return RowOptions(terms=named(terms), temperature=2.0, calibration=calibration)
+
+
+def same_end(
+    rng: random.Random, state: reference.StudentState | reference.TeacherState, values: list[float], labelled: bool,
+    tau: float, options: RowOptions,
+) -> reference.RowEnd:  # fmt: skip
+    """The end of a row in both mirrors, with the coefficients of the terms and with the row's own."""
+    shares = [0.3, 0.4 if labelled else 0.0]
+    packed = packed_options(_native, options)
+    for own in ([rng.choice([0.0, -1.5, 2.0]) for _ in options.terms], [w.coefficient for w in options.terms]):
+        end = reference.finish(
+            state,
+            torch.tensor([labelled]),
+            *tensors([tau]),
+            options,
+            reference.RowWeights(*tensors(shares)),
+            torch.tensor(own, dtype=f64).reshape(-1, 1),
+            None,
+        )
+        wanted = (end.value, end.target.z_tau, end.target.impossible, *end.gradient)
+        same(row.finish(values, labelled, tau, packed, *shares, own), wanted)
+    same(row.finish(values, labelled, tau, packed, *shares, []), wanted)
+    return end
 
 
 @pytest.mark.parametrize(
@@ -131,34 +158,46 @@ def test_replace_and_finish(seed: int) -> None:
     labelled = values[8] > -INF or rng.random() < 0.5
     clip = row.wclip(min(0.0, values[8] - values[0]) if values[0] > -INF else 0.0, 0.5, 0.7)
     same(row.replace(values, clip, 0.5), reference.replace(state, reference.Clip(*tensors(clip)), 0.5))
-    options = CUDOptions(
-        temperature=2.0,
-        calibration=WClip() if seed % 3 else None,
-        kd_weight=rng.choice([0.0, 0.8]),
-        ce_weight=rng.choice([0.0, 0.2]),
-    )
-    tau, kd, ce = (torch.tensor([v], dtype=f64) for v in (2.0, 0.3, 0.4 if labelled else 0.0))
-    loss = reference.student_finish(state, torch.tensor([labelled]), tau, options)
-    c = reference.student_coefficients(state, loss, tau, kd, ce)
-    got = row.student_finish(values, labelled, 2.0, packed_options(_native, options), 0.3, float(ce))
-    same(got, (loss.kd, loss.ce, loss.z_tau, loss.impossible, *c))
+    terms: Terms = CrossEntropy() / 5 + rng.choice([0.0, -0.1]) * Entropy()
+    if seed % 4:
+        terms = 0.8 * ForwardKL() + terms
+    end = same_end(rng, state, values, labelled, 2.0, options_of(terms, WClip() if seed % 3 else None))
+    c, s_one = end.gradient, values[6]
+    if s_one == 0:
+        return
+    numbers = [*(float(v) for v in c[:4]), 1 / s_one, float(end.log_z)]
     for dt, ds in itertools.product((0.0, -2.0, -INF), repeat=2):
-        element = reference.student_element(c, *(torch.tensor([v], dtype=f64) for v in (dt, ds)), 0.5)
-        same([row.student_element([float(v) for v in c], dt, ds, 0.5)], (element,))
+        element = reference.student_element(c, *tensors([dt, ds, 0.5, s_one]), end.log_z)
+        same([row.student_element(numbers, dt, ds, 0.5)], (element,))
 
 
 @pytest.mark.parametrize("log_p", [0.0, -1e-300, -1e-17, -1e-3, -2.0, -800.0, -INF])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 10.0])
 def test_focal_and_gate(log_p: float, gamma: float) -> None:
     p = torch.tensor([log_p], dtype=f64)
-    term = reference.focal(p, gamma, torch.tensor([0.9], dtype=f64))
-    same(row.focal(log_p, gamma, 0.9), term)
-    assert not term.value.isnan()
-    assert not term.slope.isnan()
-    options = DUSOptions(gate_power=gamma, gate_scale=1.3)
-    weight = reference.gate(p, options)
-    same(row.gate(log_p, packed_options(_native, options)), weight)
-    assert not weight.slope.isnan()
+    for got, wanted in (
+        (row.focal(log_p, gamma, 0.9), focal(p, gamma, 0.9)),
+        (row.gate(log_p, 0.5, 1.3, gamma), gate(p, 0.5, 1.3, gamma)),
+    ):
+        same(got, wanted)
+        assert not wanted.slope.isnan()
+
+
+@pytest.mark.parametrize(
+    "term",
+    [ForwardKL(), CrossEntropy(), Focal(gamma=2.5, alpha=0.9), Entropy(), Entropy(gate=Gate(0.4, 1.3, 0.5, True))],
+)
+def test_terms(term: Term) -> None:
+    rng = random.Random(term.kind)
+    for _ in range(20):
+        values = [rng.uniform(0, 3), -rng.expovariate(1), rng.uniform(0, 5), rng.gauss(0, 5)]
+        found = term.evaluate(RowValues(*tensors(values)))
+        wanted = tuple(torch.as_tensor(slope, dtype=f64) for slope in found)
+        same(row.term(term.kind, *term.parameters, *values), wanted)
+
+
+def test_z_loss() -> None:
+    assert row.term(5, 0, 0, 0, 0, 1, -2, 3, -1.5) == [2.25, 0, 0, 0, -3]
 
 
 BOUNDS = [0.0, 0.2, 0.5, 0.9, 1.0]
@@ -246,18 +285,16 @@ def test_every_function_has_its_twin() -> None:
     """Equation tags are the same in all mirrors."""
     root = Path(__file__).parents[1]
     tag = re.compile(r"(?:\s{4}|\.\s+|\s)\[([a-z]+(?:-[a-z]+)?)\]\W*$", re.MULTILINE)
-    rooms = ("state", "target", "terms", "element")
-    headers = [root / "csrc/row" / f"{name}.h" for name in rooms]
-    if not headers[0].exists():
+    if not (root / "csrc/row/state.h").exists():
         pytest.skip("needs the source tree")
-    native = [t for header in headers for t in tag.findall(header.read_text())]
-    python = [t for name in rooms for t in tag.findall((root / "cudfast/reference" / f"{name}.py").read_text())]
-    native += [t for header in (root / "csrc/row/terms").glob("*.h") for t in tag.findall(header.read_text())]
-    python += [t for file in (root / "cudfast/terms").glob("*.py") for t in tag.findall(file.read_text())]
-    files = [root / "cudfast/backends/triton" / f"{name}.py" for name in ("row", "terms", "element")]
-    triton = [t for file in files for t in tag.findall(file.read_text())]
-    assert sorted(native) == sorted(python)
-    assert sorted(triton) == sorted(native)
+
+    def tags(*patterns: str) -> list[str]:
+        files = [file for pattern in patterns for file in sorted(root.glob(pattern))]
+        return [t for file in files for t in tag.findall(file.read_text())]
+
+    native = tags("csrc/row/*.h", "csrc/row/terms/*.h")
+    assert sorted(native) == sorted(tags("cudfast/reference/*.py", "cudfast/terms/*.py"))
+    assert sorted(native) == sorted(tags("cudfast/backends/triton/*.py"))
     assert len(native) == len(set(native)) >= 14
 
 

@@ -6,6 +6,20 @@
 namespace cudfast {
 namespace {
 
+// Coefficients of a row without a target.
+template <class F>
+struct TeacherGradient {
+  F one, log;
+};
+
+// dL/ds_j without the label's share; x = s_j - m_s. 0 log 0 is 0.                                       [element-own]
+template <class F>
+CUDFAST_HD_INLINED F element(const TeacherGradient<F>& c, F x, F inv_z, F log_z) {
+  const F p = exp(x) * inv_z;
+  const F log_p = select(x > F(kNothing<float>), x - log_z, F(0));
+  return p * (c.one + c.log * log_p);
+}
+
 // Coefficients of a row with a target, in the form that its elements take; 1 / s_one is included.
 template <class F>
 struct StudentGradient {
@@ -51,20 +65,6 @@ CUDFAST_HD_INLINED F element(const C& c, F dt, F ds, F inv_tau) {
     g = select(ds == F(kNothing<float>), F(0) * (c.student_tau + c.student_one), g);
   }
   return g;
-}
-
-// Coefficients of a row without a target.
-template <class F>
-struct TeacherGradient {
-  F one, log;
-};
-
-// dL/ds_j without the label's share; x = s_j - m_s. 0 log 0 is 0.                                   [element-teacher]
-template <class F>
-CUDFAST_HD_INLINED F element(const TeacherGradient<F>& c, F x, F inv_z, F log_z) {
-  const F p = exp(x) * inv_z;
-  const F log_p = select(x > F(kNothing<float>), x - log_z, F(0));
-  return p * (c.one + c.log * log_p);
 }
 
 }  // namespace

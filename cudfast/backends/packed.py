@@ -55,6 +55,4 @@ def copied(rows: Rows) -> Rows:
     """The same rows in a layout that the kernels can address."""
     if rows.target is None:
         return rows._replace(logits=dense(rows.logits, "logits"))
-    return rows._replace(
-        logits=dense(rows.logits, "student_logits"), target=dense(rows.target, "teacher_logits")
-    )
+    return rows._replace(logits=dense(rows.logits, "student_logits"), target=dense(rows.target, "teacher_logits"))

@@ -60,7 +60,7 @@ def _tuning(rows: Rows) -> tuple[int, int]:
 
 
 def _divisors(rows: Rows, options: RowOptions, calls: Kernels) -> Tensor:
-    """(2,) f64 on the device: divisors of terms that need no label, and of those that do. One launch counts the rows."""
+    """(2,) f64 on the device: divisors of terms without and with a label. One launch counts the rows."""
     if rows.num_items is not None or options.reduction != "mean":
         return divisors_of(rows, options)
     found = torch.empty(2, dtype=torch.float64, device=rows.logits.device)
