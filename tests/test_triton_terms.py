@@ -83,12 +83,10 @@ def batch(n: int, v: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return student, teacher, labels
 
 
-def compare(
-    loss: Tensor, x: Tensor, truth: Tensor, exact: Tensor, upstream: Tensor | None = None
-) -> None:
+def compare(loss: Tensor, x: Tensor, truth: Tensor, exact: Tensor, upstream: Tensor | None = None) -> None:
     upstream = torch.ones_like(truth) if upstream is None else upstream
-    found, = torch.autograd.grad(loss, x, upstream.to(loss.dtype))
-    wanted, = torch.autograd.grad(truth, exact, upstream)
+    (found,) = torch.autograd.grad(loss, x, upstream.to(loss.dtype))
+    (wanted,) = torch.autograd.grad(truth, exact, upstream)
     tolerance = 1e-11 if x.dtype == f64 else 1e-5
     torch.testing.assert_close(loss.double(), truth, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance / 10)
@@ -129,9 +127,7 @@ def test_a_weight_per_row_and_a_temperature_per_row(save: Any) -> None:
     x, exact = student.clone().requires_grad_(), student.clone().requires_grad_()
     tau, share = torch.linspace(1.5, 4, 5, dtype=f64), torch.tensor([0.0, 1.0, 2.0, 0.5, 3.0], dtype=f64)
     loss = Loss(ForwardKL() + CrossEntropy() + 0.5 * Entropy(), reduction="none", save=save, backend="triton")
-    found = loss(
-        x, teacher, labels, temperature=tau, term_weights={"forward_kl": share, "entropy": 0.25 - share}
-    )
+    found = loss(x, teacher, labels, temperature=tau, term_weights={"forward_kl": share, "entropy": 0.25 - share})
     at = values(exact, teacher, labels, tau, False)
     truth = share * at["kl"] + at["ce"] + 0.5 * (0.25 - share) * at["entropy"]
     compare(found, x, truth, exact, torch.linspace(-1, 2, 5, dtype=f64))
@@ -145,7 +141,11 @@ def test_entropy_beside_a_projected_target(dtype: torch.dtype, save: Any, bounds
     student, teacher, labels = batch(5, 600, dtype)
     near = ClassSets.from_groups(torch.arange(600) // 4)
     projection = Projection(
-        near=near, min_near_mass=0.3, max_wrong_mass=0.1, on_infeasible="relax", **bounds  # type: ignore[arg-type]
+        near=near,
+        min_near_mass=0.3,
+        max_wrong_mass=0.1,
+        on_infeasible="relax",
+        **bounds,  # type: ignore[arg-type]
     )
     common: dict[str, Any] = {"calibration": projection, "save": save, "backend": "triton"}
     found = []

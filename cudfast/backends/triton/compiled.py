@@ -67,7 +67,7 @@ _WHOLE, _WITHOUT_STATE = student.student_rows, (*_VECTORS, "sums")
 _SETS = projected.projected_rows
 _NEAR = (*_VECTORS, "wrong_offsets")  # absent: a list of near classes, the top-1 is wrong
 VARIANTS = tuple(
-    Variant(*fields, _TYPES)  # type: ignore[call-arg]
+    Variant(*fields, _TYPES)  # type: ignore[call-arg, var-annotated]
     for fields in (
         ("student, fused", _WHOLE, _STUDENT | _flags(True, True), _WITHOUT_STATE, 4, 4, 1, 2),
         ("student, state", _WHOLE, _STUDENT | _flags(True, False), _VECTORS, 2, 2, 0, 1),
