@@ -105,6 +105,7 @@ def student_statistics(rows: Rows, options: RowOptions, packed: State) -> Studen
 def teacher_statistics(rows: Rows, options: RowOptions, packed: State) -> TeacherStatistics:
     """The statistics of rows from the states of the first sweep."""
     state = reference_rows.unpacked(rows, options, packed._replace(sums=packed.sums.detach()), packed.sums.dtype)
+    assert isinstance(state, reference.TeacherState)
     _, labelled = masks(rows, options)
     shape = rows.logits.shape[:-1]
 

@@ -285,7 +285,8 @@ CUD_INPLACE = CUDLoss(inplace=True)
 
 def test_opcheck(batch: tuple[Tensor, ...]) -> None:
     student, teacher, labels = batch
-    cud, dus = CUDOptions().text, DUSOptions(reduction="none").text
+    cud, dus = CUDOptions().rows.text, DUSOptions(reduction="none").rows.text
+    two, three = (torch.ones(count, 1, dtype=torch.float64) for count in (2, 3))
     weight, tau = torch.rand(N, dtype=torch.float64), torch.rand(N, dtype=torch.float64) + 1
     near = ClassSets.from_groups(torch.arange(V) // 2)
     asked = constraints_of(Projection(near=near, min_near_mass=0.3, min_entropy=0.5), student, V, "student_logits")
@@ -293,15 +294,16 @@ def test_opcheck(batch: tuple[Tensor, ...]) -> None:
     bounds = (tensors, 2.0, V, cud, flags, "")
     for logits in (student.clone().requires_grad_(), student.to(torch.bfloat16).requires_grad_()):
         for args in (
-            (logits, teacher, labels, weight, tau, None, [], 2.0, V, cud, "", "", True),
-            (logits, teacher, None, None, None, torch.tensor(7.0), [], 3.0, V - 5, cud, "", "", False),
-            (logits, None, labels.clamp(min=0), None, None, None, [], 1.0, V, dus, "", "", False),
-            (logits, teacher, labels, None, None, None, *bounds, False),
+            (logits, teacher, labels, weight, tau, two, None, [], 2.0, V, cud, "", "", True),
+            (logits, teacher, None, None, None, two, torch.tensor(7.0), [], 3.0, V - 5, cud, "", "", False),
+            (logits, None, labels.clamp(min=0), None, None, three, None, [], 1.0, V, dus, "", "", False),
+            (logits, teacher, labels, None, None, two, None, *bounds, False),
         ):
             torch.library.opcheck(row_state_op, args)
-    _, sums, top1, divisors = row_state_op(student, teacher, labels, None, None, None, *bounds, False)
+    _, sums, top1, divisors = row_state_op(student, teacher, labels, None, None, two, None, *bounds, False)
     one = torch.ones(())
-    torch.library.opcheck(row_gradient_op, (student, teacher, labels, None, None, *bounds, sums, top1, divisors, one))
+    packed = (sums, top1, divisors, one)
+    torch.library.opcheck(row_gradient_op, (student, teacher, labels, None, None, two, *bounds, *packed))
 
 
 def test_no_gradient_is_wanted(batch: tuple[Tensor, ...]) -> None:

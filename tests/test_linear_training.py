@@ -94,9 +94,9 @@ def test_compile_gives_the_numbers_of_eager(reduction: str, save: str) -> None:
 def test_opcheck() -> None:
     x = Batch(torch.float32, 5, classes=40)
     x.labels = torch.tensor([1, -1, 3, -100, 5])
-    given = (x.th, x.tw, None, x.labels, None, None)
+    given = (x.th, x.tw, None, x.labels, None, None, torch.ones(2, 1, dtype=torch.float64))
     for options in (CUDOptions(), CUDOptions(save="state")):
-        texts = (options.text, "", LinearOptions().text)
+        texts = (options.rows.text, "", LinearOptions().text)
         torch.library.opcheck(
             linear_state_op, (x.h, x.w, x.b, *given, None, [], 2.0, 40, *texts, True, [True, False, True])
         )

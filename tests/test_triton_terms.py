@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cudfast import ClassSets, CrossEntropy, Entropy, Focal, ForwardKL, Gate, Loss, Projection, WClip
+from cudfast import ClassSets, CrossEntropy, Entropy, Focal, ForwardKL, Gate, Loss, Projection, WClip, ZLoss
 from cudfast.backends import triton as backend
 from cudfast.backends.triton import launch
 from cudfast.terms import Terms
-from cudfast.terms.term import Evaluated, RowValues, Term
 
 from .truth import cud_rows, dus_rows, gradient
 
@@ -23,17 +21,6 @@ pytestmark = pytest.mark.skipif(not backend.interpreted(), reason="needs TRITON_
 
 GATE = Gate(threshold=0.4, scale=1.3, power=0.7, differentiate=True)
 Values = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class ZLoss(Term):
-    """lse^2"""
-
-    kind = 5
-    label = "z_loss"
-
-    def evaluate(self, at: RowValues) -> Evaluated:
-        return Evaluated(at.lse * at.lse, lse=2 * at.lse)
 
 
 def values(student: Tensor, teacher: Tensor, labels: Tensor, tau: float | Tensor, clip: bool) -> Values:

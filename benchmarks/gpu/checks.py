@@ -116,7 +116,10 @@ def ops_check(device: str, backend: BackendName) -> None:
     labels = torch.randint(300, (8,), device=device)
     for options in (CUDOptions(backend=backend), DUSOptions(backend=backend)):
         target = student.detach() * 2 if isinstance(options, CUDOptions) else None
-        arguments: Any = (student, target, labels, None, None, None, [], 2.0, 300, options.text, "", "", False)
+        ones = torch.ones(len(options.rows.kinds), 1, dtype=torch.float64, device=device)
+        arguments: Any = (
+            student, target, labels, None, None, ones, None, [], 2.0, 300, options.rows.text, "", "", False
+        )  # fmt: skip
         torch.library.opcheck(row_state_op, arguments)
 
 

@@ -230,7 +230,7 @@ def unpacked(rows: Rows, options: RowOptions, state: State, dtype: torch.dtype) 
     if rows.target is None:
         return TeacherState(**columns)
     of = [columns[name] for name in STUDENT_COLUMNS]
-    return StudentState(*of, e_s=columns.get(ENTROPY, torch.zeros_like(of[0])), k=state.top1)  # type: ignore[misc]
+    return StudentState(*of, e_s=columns.get(ENTROPY), k=state.top1)  # type: ignore[misc]
 
 
 def row_gradient(

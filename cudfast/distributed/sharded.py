@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ def over_ranks(
     shard: Shard, chunks: list[Whole], rows: Rows, options: RowOptions, dtype: torch.dtype
 ) -> tuple[Tensor, State]:
     """Losses (N,) and packed states of rows, from the states of this rank's classes in chunks of rows."""
-    mine = _of(chunks[0], (torch.cat(parts) for parts in zip(*chunks)))
+    mine = _each(lambda *parts: torch.cat(parts), *chunks)
     whole = merged(shard.process_group, mine, dtype, inverse_temperature(rows), top1=True)
     assert isinstance(rows.num_items, Tensor)
     return finished(rows, options, mark(rows, options), whole, rows.num_items, dtype)
@@ -132,27 +132,30 @@ def over_ranks(
 
 def merged(group: Any, mine: Whole, dtype: torch.dtype, inv_tau: Tensor, *, top1: bool) -> Whole:
     """The state of all ranks' classes, from one exchange in `dtype`. Without `top1`, the teacher's is not sent."""
-    columns = [x for x in mine if x.dtype != torch.int64]
+    names = [name for name, x in zip(mine._fields, mine) if x is not None and name != "k"]
+    columns = torch.stack([getattr(mine, name) for name in names], -1)
     index = mine.k if isinstance(mine, StudentState) and top1 else None
-    found = gather(group, as_bytes(torch.stack(columns, -1).to(dtype), index))  # (R, N, bytes)
-    sums, k = from_bytes(found, len(columns), dtype)
-    fields = list(sums.to(mine[0].dtype).unbind(-1))
-    if isinstance(mine, StudentState):
-        fields.append(torch.zeros(found.shape[:2], dtype=torch.int64, device=found.device) if k is None else k)
-    parts = _of(mine, fields)
-    while (count := len(parts[0])) > 1:  # neighbours first: their sums have similar size
+    found = gather(group, as_bytes(columns.to(dtype), index))  # (R, N, bytes)
+    sums, k = from_bytes(found, len(names), dtype)
+    parts: Whole = mine._replace(**dict(zip(names, sums.to(columns.dtype).unbind(-1))))
+    if isinstance(parts, StudentState):
+        none = torch.zeros(found.shape[:2], dtype=torch.int64, device=found.device)
+        parts = parts._replace(k=none if k is None else k)
+    while (count := len(parts.m_s)) > 1:  # neighbours first: their sums have similar size
         pairs = merge(_ranks(parts, 0, count - 1, 2), _ranks(parts, 1, count, 2), inv_tau)
         last = _ranks(parts, count - count % 2, count, 1)
-        parts = _of(parts, (torch.cat([a, b]) for a, b in zip(pairs, last)))
-    return _of(parts, (x[0] for x in parts))
+        parts = _each(lambda a, b: torch.cat([a, b]), pairs, last)
+    return _each(lambda x: x[0], parts)
 
 
-def _of(like: Whole, fields: Iterable[Tensor]) -> Whole:
-    return type(like)(*fields)
+def _each(f: Callable[..., Tensor], *states: Whole) -> Whole:
+    """A state of f of every field; a sum that is left out stays None."""
+    fields = (None if xs[0] is None else f(*xs) for xs in zip(*states))
+    return type(states[0])(*fields)  # type: ignore[arg-type]
 
 
 def _ranks(parts: Whole, begin: int, end: int, step: int) -> Whole:
-    return _of(parts, (x[begin:end:step] for x in parts))
+    return _each(lambda x: x[begin:end:step], parts)
 
 
 def cut(rows: Rows, options: RowOptions, first: int) -> Rows:
@@ -225,4 +228,4 @@ def refused(rows: Rows, options: RowOptions, layout: Layout, whole: Whole) -> Wh
         return whole
     _, labelled = masks(rows, options)
     outside = labelled & ((rows.labels < 0) | (rows.labels >= _of_all(rows, options, layout).classes))
-    return _of(whole, (torch.where(outside, torch.nan, x) if x.is_floating_point() else x for x in whole))
+    return _each(lambda x: torch.where(outside, torch.nan, x) if x.is_floating_point() else x, whole)

@@ -29,7 +29,7 @@ class StudentState(NamedTuple):
     t_y: Tensor  # (N,) teacher logit of the label
     s_y: Tensor  # (N,) student logit of the label
     impossible: Tensor  # (N,) 1 when some class has t finite and s = -inf
-    e_s: Tensor  # (N,) sum exp(s - m_s) * (s - m_s); only the entropy needs it
+    e_s: Tensor | None  # (N,) sum exp(s - m_s) * (s - m_s); None if no term reads the entropy
     k: Tensor  # (N,) int64, teacher's top-1
 
 
@@ -77,20 +77,21 @@ def student_merge(left: StudentState, right: StudentState, inv_tau: Tensor) -> S
         teacher, student = (down_t * inv_tau).exp(), (down_s * inv_tau).exp()
         a = teacher * (part.a + part.z_tau * ((down_t - down_s) * inv_tau))
         one = down_s.exp()
-        e_s = one * (part.e_s + part.s_one * down_s)
-        moved = (teacher * part.z_tau, student * part.s_tau, a, one * part.s_one, down_t.exp() * part.z_one, e_s)
-        sums = [old + new for old, new in zip(sums, moved)] if sums else list(moved)
+        moved = [teacher * part.z_tau, student * part.s_tau, a, one * part.s_one, down_t.exp() * part.z_one]
+        if part.e_s is not None:
+            moved.append(one * (part.e_s + part.s_one * down_s))
+        sums = [old + new for old, new in zip(sums, moved)] if sums else moved
     from_left = torch.where(left.m_t == right.m_t, left.k <= right.k, left.m_t > right.m_t)
     return StudentState._make(
         (
             m_t,
             torch.where(from_left, left.s_k, right.s_k),
             m_s,
-            *sums[:-1],
+            *sums[:5],
             torch.maximum(left.t_y, right.t_y),
             torch.maximum(left.s_y, right.s_y),
             torch.maximum(left.impossible, right.impossible),
-            sums[-1],
+            sums[5] if len(sums) > 5 else None,
             torch.where(from_left, left.k, right.k),
         )
     )

@@ -65,7 +65,7 @@ def distil(state: StudentState | TeacherState, labelled: Tensor, tau: Tensor, op
 def values_of(state: StudentState | TeacherState, target: Distilled) -> RowValues:
     """The values of rows that terms read."""
     log_z = state.s_one.log()
-    entropy = log_z - state.e_s / state.s_one
+    entropy = torch.zeros_like(log_z) if state.e_s is None else log_z - state.e_s / state.s_one
     return RowValues(target.forward_kl, (state.s_y - state.m_s) - log_z, entropy, state.m_s + log_z)
 
 

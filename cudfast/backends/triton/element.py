@@ -26,6 +26,6 @@ def student_element(
 
 @triton.jit
 def teacher_element(one, log, x, inv_z, log_z):
-    """dL/dz_j without the label's share; x = z_j - m. 0 log 0 is 0.                               [element-teacher]"""
+    """dL/dz_j without the label's share; x = z_j - m. 0 log 0 is 0.                               [element-own]"""
     p = tl.exp2(x * LOG2E) * inv_z
     return p * (one + log * tl.where(x > NOTHING, x - log_z, 0.0))
