@@ -12,7 +12,7 @@ from .losses import CUDLoss, DUSLoss
 from .options import CUDOptions, DUSOptions, LinearOptions, WClip
 from .targets.calibration import calibrate
 from .targets.projection import Projection
-from .terms import CrossEntropy, Entropy, Focal, ForwardKL, Gate
+from .terms import CrossEntropy, Entropy, Focal, ForwardKL, Gate, ZLoss
 
 # Objects pickled by 0.1.0 name the modules in which their classes were then.
 sys.modules["cudfast.sets"] = sys.modules["cudfast.classes.sets"]
@@ -36,6 +36,7 @@ __all__ = [
     "Loss",
     "Projection",
     "WClip",
+    "ZLoss",
     "__version__",
     "calibrate",
     "empty_cache",

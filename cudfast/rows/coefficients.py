@@ -22,8 +22,7 @@ from .tensors import direct, local
 def alpha_of(alpha: object, labels: Tensor, classes: int, shard: Shard | None) -> tuple[Tensor, Shard | None]:
     """(N,) focal scale of each row's label; 1 for rows without a label (a label out of range raises an error later).
 
-    Also the shard, with the total number of classes, which alpha gives. Where the host does not read values, an alpha
-    out of range becomes NaN.
+    Also the shard, with the total number of classes, which alpha gives.
     """
     if not isinstance(alpha, Tensor):
         raise TypeError(f"alpha: expected a torch.Tensor (V,) with one value per class, got {type(alpha).__name__}")
@@ -39,9 +38,7 @@ def alpha_of(alpha: object, labels: Tensor, classes: int, shard: Shard | None) -
         raise ValueError(f"alpha is on {alpha.device} and labels on {labels.device}: move them to one device")
     inside = (labels >= 0) & (labels < classes)
     chosen = alpha.detach().to(vector_dtype(labels.device))[torch.where(inside, labels, 0)]
-    good = (chosen > 0) & (chosen < torch.inf)
-    chosen = torch.where(inside, torch.where(good, chosen, torch.nan), 1)
-    return chosen, shard
+    return torch.where(inside, chosen, 1), shard
 
 
 def focal_scales(
@@ -50,24 +47,21 @@ def focal_scales(
     """(N,) scales of focal terms, by their names, from one scale per class; and the shard with the number of classes.
 
     Raises:
-        ValueError: a scale out of range, if the host can read it without waiting for a device.
+        ValueError: a scale out of range, if the host can read it without waiting for a device; elsewhere it is NaN.
     """
     found = {}
     for name, values in (alpha or {}).items():
         if labels is None:  # no row has a label
             found[name] = torch.ones(row_count(logits), dtype=vector_dtype(logits.device), device=logits.device)
             continue
-        found[name], shard = alpha_of(values, labels, classes, shard)
-        _check_scale(found[name], logits)
+        scale, shard = alpha_of(values, labels, classes, shard)
+        good = (scale > 0) & (scale < torch.inf)
+        if not torch.compiler.is_compiling() and scale.is_cpu and direct(scale) and not bool(good.all()):
+            row = int((~good).nonzero()[0])
+            where = ", ".join(str(int(i)) for i in np.unravel_index(row, logits.shape[:-1] or (1,)))
+            raise ValueError(f"alpha of the label of row {where} is {float(scale[row])}: expected a finite number > 0")
+        found[name] = torch.where(good, scale, torch.nan)
     return found, shard
-
-
-def _check_scale(scale: Tensor, logits: Tensor) -> None:
-    if torch.compiler.is_compiling() or not (scale.is_cpu and direct(scale)) or not bool(scale.isnan().any()):
-        return
-    row = int(scale.isnan().nonzero()[0])
-    where = ", ".join(str(int(i)) for i in np.unravel_index(row, logits.shape[:-1] or (1,)))
-    raise ValueError(f"the alpha of the label of row {where} is out of range: expected a finite number > 0")
 
 
 def coefficients_of(
@@ -86,10 +80,12 @@ def coefficients_of(
     given = _term_weights(terms, term_weights)
     device, dtype = logits.device, vector_dtype(logits.device)
     rows: list[Tensor] = []
+    every_row = bool(scales)
     for key, coefficient, _ in terms:
         value = given.get(key, 1.0)
         if isinstance(value, Tensor) and value.dim() > 0:
             row = vector_of(value, f"term_weights[{key!r}]", logits, name) * coefficient
+            every_row = True
         elif isinstance(value, Tensor):
             if value.requires_grad:
                 raise ValueError(f"term_weights[{key!r}] requires grad, and no gradient flows to it: pass .detach()")
@@ -97,7 +93,7 @@ def coefficients_of(
         else:
             row = torch.ones(1, dtype=dtype, device=device) * (value * coefficient)  # traced with a symbol
         rows.append(row * scales[key] if key in scales else row)
-    if any(len(row) != 1 for row in rows) or scales:
+    if every_row:
         rows = [row.expand(row_count(logits)) for row in rows]
     return torch.stack(rows)
 

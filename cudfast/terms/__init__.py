@@ -5,8 +5,9 @@ from .entropy import Entropy, Gate
 from .focal import Focal
 from .forward_kl import ForwardKL
 from .term import Sum, Term, Terms, Weighted, named
+from .z_loss import ZLoss
 
-TERMS: tuple[type[Term], ...] = (ForwardKL, CrossEntropy, Focal, Entropy)
+TERMS: tuple[type[Term], ...] = (ForwardKL, CrossEntropy, Focal, Entropy, ZLoss)
 
 __all__ = [
     "TERMS",
@@ -19,5 +20,6 @@ __all__ = [
     "Term",
     "Terms",
     "Weighted",
+    "ZLoss",
     "named",
 ]

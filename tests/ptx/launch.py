@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -212,6 +212,17 @@ class _Utilities:
     def unload_module(module: object) -> None: ...
 
 
+def _given(values: Iterable[Any], kinds: Iterable[Any]) -> list[tuple[Any, str]]:
+    """Arguments that are no constants, and their types; those in tuples, too."""
+    found: list[tuple[Any, str]] = []
+    for value, kind in zip(values, kinds):
+        if isinstance(kind, tuple):
+            found += _given(value, kind)
+        elif kind != "constexpr":
+            found.append((value, kind))
+    return found
+
+
 def _arguments(module: Module, values: list[tuple[Any, str]]) -> bytes:
     """The layout of the kernel's parameters; those that Triton adds (scratch memory) are null."""
     data = b""
@@ -234,7 +245,7 @@ def _triton_driver(interpret: Interpreter) -> Any:
 
         def __call__(self, x: int, y: int, z: int, stream: int, module: Module, *rest: Any) -> None:
             values = rest[4:]  # packed metadata, launch metadata, two hooks
-            given = [(value, kind) for value, kind in zip(values, self._kinds) if kind != "constexpr"]
+            given = _given(values, self._kinds)
             threads, shared = 32 * self._metadata.num_warps, self._metadata.shared
             interpret(module, "", Launch(_arguments(module, given), (x, y), threads, shared, 1, ranges(values)))
 

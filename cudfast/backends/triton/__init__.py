@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...options import CUDOptions, DUSOptions
+from ...options import RowOptions
 from ...rows.call import Rows, State
 from ...targets.calibration import refuse_unmet
 
@@ -37,7 +37,7 @@ def interpreted() -> bool:
 
 def row_state(
     rows: Rows,
-    options: CUDOptions | DUSOptions,
+    options: RowOptions,
     *,
     statistics: bool,
     keep: bool,
@@ -65,7 +65,7 @@ def row_state(
 
 def row_gradient(
     rows: Rows,
-    options: CUDOptions | DUSOptions,
+    options: RowOptions,
     state: State,
     upstream: Tensor,
     gradient: Tensor,

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from ...inspect.machine import Loop, Machine, listings, loop_of, resources
 from . import projected, search, student, teacher
-from .launch import TWO_PROGRAMS, plan
+from .launch import TWO_PROGRAMS, Columns, Given, Matrix, Results, Scales, Sets, plan
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,16 +41,18 @@ class Variant(NamedTuple):
     threads: int = 0  # of a program; 0: those of the plan
 
 
-_TYPES = dict.fromkeys(("s_ptr", "t_ptr", "z_ptr", "g_ptr"), "*logits")
-_TYPES |= dict.fromkeys(("weight", "per_row", "divisors", "loss", "parts"), "*fp64")
+_GROUPS: dict[str, Any] = dict.fromkeys(("logits", "student", "teacher", "gradient"), Matrix)
+_GROUPS |= {"given": Given, "scales": Scales, "results": Results, "sets": Sets, "columns": Columns}
+_TYPES = {"pointer": "*logits"}
+_TYPES |= dict.fromkeys(("weight", "temperatures", "settings", "coefficients", "divisors", "loss", "parts"), "*fp64")
 _TYPES |= {"labels": "*i64", "top1": "*i64", "sums": "*compute", "upstream": "*compute"}
 _TYPES |= dict.fromkeys(("bounds", "work"), "*fp64")
 _TYPES |= dict.fromkeys(("near_offsets", "near", "wrong_offsets", "wrong"), "*i64")
-_VECTORS = ("weight", "per_row", "upstream", "parts")
-_READ = ("weight", "per_row", "parts")  # absent in kernels that read the state
-_STUDENT = {"P": 2, "ONES": 1, "CLIP": True}
-_PROJECTED = {"P": 2, "ONES": 1, "TOP1": True}
-_TEACHER = {"DIFFERENTIATE": False}
+_READ = ("weight", "temperatures", "coefficients", "parts")  # absent in kernels that read the state
+_VECTORS = (*_READ, "upstream")
+_STUDENT = {"P": 2, "ONES": 1, "CLIP": True, "KINDS": (0, 1)}
+_PROJECTED = {"P": 2, "ONES": 1, "TOP1": True, "KINDS": (0, 1)}
+_TEACHER = {"KINDS": (1, 2, 4)}
 
 
 def _flags(fold: bool, write: bool) -> dict[str, object]:
@@ -63,23 +65,23 @@ def _projected(fold: bool, again: bool, write: bool, entropy: bool) -> dict[str,
 
 _WHOLE, _WITHOUT_STATE = student.student_rows, (*_VECTORS, "sums")
 _SETS = projected.projected_rows
-_NEAR = ("weight", "per_row", "upstream", "wrong_offsets")  # absent: a list of near classes, the top-1 is wrong
+_NEAR = (*_VECTORS, "wrong_offsets")  # absent: a list of near classes, the top-1 is wrong
 VARIANTS = tuple(
-    Variant(*fields, _TYPES)  # type: ignore[call-arg]
+    Variant(*fields, _TYPES)  # type: ignore[call-arg, var-annotated]
     for fields in (
         ("student, fused", _WHOLE, _STUDENT | _flags(True, True), _WITHOUT_STATE, 4, 4, 1, 2),
         ("student, state", _WHOLE, _STUDENT | _flags(True, False), _VECTORS, 2, 2, 0, 1),
         ("student, gradient", _WHOLE, _STUDENT | _flags(False, True), _READ, 2, 2, 1, 1),
-        ("student, part of a row", student.student_parts, {"P": 2, "ONES": 1}, ("weight", "per_row"), 2, 2, 0, 1),
+        ("student, part of a row", student.student_parts, {"P": 2, "ONES": 1}, ("weight", "temperatures"), 2, 2, 0, 1),
         ("projected, fused", _SETS, _projected(True, False, True, False), _NEAR, 4, 4, 1, 2),
         ("projected, state", _SETS, _projected(True, False, False, True), _NEAR, 2, 2, 0, 1),
-        ("projected, temperature", search.temper_rows, {"TOP1": True}, _NEAR, 1, 1, 0, 1),
+        ("projected, temperature", search.temper_rows, {"TOP1": True, "STUDENT": 11}, _NEAR, 1, 1, 0, 1),
         ("projected, tempered state", _SETS, _projected(False, True, False, True), _NEAR, 2, 2, 0, 1),
         ("projected, gradient", _SETS, _projected(False, False, True, False), (*_READ, "wrong_offsets"), 2, 2, 1, 1),
         ("teacher, fused", teacher.teacher_rows, _TEACHER | _flags(True, True), _WITHOUT_STATE, 2, 2, 1, 2),
         ("teacher, state", teacher.teacher_rows, _TEACHER | _flags(True, False), _VECTORS, 1, 1, 0, 1),
         ("teacher, gradient", teacher.teacher_rows, _TEACHER | _flags(False, True), _READ, 1, 1, 1, 1),
-        ("teacher, part of a row", teacher.teacher_parts, {}, ("weight", "per_row"), 1, 1, 0, 1),
+        ("teacher, part of a row", teacher.teacher_parts, {}, ("weight",), 1, 1, 0, 1),
     )
 )
 
@@ -90,17 +92,33 @@ def compile(variant: Variant, dtype: str, target: str, classes: int = 32_000) ->
     cut = plan(8192, classes, wide, 132)
     names = variant.kernel.arg_names
     known = {"R": tl.float64 if wide else tl.float32, "BLOCK": cut.block}
-    constants = {name: known[name] for name in names if name in known}
-    constants |= variant.constants | {name: None for name in variant.absent if name in names}
-    signature, attributes = {}, {}
-    for index, name in enumerate(names):
-        given = variant.types.get(name) or variant.kernel.params[index].annotation_type or "i32"
+    constants: dict[Any, object] = {name: known[name] for name in names if name in known}
+    constants |= {name: value for name, value in variant.constants.items() if name in names}
+    attributes = {}
+
+    def of(name: str, path: tuple[int, ...]) -> str:
+        """The type of an argument; its constant or its alignment go into the tables above."""
+        if name in constants:
+            return "constexpr"
+        if name in variant.absent:
+            constants[path] = None
+            return "constexpr"
+        annotated = variant.kernel.params[path[0]].annotation_type if len(path) == 1 else ""
+        given = variant.types.get(name) or annotated or "i32"
         given = given.replace("logits", dtype).replace("compute", "fp64" if wide else "fp32")
-        signature[name] = "constexpr" if name in constants else given
-        rows = name in ("V", "padded", "chunk", "n_cols") or name.endswith(("_outer", "_stride"))
-        rows = rows and (classes % 16 == 0 or name == "chunk")
-        if signature[name].startswith("*") or (rows and signature[name] == "i32" and name != "upstream_stride"):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        rows = name in ("V", "classes", "padded", "stride", "n_cols") or name.endswith("_stride")
+        aligned = (rows and classes % 16 == 0) or name in ("outer", "chunk", "coefficient_step", "step")
+        if given.startswith("*") or (aligned and given == "i32"):
+            attributes[path] = [["tt.divisibility", 16]]
+        return given
+
+    signature: dict[str, Any] = {}
+    for index, name in enumerate(names):
+        group = None if name in variant.types else _GROUPS.get(name)
+        if group is None:
+            signature[name] = of(name, (index,))
+        else:
+            signature[name] = group(*(of(field, (index, i)) for i, field in enumerate(group._fields)))
     source = ASTSource(variant.kernel, signature, constexprs=constants, attrs=attributes)
     warps = max(1, (variant.threads or cut.threads) // TARGETS[target].warp_size)
     options: dict[str, object] = {"num_warps": warps, "enable_fp_fusion": True}

@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...options import CUDOptions, DUSOptions, WClip
+from ...options import RowOptions, WClip
 from ...rows.call import Rows, State, columns_of, compute_dtype
 from ...rows.layout import dense, row_count, row_layout
 from ...rows.vectors import divisors_of
 from ..tuning import tuned
-from . import projected, search, student, teacher
+from . import projected, row, search, student, teacher, terms
 from .pieces import count, scale_rows
+from .settings import settings_of
 
 _COUNT_BLOCK = 1024
 _WARP = 32  # threads: on AMD, where a wave has 64, half as many
@@ -100,11 +101,71 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return context
 
 
-def layout(logits: Tensor) -> tuple[int, int, int]:
-    """Layout of logits that `dense` has accepted."""
-    found = row_layout(logits)
-    assert found is not None
-    return found
+# Groups of a kernel's arguments. The numbers in them specialise kernels, as all others do: if they are 1 or multiples
+# of 16. The number of rows is none of them.
+
+
+EVERY = (1 << 31) - 1  # rows that a grid can have; no multiple of 16, which would be another kernel
+
+
+class Matrix(NamedTuple):
+    """Rows of logits, in a layout that `dense` has accepted: see `row_layout`."""
+
+    pointer: Tensor
+    inner: int
+    outer: int
+    stride: int
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Matrix:
+        found = row_layout(logits)
+        assert found is not None
+        inner, outer, stride = found
+        if inner == 1 or inner >= row_count(logits):  # one stride for all rows, whatever their number
+            return cls(logits, EVERY, 0, outer if inner == 1 else stride)
+        return cls(logits, inner, outer, stride)
+
+
+class Given(NamedTuple):
+    """What a call gives for its rows, besides their logits, and the numbers of its loss."""
+
+    labels: Tensor | None
+    weight: Tensor | None
+    temperatures: Tensor | None
+    settings: Tensor
+    coefficients: Tensor | None  # of the terms, (T, N) or (T, 1)
+    coefficient_step: int  # from row to row: 1 or 0
+
+
+class Scales(NamedTuple):
+    divisors: Tensor
+    upstream: Tensor | None  # (N,) or ()
+    step: int  # from row to row
+
+
+class Results(NamedTuple):
+    """What kernels read from and write to for every row."""
+
+    loss: Tensor | None
+    sums: Tensor | None
+    top1: Tensor
+    parts: Tensor | None
+
+
+class Sets(NamedTuple):
+    """Bounds of the rows and the classes that they are about. Without near_offsets, N(y) is the label, near[row]."""
+
+    bounds: Tensor
+    near_offsets: Tensor | None
+    near: Tensor
+    wrong_offsets: Tensor | None
+    wrong: Tensor
+
+
+class Columns(NamedTuple):
+    classes: int  # V
+    padded: int  # columns of the gradient
+    chunk: int
 
 
 def scale(gradient: Tensor, upstream: Tensor) -> None:
@@ -113,7 +174,7 @@ def scale(gradient: Tensor, upstream: Tensor) -> None:
     n = row_count(gradient)
     cut = plan(n, columns, wide, processors(gradient.device))
     scale_rows[(n, cut.parts)](
-        gradient, upstream, columns, cut.chunk, *layout(gradient), int(upstream.dim() > 0),
+        Matrix.of(gradient), upstream, columns, cut.chunk, int(upstream.dim() > 0),
         R=tl.float64 if wide else tl.float32, BLOCK=cut.block,
         num_warps=warps(cut, gradient.device), enable_fp_fusion=True,
     )  # fmt: skip
@@ -123,34 +184,31 @@ class Call(NamedTuple):
     """The arguments that all kernels of a call share."""
 
     rows: Rows
-    options: CUDOptions | DUSOptions
+    options: RowOptions
+    settings: Tensor
     plan: Plan
     wide: bool
 
     @classmethod
-    def of(cls, rows: Rows, options: CUDOptions | DUSOptions) -> Call:
-        name = "student_logits" if isinstance(options, CUDOptions) else "logits"
+    def of(cls, rows: Rows, options: RowOptions) -> Call:
+        name = "logits" if rows.target is None else "student_logits"
         target = None if rows.target is None else dense(rows.target, "teacher_logits")
         rows = rows._replace(logits=dense(rows.logits, name), target=target)
         wide = compute_dtype(rows) == torch.float64
-        units, whole = processors(rows.logits.device), rows.constraints is not None
+        device = rows.logits.device
+        units, whole = processors(device), rows.constraints is not None
         loss = "projected" if whole else "student" if target is not None else "teacher"
-        tuning = tuned("triton", rows.logits.device, loss, rows.logits.element_size(), rows.classes)
-        return cls(rows, options, plan(rows.n, rows.classes, wide, units, whole=whole, tuning=tuning), wide)
+        tuning = tuned("triton", device, loss, rows.logits.element_size(), rows.classes)
+        cut = plan(rows.n, rows.classes, wide, units, whole=whole, tuning=tuning)
+        return cls(rows, options, settings_of(options, device), cut, wide)
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float64 if self.wide else torch.float32
 
-    @property
-    def special(self) -> tuple[int, int]:
-        """ignore_index and unlabeled_index; the first one twice if there is no second."""
-        unlabeled = self.options.unlabeled_index
-        return self.options.ignore_index, self.options.ignore_index if unlabeled is None else unlabeled
-
     def new_state(self) -> State:
         """Memory for a packed state."""
-        with_top1 = isinstance(self.options, CUDOptions)
+        with_top1 = self.rows.target is not None
         device, n = self.rows.logits.device, self.rows.n
         columns = columns_of(self.rows, self.options)
         return State(
@@ -160,7 +218,7 @@ class Call(NamedTuple):
         )
 
     def divisors(self) -> Tensor:
-        """(2,) f64 on the device: divisors of the KD term and of the label terms. One launch counts the rows."""
+        """(2,) f64 on the device: divisors of all terms and of those of the label. One launch counts the rows."""
         rows = self.rows
         if rows.num_items is not None or self.options.reduction != "mean":
             return divisors_of(rows, self.options)
@@ -169,8 +227,8 @@ class Call(NamedTuple):
             rows.labels,
             rows.weight,
             found,
+            self.settings,
             rows.n,
-            *self.special,
             BLOCK=_COUNT_BLOCK,
             num_warps=4,
             enable_fp_fusion=True,
@@ -203,63 +261,46 @@ class Call(NamedTuple):
         fold: bool = False,
     ) -> None:
         """One launch of the row kernel. fold: from the logits; with `parts`: from their sums; else from `state`."""
-        rows, options, plan = self.rows, self.options, self.plan
+        rows = self.rows
         merge = parts is not None
-        whole = fold or merge
         g = rows.logits if gradient is None else gradient
-        shape = (rows.classes, g.shape[-1], rows.classes if whole else plan.chunk)
-        step = 0 if upstream is None or upstream.dim() == 0 else 1
-        sums = state.sums if keep else None
-        programs = 1 if whole else plan.parts
-        flags = {"FOLD": fold, "MERGE": merge, "MAP": gradient is not None}
-        if not isinstance(options, CUDOptions):
+        scales = Scales(state.divisors, upstream, 0 if upstream is None or upstream.dim() == 0 else 1)
+        results = Results(loss, state.sums if keep else None, state.top1, parts)
+        columns = Columns(rows.classes, g.shape[-1], self.plan.chunk)
+        flags = {"FOLD": fold, "MERGE": merge, "MAP": gradient is not None, "KINDS": self.options.kinds}
+        programs = 1 if fold or merge else self.plan.parts
+        logits, to = Matrix.of(rows.logits), Matrix.of(g)
+        if rows.target is None:
+            self._launch(teacher.teacher_rows, programs, logits, to, self.given, scales, results, columns, **flags)
+        elif rows.constraints is not None:
+            results = results._replace(sums=state.sums)
+            self._projected(to, scales, results, columns, fold, gradient is not None)
+        else:
             self._launch(
-                teacher.teacher_rows, programs,
-                rows.logits, g, rows.labels, rows.weight, rows.per_row, state.divisors, upstream, parts, loss, sums,
-                *shape, *layout(rows.logits), *layout(g), *self.special, step, plan.parts,
-                float(rows.scalar), float(options.ce_weight), float(options.focal_weight),
-                float(options.entropy_weight), float(options.gamma), float(options.gate_threshold),
-                float(options.gate_scale), float(options.gate_power),
-                DIFFERENTIATE=options.differentiate_gate, **flags,
+                student.student_rows, programs,
+                logits, Matrix.of(rows.target), to, self.given, scales, results, columns, float(rows.scalar),
+                P=self.power, ONES=self.ones(statistics), CLIP=self.clips, **flags,
             )  # fmt: skip
-            return
-        assert rows.target is not None
-        if rows.constraints is not None:
-            self._projected(state, loss, gradient, upstream, fold)
-            return
-        clip = options.calibration if isinstance(options.calibration, WClip) else None
-        self._launch(
-            student.student_rows, programs,
-            rows.logits, rows.target, g, rows.labels, rows.weight, rows.per_row, state.divisors, upstream, parts, loss,
-            sums, state.top1, *shape, *layout(rows.logits), *layout(rows.target), *layout(g), *self.special, step,
-            plan.parts, float(rows.scalar), float(options.kd_weight), float(options.ce_weight),
-            clip.budget if clip else 0.0, clip.margin if clip else 1.0,
-            P=self.power, ONES=self.ones(statistics), CLIP=clip is not None, **flags,
-        )  # fmt: skip
 
     def _projected(
-        self, state: State, loss: Tensor | None, gradient: Tensor | None, upstream: Tensor | None, fold: bool
+        self, to: Matrix, scales: Scales, results: Results, columns: Columns, fold: bool, writes: bool
     ) -> None:
         """The launches of `sweep` for a target with constraints: one, or more if they bound the entropy."""
-        rows, options = self.rows, self.options
-        assert isinstance(options, CUDOptions)
+        rows = self.rows
         assert rows.constraints is not None
-        target = rows.target
-        assert target is not None
-        g = rows.logits if gradient is None else gradient
-        step = 0 if upstream is None or upstream.dim() == 0 else 1
-        top1, entropy, writes = rows.constraints.top1, rows.constraints.entropy and fold, gradient is not None
+        assert rows.target is not None
+        assert results.sums is not None
+        logits, target = Matrix.of(rows.logits), Matrix.of(rows.target)
+        top1, entropy = rows.constraints.top1, rows.constraints.entropy and fold
         # Larger programs have a processor to themselves.
         registers = TWO_PROGRAMS.get(compiler(rows.logits.device), {}) if self.plan.threads <= 256 else {}
-        sets = self.constraints(state)
+        sets = self.constraints(results.top1)
 
         def launch(fold: bool, again: bool, write: bool) -> None:
             self._launch(
                 projected.projected_rows, 1,
-                rows.logits, target, g, rows.labels, rows.weight, rows.per_row, state.divisors, upstream, loss,
-                state.sums, state.top1, *sets, rows.classes, g.shape[-1], *layout(rows.logits), *layout(target),
-                *layout(g), *self.special, step, float(rows.scalar), float(options.kd_weight),
-                float(options.ce_weight), P=self.power, ONES=self.ones(False), TOP1=top1, ENTROPY=entropy,
+                logits, target, to, self.given, scales, results, sets, columns, float(rows.scalar),
+                P=self.power, ONES=self.ones(False), KINDS=self.options.kinds, TOP1=top1, ENTROPY=entropy,
                 FOLD=fold, AGAIN=again, MAP=write, **registers,
             )  # fmt: skip
 
@@ -267,50 +308,55 @@ class Call(NamedTuple):
         if entropy:
             work = torch.empty(rows.n, search.WORK.value, dtype=torch.float64, device=rows.logits.device)
             self._launch(
-                search.temper_rows, 1,
-                target, rows.labels, rows.weight, state.sums, state.top1, work, *sets, rows.classes,
-                *layout(target), *self.special, TOP1=top1,
+                search.temper_rows, 1, target, self.given, sets, results, work, rows.classes,
+                TOP1=top1, STUDENT=results.sums.shape[1] - search.COLUMNS.value,
             )  # fmt: skip
             launch(False, True, False)
             if writes:
                 launch(False, False, True)
 
-    def constraints(self, state: State) -> tuple[Tensor | None, ...]:
-        """Bounds, and offsets and indices of both sets. Without given sets, N(y) is the label."""
+    def constraints(self, top1: Tensor) -> Sets:
         rows, c = self.rows, self.rows.constraints
         assert c is not None
-        some = state.top1 if rows.labels is None else rows.labels
+        some = top1 if rows.labels is None else rows.labels
         near, wrong = ((None, some) if sets is None else (sets.offsets, sets.indices) for sets in (c.near, c.wrong))
-        return c.bounds, *near, *wrong
+        return Sets(c.bounds, *near, *wrong)
+
+    @property
+    def given(self) -> Given:
+        rows = self.rows
+        step = 0 if rows.coefficients is None or rows.coefficients.shape[1] == 1 else 1
+        return Given(rows.labels, rows.weight, rows.temperature, self.settings, rows.coefficients, step)
 
     @property
     def power(self) -> int:
         """The temperature when it is 1, 2 or 4 in every row, else 0."""
-        return int(self.rows.scalar) if self.rows.per_row is None and self.rows.scalar in (1, 2, 4) else 0
+        return int(self.rows.scalar) if self.rows.temperature is None and self.rows.scalar in (1, 2, 4) else 0
+
+    @property
+    def clips(self) -> bool:
+        """Whether the target is clipped."""
+        return self.options.distils and isinstance(self.options.calibration, WClip)
 
     def ones(self, statistics: bool) -> int:
         """Which sums at temperature 1 are needed: see `row.student_fold`."""
-        assert isinstance(self.options, CUDOptions)
-        return 2 if statistics else 1 if self.options.ce_weight > 0 else 0
+        found = row.S_ONE.value if any(kind != terms.FORWARD_KL.value for kind in self.options.kinds) else 0
+        if self.options.entropy:
+            found |= row.E_S.value
+        return found | row.S_ONE.value | row.Z_ONE.value if statistics else found
 
     def fold_parts(self, statistics: bool) -> Tensor:
         """States of the parts of every row."""
         rows, plan = self.rows, self.plan
-        options = self.options
-        width = (student if isinstance(options, CUDOptions) else teacher).PART.value
+        width = (teacher if rows.target is None else student).PART.value
         found = torch.empty(rows.n, plan.parts, width, dtype=torch.float64, device=rows.logits.device)
-        if isinstance(options, CUDOptions):
-            assert rows.target is not None
-            self._launch(
-                student.student_parts, plan.parts,
-                rows.logits, rows.target, rows.labels, rows.weight, rows.per_row, found, rows.classes, plan.chunk,
-                *layout(rows.logits), *layout(rows.target), *self.special, float(rows.scalar),
-                P=self.power, ONES=self.ones(statistics),
-            )  # fmt: skip
+        logits, columns = Matrix.of(rows.logits), Columns(rows.classes, rows.classes, plan.chunk)
+        if rows.target is None:
+            self._launch(teacher.teacher_parts, plan.parts, logits, self.given, found, columns)
         else:
             self._launch(
-                teacher.teacher_parts, plan.parts,
-                rows.logits, rows.labels, rows.weight, found, rows.classes, plan.chunk, *layout(rows.logits),
-                *self.special,
+                student.student_parts, plan.parts,
+                logits, Matrix.of(rows.target), self.given, found, columns, float(rows.scalar),
+                P=self.power, ONES=self.ones(statistics),
             )  # fmt: skip
         return found

@@ -6,31 +6,30 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from .row import NOTHING, row_weights
+from .row import NOTHING
+from .settings import special
+from .terms import row_weights
 
 fp64 = tl.float64  # annotates arguments that must be passed in double precision
-SPECIAL = ("ignore_index", "unlabeled_index")  # arguments whose values do not specialise a kernel
 # The interpreter reduces pairs in Python, one element after the other.
 PAIRS = tl.constexpr(not knobs.runtime.interpret)
 
 
 @triton.jit
-def row_start(row, inner, outer, stride):
-    """Offset of row i of (..., V): see `cudfast.rows.layout.row_layout`."""
-    return (row // inner) * outer + (row % inner) * stride
+def row_of(row, logits):
+    """Row i of a `launch.Matrix`: see `cudfast.rows.layout.row_layout`."""
+    return logits.pointer + ((row // logits.inner) * logits.outer + (row % logits.inner) * logits.stride)
 
 
-@triton.jit(do_not_specialize=["inner", "upstream_stride"])
-def scale_rows(
-    g_ptr, upstream, padded, chunk, inner, outer, stride, upstream_stride, R: tl.constexpr, BLOCK: tl.constexpr
-):
+@triton.jit(do_not_specialize=["upstream_step"])
+def scale_rows(gradient, upstream, padded, chunk, upstream_step, R: tl.constexpr, BLOCK: tl.constexpr):
     """A gradient times the upstream gradient. If that is 1, the gradient is not read; 0 remains 0, even times NaN."""
     row = tl.program_id(0).to(tl.int64)
-    by = tl.load(upstream + row * upstream_stride).to(R)
+    by = tl.load(upstream + row * upstream_step).to(R)
     if by != 1:
         begin = tl.program_id(1).to(tl.int64) * chunk
         end = tl.minimum(begin + chunk, padded)
-        g_row = g_ptr + row_start(row, inner, outer, stride)
+        g_row = row_of(row, gradient)
         for start in range(begin, end, BLOCK):
             column = start + tl.arange(0, BLOCK)
             g = tl.load(g_row + column, mask=column < end, other=0.0).to(R)
@@ -81,6 +80,25 @@ def largest_of_both(x, y):
 
 
 @triton.jit
+def unless(quiet, t_row, s_row):
+    """The teacher's row; the student's if the teacher's part of the gradient is 0, so that its NaN cannot be read.
+
+    That works for rows of one dtype, and costs nothing. Blocks of others go through `heard`.
+    """
+    if t_row.dtype == s_row.dtype:
+        t_row = tl.where(quiet, s_row, t_row)
+    return t_row
+
+
+@triton.jit
+def heard(t, quiet, instead, t_row, s_row):
+    """A block of teacher logits, or `instead` of all of them."""
+    if t_row.dtype == s_row.dtype:
+        return t
+    return tl.where(quiet, instead, t)
+
+
+@triton.jit
 def centre(m):
     return tl.where(m == NOTHING, 0.0, m)
 
@@ -89,25 +107,27 @@ def centre(m):
 
 
 @triton.jit
-def marks(row, labels, weight, V, ignore_index, unlabeled_index):
-    """(ignored, labelled, y, kd, ce): y is always a valid class; the weights are NaN if the row's input is invalid.
+def marks(row, given, V):
+    """(ignored, labelled, y, in every term, in those of the label): y is always a valid class; the last two are what
+    the row counts, NaN if its input is invalid.
 
     The host reads no values, so a label that is not a class makes the loss of its row NaN and raises no error.
     """
     w = tl.full((), 1.0, tl.float64)
-    if weight is not None:
-        w = tl.load(weight + row)
+    if given.weight is not None:
+        w = tl.load(given.weight + row)
     y = tl.zeros((), tl.int64)
     ignored = w == 0
     labelled = tl.zeros((), tl.int1)
-    if labels is not None:
-        y = tl.load(labels + row)
+    if given.labels is not None:
+        ignore_index, unlabeled_index = special(given.settings)
+        y = tl.load(given.labels + row)
         ignored = ignored | (y == ignore_index)
         labelled = (y != ignore_index) & (y != unlabeled_index)
     wrong = (labelled & ((y < 0) | (y >= V))) | ((w >= 0) == 0) | (w == float("inf"))
     y = tl.where(labelled & (y >= 0) & (y < V), y, 0)
-    kd, ce = row_weights(ignored, labelled, tl.where(wrong & (ignored == 0), float("nan"), w))
-    return ignored, labelled, y, kd, ce
+    in_rows, in_labelled = row_weights(ignored, labelled, tl.where(wrong & (ignored == 0), float("nan"), w))
+    return ignored, labelled, y, in_rows, in_labelled
 
 
 @triton.jit
@@ -117,20 +137,35 @@ def shared(weight, divisor):
 
 
 @triton.jit
-def per_row_value(row, per_row, scalar, low, high):
-    """Temperature or alpha of a row in f64; NaN if it is out of range."""
-    value = f64(scalar)
-    if per_row is not None:
-        value = tl.load(per_row + row)
-        value = tl.where((value >= low) & (value <= high), value, float("nan"))
-    return value
+def shares_of(in_rows, in_labelled, scales):
+    """What a row counts in the means: see `marks`."""
+    return shared(in_rows, tl.load(scales.divisors)), shared(in_labelled, tl.load(scales.divisors + 1))
 
 
-@triton.jit(do_not_specialize=[*SPECIAL, "N"])
-def count(labels, weight, divisors, N, ignore_index, unlabeled_index, BLOCK: tl.constexpr):
-    """Sums of the rows' weights: of the KD term, and of the terms that need a label. One program, in a fixed order."""
-    kd_sum = tl.zeros((BLOCK,), tl.float64)
-    ce_sum = tl.zeros((BLOCK,), tl.float64)
+@triton.jit
+def scale_of(row, scales):
+    """The upstream gradient of a row in f64."""
+    by = tl.full((), 1.0, tl.float64)
+    if scales.upstream is not None:
+        by = tl.load(scales.upstream + row * scales.step).to(tl.float64)
+    return by
+
+
+@triton.jit
+def temperature_of(row, given, temperature):
+    """The temperature of a row in f64; NaN if it is out of range."""
+    tau = f64(temperature)
+    if given.temperatures is not None:
+        tau = tl.load(given.temperatures + row)
+        tau = tl.where((tau >= 1e-4) & (tau <= 1e4), tau, float("nan"))
+    return tau
+
+
+@triton.jit(do_not_specialize=["N"])
+def count(labels, weight, divisors, settings, N, BLOCK: tl.constexpr):
+    """Sums of the rows' weights: of all terms, and of those that need a label. One program, in a fixed order."""
+    rows_sum = tl.zeros((BLOCK,), tl.float64)
+    labelled_sum = tl.zeros((BLOCK,), tl.float64)
     lanes = tl.arange(0, BLOCK)
     for start in range(0, N, BLOCK):
         row = start + lanes
@@ -141,11 +176,12 @@ def count(labels, weight, divisors, N, ignore_index, unlabeled_index, BLOCK: tl.
         ignored = (inside == 0) | (w == 0)
         labelled = tl.zeros((BLOCK,), tl.int1)
         if labels is not None:
+            ignore_index, unlabeled_index = special(settings)
             y = tl.load(labels + row, mask=inside, other=0)
             ignored = ignored | (y == ignore_index)
             labelled = (y != ignore_index) & (y != unlabeled_index)
-        kd, ce = row_weights(ignored, labelled, w)
-        kd_sum += kd
-        ce_sum += ce
-    tl.store(divisors, tl.sum(kd_sum, 0))
-    tl.store(divisors + 1, tl.sum(ce_sum, 0))
+        in_rows, in_labelled = row_weights(ignored, labelled, w)
+        rows_sum += in_rows
+        labelled_sum += in_labelled
+    tl.store(divisors, tl.sum(rows_sum, 0))
+    tl.store(divisors + 1, tl.sum(labelled_sum, 0))

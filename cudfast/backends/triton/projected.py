@@ -11,34 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pieces import (
-    SPECIAL,
-    centre,
-    clear,
-    f64,
-    fp64,
-    marks,
-    per_row_value,
-    row_start,
-    shared,
-)
+from .element import student_element
+from .pieces import centre, clear, f64, fp64, marks, row_of, scale_of, shares_of, temperature_of
 from .rest import projected_fold_columns, projected_map_columns
-from .row import (
-    LOG2E,
-    NOTHING,
-    below,
-    entropy,
-    log_add,
-    masses,
-    student_coefficients,
-    student_element,
-    student_finish,
-    student_move,
-)
-from .search import COLUMNS, MISSES, OUT_OF_REACH, TEMPERED, entropy_tolerance
+from .row import E_ONE, E_S, LOG2E, NOTHING, S_ONE, Z_ONE, below, entropy, log_add, masses, student_move
+from .search import COLUMNS as PROJECTED
+from .search import MISSES, OUT_OF_REACH, TEMPERED, entropy_tolerance
 from .sets import FAR, bounds_of_row, holds, set_sums, set_top, sets_of_row
-from .student import COLUMNS as STUDENT
-from .student import student_pack
+from .student import COLUMNS, student_pack
+from .terms import finish, forward_kl, student_coefficients
 
 
 @triton.jit
@@ -67,7 +48,9 @@ def lowered(z_tau, a, offset, base, tau):
     """A set's sums times its factor; 0 if the factor is 0."""
     there = offset > NOTHING
     zero = tl.zeros_like(z_tau)
-    z, _, a, _, _, _ = student_move(z_tau, zero, a, zero, zero, zero, tl.where(there, offset, 0.0), zero, base, tau)
+    z, _, a, _, _, _, _ = student_move(
+        z_tau, zero, a, zero, zero, zero, zero, tl.where(there, offset, 0.0), zero, base, tau
+    )
     return tl.where(there, z, 0.0), tl.where(there, a, 0.0)
 
 
@@ -77,20 +60,20 @@ def joined(m_t, z_tau, a, z_one, e_one, impossible, top, s_top, m_s, base, tau):
     new_t = tl.maximum(m_t, top)
     zero = tl.zeros_like(z_tau)
     one, a_one, blocked = single(top, s_top, m_s, tau)
-    z_tau, _, a, _, z_one, e_one = student_move(z_tau, zero, a, zero, z_one, e_one, below(m_t, new_t), zero, base, tau)
-    z_2, _, a_2, _, one_2, e_2 = student_move(one, zero, a_one, zero, one, zero, below(top, new_t), zero, base, tau)
+    z_tau, _, a, _, z_one, e_one, _ = student_move(
+        z_tau, zero, a, zero, z_one, e_one, zero, below(m_t, new_t), zero, base, tau
+    )
+    z_2, _, a_2, _, one_2, e_2, _ = student_move(
+        one, zero, a_one, zero, one, zero, zero, below(top, new_t), zero, base, tau
+    )
     return new_t, z_tau + z_2, a + a_2, z_one + one_2, e_one + e_2, tl.maximum(impossible, blocked)
 
 
-@triton.jit(do_not_specialize=[*SPECIAL, "s_inner", "t_inner", "g_inner", "upstream_stride"])
+@triton.jit
 def projected_rows(
-    s_ptr, t_ptr, g_ptr, labels, weight, per_row, divisors, upstream, loss, sums, top1,
-    bounds, near_offsets, near, wrong_offsets, wrong,
-    V, padded,
-    s_inner, s_outer, s_stride, t_inner, t_outer, t_stride, g_inner, g_outer, g_stride,
-    ignore_index, unlabeled_index, upstream_stride,
-    temperature: fp64, kd_weight: fp64, ce_weight: fp64,
-    R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, TOP1: tl.constexpr, ENTROPY: tl.constexpr,
+    student, teacher, gradient, given, scales, results, sets, columns, temperature: fp64,
+    R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, KINDS: tl.constexpr,
+    TOP1: tl.constexpr, ENTROPY: tl.constexpr,
     FOLD: tl.constexpr, AGAIN: tl.constexpr, MAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row, program (row, 0).
@@ -100,15 +83,17 @@ def projected_rows(
     read. MAP writes the gradient. N(y) are the columns near[near_offsets[y]:near_offsets[y + 1]], or without offsets
     the label alone, near[row].
     """
+    bounds, near_offsets, near, wrong_offsets, wrong = sets
+    V = columns.classes
     row = tl.program_id(0).to(tl.int64)
-    ignored, labelled, y, kd, ce = marks(row, labels, weight, V, ignore_index, unlabeled_index)
-    s_row = s_ptr + row_start(row, s_inner, s_outer, s_stride)
-    t_row = t_ptr + row_start(row, t_inner, t_outer, t_stride)
-    tau = per_row_value(row, per_row, temperature, 1e-4, 1e4)
+    ignored, labelled, y, in_rows, in_labelled = marks(row, given, V)
+    s_row = row_of(row, student)
+    t_row = row_of(row, teacher)
+    tau = temperature_of(row, given, temperature)
     nothing = tl.full((), float("-inf"), tl.float64)
     zero = tl.zeros((), tl.float64)
     m_t, s_k, m_s, t_y, s_y = nothing, nothing, nothing, nothing, nothing
-    z_tau, s_tau, a, s_one, z_one, impossible = zero, zero, zero, zero, zero, zero
+    z_tau, s_tau, a, s_one, z_one, e_s, impossible = zero, zero, zero, zero, zero, zero, zero
     beta = tl.full((), 1.0, tl.float64)
     middle = zero
     near_offset, wrong_offset, rest_offset = nothing, nothing, nothing
@@ -119,7 +104,10 @@ def projected_rows(
     own, own_end, near_end, wrong_at, wrong_end, wants_top1 = sets_of_row(
         row, y, labelled & (ignored == 0), bounds, near_offsets, near, wrong_offsets, TOP1
     )
-    at = sums + row * COLUMNS
+    STUDENT: tl.constexpr = COLUMNS + 1 if E_S & ONES else COLUMNS
+    SUMS: tl.constexpr = S_ONE | Z_ONE | (E_S & ONES) | (E_ONE if FOLD and ENTROPY else 0)
+    OF_SETS: tl.constexpr = Z_ONE | (E_ONE if FOLD else 0)
+    at = results.sums + row * (STUDENT + PROJECTED)
     works = ignored == 0
     if AGAIN:
         if works:
@@ -127,7 +115,7 @@ def projected_rows(
     if works:
         base = f64(LOG2E) / tau
         if FOLD == False:  # noqa: E712 (a constexpr has no truth in the interpreter's `not`)
-            k = tl.load(top1 + row)
+            k = tl.load(results.top1 + row)
             if wants_top1:
                 if holds(near, own, own_end, k) == 0:
                     alone = k
@@ -135,12 +123,12 @@ def projected_rows(
             beta = tl.load(at + STUDENT).to(tl.float64)
             middle = tl.load(at + STUDENT + 1).to(tl.float64)
         if FOLD or AGAIN:
-            m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_one, impossible, top, k_apart = projected_fold_columns(
+            m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible, top, k_apart = projected_fold_columns(
                 s_row, t_row, V, near, own, near_end, wrong, wrong_at, wrong_end, alone, beta, middle, tau,
-                R, FOLD, P, 3 if FOLD and ENTROPY else 2, BLOCK,
+                R, FOLD, P, SUMS, BLOCK,
             )  # fmt: skip
             # Read again, so that it needs no register during the sweep.
-            ignored, labelled, y, kd, ce = marks(row, labels, weight, V, ignore_index, unlabeled_index)
+            ignored, labelled, y, in_rows, in_labelled = marks(row, given, V)
             own, own_end, near_end, wrong_at, wrong_end, wants_top1 = sets_of_row(
                 row, y, labelled, bounds, near_offsets, near, wrong_offsets, TOP1
             )
@@ -178,12 +166,11 @@ def projected_rows(
             out_of_reach = tl.load(at + STUDENT + 9) == OUT_OF_REACH
         if FOLD or AGAIN:
             near_z, near_a, near_one, near_e, near_impossible = set_sums(
-                s_row, t_row, near, own, near_end, near_top, beta, m_s, tau, base.to(R), R, P, 3 if FOLD else 2
+                s_row, t_row, near, own, near_end, near_top, beta, m_s, tau, base.to(R), R, P, OF_SETS
             )
             wrong_z, wrong_a, wrong_one, wrong_e, wrong_impossible = set_sums(
-                s_row, t_row, wrong, wrong_at, wrong_end, wrong_top, beta, m_s, tau, base.to(R), R, P,
-                3 if FOLD else 2,
-            )  # fmt: skip
+                s_row, t_row, wrong, wrong_at, wrong_end, wrong_top, beta, m_s, tau, base.to(R), R, P, OF_SETS
+            )
             if alone >= 0:
                 wrong_z, wrong_a, wrong_impossible = single(wrong_top, s_k, m_s, tau)
                 wrong_one = wrong_z
@@ -253,23 +240,23 @@ def projected_rows(
             a = tl.load(at + 5).to(tl.float64)
             s_one = tl.load(at + 6).to(tl.float64)
             impossible = tl.load(at + 10).to(tl.float64)
+            if E_S & ONES:
+                e_s = tl.load(at + 11).to(tl.float64)
             beta = tl.load(at + STUDENT).to(tl.float64)
             middle = tl.load(at + STUDENT + 1).to(tl.float64)
             near_offset = tl.load(at + STUDENT + 2).to(tl.float64)
             wrong_offset = tl.load(at + STUDENT + 3).to(tl.float64)
             rest_offset = tl.load(at + STUDENT + 4).to(tl.float64)
-    ignored, labelled, y, kd, ce = marks(row, labels, weight, V, ignore_index, unlabeled_index)
-    kd = f64(kd_weight) * shared(kd, tl.load(divisors))
-    ce = f64(ce_weight) * shared(ce, tl.load(divisors + 1))
-    kd_loss, ce_loss, target_z, _, _, _, _ = student_finish(
-        m_t, m_s, z_tau, s_tau, a, s_one, impossible, s_k, t_y, s_y, labelled, tau,
-        f64(kd_weight), f64(ce_weight), zero, zero, False,
+    ignored, labelled, y, in_rows, in_labelled = marks(row, given, V)
+    rows_share, labelled_share = shares_of(in_rows, in_labelled, scales)
+    loss_of_row, counts, log_z, by_kl, one, log, label = finish(
+        row, rows_share, labelled_share, given,
+        forward_kl(m_t, m_s, s_tau, z_tau, a, impossible, tau), m_s, s_one, e_s, s_y, KINDS,
     )  # fmt: skip
     if FOLD or AGAIN:
         if works | FOLD:
-            student_pack(
-                sums, top1, row, COLUMNS, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, k
-            )
+            student_pack(at, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, e_s, ONES)
+            tl.store(results.top1 + row, k)
             tl.store(at + STUDENT, beta)
             tl.store(at + STUDENT + 1, middle)
             tl.store(at + STUDENT + 2, near_offset)
@@ -280,28 +267,37 @@ def projected_rows(
             tl.store(at + STUDENT + 7, calibrated)
             tl.store(at + STUDENT + 8, moved)
             tl.store(at + STUDENT + 9, relaxed)
-            tl.store(loss + row, tl.where(kd != 0, kd * kd_loss, 0.0) + tl.where(ce != 0, ce * ce_loss, 0.0))
+            tl.store(results.loss + row, loss_of_row)
     if MAP:
-        g_row = g_ptr + row_start(row, g_inner, g_outer, g_stride)
-        if upstream is not None:
-            scale = tl.load(upstream + row * upstream_stride).to(tl.float64)
-            kd = kd * scale
-            ce = ce * scale
-        if ignored | ((kd == 0) & (ce == 0)):
-            clear(g_row, 0, padded, BLOCK)
+        g_row = row_of(row, gradient)
+        by = scale_of(row, scales)
+        if ignored | (counts == 0) | (by == 0):
+            clear(g_row, 0, columns.padded, BLOCK)
         else:
-            student_tau, teacher_tau, student_one, label = student_coefficients(s_tau, s_one, target_z, tau, kd, ce)
+            label = label * by
+            student_tau, teacher_tau, student_one, student_log = student_coefficients(
+                s_tau, s_one, z_tau, tau, by_kl * by, one * by, log * by
+            )
             base = f64(LOG2E) / tau
+            quiet = by_kl == 0
             near_top = centre(near_top)
             wrong_top = centre(wrong_top)
             rest_top = middle + centre(m_t) / beta
+            if quiet:  # finite numbers in place of a teacher whose logits may not be
+                beta = tl.full((), 1.0, tl.float64)
+                near_top, wrong_top, rest_top = centre(m_s), centre(m_s), centre(m_s)
+                near_offset, wrong_offset, rest_offset = zero, zero, zero
             in_near = beta * (t_y - near_top) + near_offset
             in_rest = beta * (t_y - rest_top) + rest_offset
             dt = tl.where(t_y == NOTHING, t_y, tl.where(near_end > own, in_near, in_rest))
-            g_y = student_element(student_tau, teacher_tau, student_one, dt, s_y - centre(m_s), base, 0, 1)
-            g_y = tl.where(s_y == NOTHING, g_y, g_y - label)
+            dt = tl.where(quiet, 0.0, dt)
+            g_y = student_element(
+                student_tau, teacher_tau, student_one, student_log, log_z, dt, s_y - centre(m_s), base, 0, ONES
+            )
+            g_y = tl.where(s_y == NOTHING, g_y, g_y + label)
             projected_map_columns(
-                s_row, t_row, g_row, V, padded, near, own, near_end, wrong, wrong_at, wrong_end, alone, beta,
+                s_row, t_row, g_row, V, columns.padded, near, own, near_end, wrong, wrong_at, wrong_end, alone, beta,
                 near_top, near_offset, wrong_top, wrong_offset, rest_top, rest_offset, m_s, tau,
-                student_tau, teacher_tau, student_one, tl.where(labelled, y, -1), g_y.to(R), R, P, ONES, BLOCK,
+                student_tau, teacher_tau, student_one, student_log, log_z, quiet, tl.where(labelled, y, -1),
+                g_y.to(R), R, P, ONES, BLOCK,
             )  # fmt: skip

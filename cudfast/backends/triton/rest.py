@@ -5,14 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pieces import centre, clear, f64, largest_of_both, replaced, stored
-from .row import LOG2E, NOTHING, below, student_element, student_fold, student_move
+from .element import student_element
+from .pieces import centre, clear, f64, heard, largest_of_both, replaced, stored, unless
+from .row import E_ONE, E_S, LOG2E, NOTHING, below, student_fold, student_move
 from .sets import apart, in_thread, member, zero_beside
 
 
 @triton.jit
 def projected_block(
-    s, x, start, s_row, m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, impossible, base,
+    s, x, start, s_row, m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible, base,
     RUN: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of columns. x: teacher logits, -inf in columns that are summed separately. RUN: so is the top-1.
@@ -36,29 +37,31 @@ def projected_block(
                 high_t = tl.maximum(tl.max(x, 0), joins)
         new_t = tl.maximum(m_t, high_t)
         new_s = tl.maximum(m_s, high_s)
-        z_tau, s_tau, a, s_one, z_one, e_one = student_move(
-            z_tau, s_tau, a, s_one, z_one, e_one, below(m_t, new_t), below(m_s, new_s), base, 1.0
+        z_tau, s_tau, a, s_one, z_one, e_one, e_s = student_move(
+            z_tau, s_tau, a, s_one, z_one, e_one, e_s, below(m_t, new_t), below(m_s, new_s), base, 1.0
         )
         m_t = new_t
         m_s = new_s
         if RUN:
             dt = tl.where(tl.arange(0, BLOCK // WIDTH) == 0, joins - centre(m_t), NOTHING)
-            z_tau, _, a, _, z_one, e_one, impossible = student_fold(
-                z_tau, s_tau, a, s_one, z_one, e_one, impossible, dt, s_joins - centre(m_s), base, P, ONES
+            z_tau, _, a, _, z_one, e_one, _, impossible = student_fold(
+                z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible, dt, s_joins - centre(m_s), base, P, ONES
             )
     zero = zero_beside(base)
-    e_t, e_s, excess, one_s, one_t, x_t, holes = student_fold(
-        zero, zero, zero, zero, zero, zero, NOTHING, x - centre(m_t), s - centre(m_s), base, P, ONES
+    at_t, at_s, excess, one_s, one_t, x_t, x_s, holes = student_fold(
+        zero, zero, zero, zero, zero, zero, zero, NOTHING, x - centre(m_t), s - centre(m_s), base, P, ONES
     )
-    z_tau += in_thread(e_t, BLOCK, WIDTH)
-    s_tau += in_thread(e_s, BLOCK, WIDTH)
+    z_tau += in_thread(at_t, BLOCK, WIDTH)
+    s_tau += in_thread(at_s, BLOCK, WIDTH)
     a += in_thread(excess, BLOCK, WIDTH)
     s_one += in_thread(one_s, BLOCK, WIDTH)
     z_one += in_thread(one_t, BLOCK, WIDTH)
-    if ONES > 2:
+    if E_ONE & ONES:
         e_one += in_thread(x_t, BLOCK, WIDTH)
+    if E_S & ONES:
+        e_s += in_thread(x_s, BLOCK, WIDTH)
     impossible = tl.maximum(impossible, tl.max(tl.reshape(holes, (BLOCK // WIDTH, WIDTH)), 1))
-    return m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, impossible
+    return m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible
 
 
 @triton.jit
@@ -82,6 +85,7 @@ def projected_fold_columns(
     s_one = tl.zeros((BLOCK // WIDTH,), R)
     z_one = tl.zeros((BLOCK // WIDTH,), R)
     e_one = tl.zeros((BLOCK // WIDTH,), R)
+    e_s = tl.zeros((BLOCK // WIDTH,), R)
     impossible = tl.full((BLOCK // WIDTH,), float("-inf"), R)
     near_column = member(near, near_at, near_end)
     wrong_column = tl.where(alone >= 0, alone, member(wrong, wrong_at, wrong_end))
@@ -94,8 +98,8 @@ def projected_fold_columns(
         x, wrong_at, wrong_column = apart(
             x, t, start, wrong, wrong_at, wrong_end, wrong_column, 0.0, NOTHING, 1.0, BLOCK
         )
-        m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, impossible = projected_block(
-            s, x, start, s_row, m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, impossible, base,
+        m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible = projected_block(
+            s, x, start, s_row, m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible, base,
             RUN, P, ONES, BLOCK,
         )  # fmt: skip
     if whole < V:
@@ -107,8 +111,8 @@ def projected_fold_columns(
         x, wrong_at, wrong_column = apart(
             x, t, whole, wrong, wrong_at, wrong_end, wrong_column, 0.0, NOTHING, 1.0, BLOCK
         )
-        m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, impossible = projected_block(
-            s, x, whole, s_row, m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, impossible, base,
+        m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible = projected_block(
+            s, x, whole, s_row, m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible, base,
             RUN, P, ONES, BLOCK,
         )  # fmt: skip
     excluded = tl.where(tl.max(impossible, 0) == float("inf"), 1.0, 0.0).to(tl.float64)
@@ -121,6 +125,7 @@ def projected_fold_columns(
         tl.sum(s_one, 0).to(tl.float64),
         tl.sum(z_one, 0).to(tl.float64),
         tl.sum(e_one, 0).to(tl.float64),
+        tl.sum(e_s, 0).to(tl.float64),
         excluded,
         top.to(tl.float64),
         k,
@@ -131,23 +136,27 @@ def projected_fold_columns(
 def projected_map_columns(
     s_row, t_row, g_row, V, padded, near, near_at, near_end, wrong, wrong_at, wrong_end, alone, beta,
     near_top, near_offset, wrong_top, wrong_offset, rest_top, rest_offset, m_s, tau,
-    student_tau, teacher_tau, student_one, y, g_y,
+    student_tau, teacher_tau, student_one, student_log, log_z, quiet, y, g_y,
     R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a row, and zeros in the columns from V on; g_y: the value of the label's column, y = -1: none."""
     lanes = tl.arange(0, BLOCK)
     base = (f64(LOG2E) / tau).to(R)
+    t_row = unless(quiet, t_row, s_row)
     b = beta.to(R)
     c_s = centre(m_s).to(R)
     one = student_tau.to(R)
     two = teacher_tau.to(R)
     three = student_one.to(R)
+    four = student_log.to(R)
+    lost = log_z.to(R)
     near_column = member(near, near_at, near_end)
     wrong_column = tl.where(alone >= 0, alone, member(wrong, wrong_at, wrong_end))
     whole = V - V % BLOCK
     for start in range(0, whole, BLOCK):
         t = tl.load(t_row + start + lanes, eviction_policy="evict_first").to(R)
         s = tl.load(s_row + start + lanes, eviction_policy="evict_first").to(R)
+        t = heard(t, quiet, rest_top.to(R), t_row, s_row)
         dt = (t - rest_top.to(R)) * b + rest_offset.to(R)
         dt, near_at, near_column = apart(
             dt, t, start, near, near_at, near_end, near_column, near_top.to(R), near_offset.to(R), b, BLOCK
@@ -155,12 +164,13 @@ def projected_map_columns(
         dt, wrong_at, wrong_column = apart(
             dt, t, start, wrong, wrong_at, wrong_end, wrong_column, wrong_top.to(R), wrong_offset.to(R), b, BLOCK
         )
-        g = replaced(student_element(one, two, three, dt, s - c_s, base, P, ONES), start, y, g_y, BLOCK)
+        g = replaced(student_element(one, two, three, four, lost, dt, s - c_s, base, P, ONES), start, y, g_y, BLOCK)
         tl.store(g_row + start + lanes, stored(g, g_row))
     if whole < V:
         column = whole + lanes
         t = tl.load(t_row + column, mask=column < V, other=0.0, eviction_policy="evict_first").to(R)
         s = tl.load(s_row + column, mask=column < V, other=0.0, eviction_policy="evict_first").to(R)
+        t = heard(t, quiet, rest_top.to(R), t_row, s_row)
         dt = (t - rest_top.to(R)) * b + rest_offset.to(R)
         dt, near_at, near_column = apart(
             dt, t, whole, near, near_at, near_end, near_column, near_top.to(R), near_offset.to(R), b, BLOCK
@@ -168,6 +178,6 @@ def projected_map_columns(
         dt, wrong_at, wrong_column = apart(
             dt, t, whole, wrong, wrong_at, wrong_end, wrong_column, wrong_top.to(R), wrong_offset.to(R), b, BLOCK
         )
-        g = replaced(student_element(one, two, three, dt, s - c_s, base, P, ONES), whole, y, g_y, BLOCK)
+        g = replaced(student_element(one, two, three, four, lost, dt, s - c_s, base, P, ONES), whole, y, g_y, BLOCK)
         tl.store(g_row + column, stored(g, g_row), mask=column < V)
     clear(g_row, V, padded, BLOCK)

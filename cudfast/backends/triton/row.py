@@ -1,4 +1,4 @@
-"""csrc/row for Triton: the same functions, in the same order, under the same tags.
+"""csrc/row/state.h and target.h for Triton: the same functions, in the same order, under the same tags.
 
 Values that are summed over columns are lanes (BLOCK,) in the computing type; values per row are scalars in f64.
 Exponentials are powers of two, with log2(e) and 1 / tau combined in one factor.
@@ -16,8 +16,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # Student loss: state of one row, or of some of its columns                                          [state-student]
-# (m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_one, impossible); k, s_k and the label's logits are read after the last
-# column. ONES: the sums at temperature 1 that are needed (0 none, 1 the student's, 2 both, 3 e_one, too).
+# (m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible); k, s_k and the label's logits are read after the
+# last column. ONES: the sums at temperature 1 that are needed, of these.
+S_ONE = tl.constexpr(1)
+Z_ONE = tl.constexpr(2)
+E_ONE = tl.constexpr(4)  # with Z_ONE
+E_S = tl.constexpr(8)  # with S_ONE
+
+
 @triton.jit
 def power(e, P: tl.constexpr):
     """e^(x) from e^(x / P): temperatures 1, 2 and 4 need no second exponential."""
@@ -29,28 +35,33 @@ def power(e, P: tl.constexpr):
 
 
 @triton.jit
-def student_fold(z_tau, s_tau, a, s_one, z_one, e_one, impossible, dt, ds, base, P: tl.constexpr, ONES: tl.constexpr):
+def student_fold(
+    z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible, dt, ds, base, P: tl.constexpr, ONES: tl.constexpr
+):
     """Adds the columns in dt = t - m_t and ds = s - m_s; base = log2(e) / tau.
 
     `a` is not yet multiplied by 1 / tau. If a logit is -inf, dt - ds is infinite or NaN and is left out of the sum;
     +inf marks a class that only the student excludes, and remains in `impossible`.
     """
-    e_t = tl.exp2(dt * base)
-    e_s = tl.exp2(ds * base)
+    teacher = tl.exp2(dt * base)
+    student = tl.exp2(ds * base)
     excess = dt - ds
     impossible = tl.maximum(impossible, excess)
     excess = tl.where(tl.abs(excess) < float("inf"), excess, 0.0)
-    z_tau += e_t
-    s_tau += e_s
-    a += e_t * excess
-    if ONES > 0:
-        s_one += power(e_s, P) if P > 0 else tl.exp2(ds * LOG2E)
-    if ONES > 1:
-        one = power(e_t, P) if P > 0 else tl.exp2(dt * LOG2E)
+    z_tau += teacher
+    s_tau += student
+    a += teacher * excess
+    if S_ONE & ONES:
+        one = power(student, P) if P > 0 else tl.exp2(ds * LOG2E)
+        s_one += one
+        if E_S & ONES:
+            e_s += one * tl.where(ds > NOTHING, ds, 0.0)
+    if Z_ONE & ONES:
+        one = power(teacher, P) if P > 0 else tl.exp2(dt * LOG2E)
         z_one += one
-        if ONES > 2:
+        if E_ONE & ONES:
             e_one += one * tl.where(dt > NOTHING, dt, 0.0)
-    return z_tau, s_tau, a, s_one, z_one, e_one, impossible
+    return z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible
 
 
 @triton.jit
@@ -60,18 +71,20 @@ def below(part, whole):
 
 
 @triton.jit
-def student_move(z_tau, s_tau, a, s_one, z_one, e_one, down_t, down_s, base, tau):
+def student_move(z_tau, s_tau, a, s_one, z_one, e_one, e_s, down_t, down_s, base, tau):
     """Sums relative to larger maxima; tau = 1 if `a` is not yet multiplied by 1 / tau.              [merge-student]"""
     teacher = tl.exp2(down_t * base)
     student = tl.exp2(down_s * base)
     a = teacher * (a + z_tau * ((down_t - down_s) / tau))
     z_tau = teacher * z_tau
     s_tau = student * s_tau
-    s_one = tl.exp2(down_s * LOG2E) * s_one
+    one = tl.exp2(down_s * LOG2E)
+    e_s = one * (e_s + s_one * down_s)
+    s_one = one * s_one
     one = tl.exp2(down_t * LOG2E)
     e_one = one * (e_one + z_one * down_t)
     z_one = one * z_one
-    return z_tau, s_tau, a, s_one, z_one, e_one
+    return z_tau, s_tau, a, s_one, z_one, e_one, e_s
 
 
 # Teacher loss: (m, z, e)                                                                            [state-teacher]
@@ -275,134 +288,3 @@ def spread(low, high, step, share):
     """Another point for the same sweep as `step`, if steps do not converge: shares of log(beta).            [spread]"""
     least = tl.where(low > 0, low, tl.minimum(high / 16.0, step / 4.0))
     return least * tl.exp(share * tl.log(high / least))
-
-
-# ---- csrc/row/terms.h ----
-
-
-@triton.jit
-def row_weights(ignored, labelled, weight):
-    """How much a row counts in each term: (kd, ce).                                                   [row-weights]"""
-    kd = tl.where(ignored, 0.0, weight)
-    return kd, tl.where(labelled, kd, 0.0)
-
-
-@triton.jit
-def kd_value(m_t, m_s, s_tau, z_tau, a, impossible, tau):
-    """tau^2 KL(q || p) = tau^2 (a / z + log(s / z)); rounding below 0 is 0.                                    [kd]"""
-    kl = a / z_tau + tl.log(s_tau / z_tau)
-    kl = tl.where(kl < 0, 0.0, tau * tau * kl)
-    kl = tl.where(impossible > 0, float("inf") + 0.0 * (z_tau * s_tau), kl)
-    return tl.where((m_t == NOTHING) | (m_s == NOTHING), float("nan"), kl)
-
-
-@triton.jit
-def ce_value(s_one, s_y, m_s):
-    """-log p_y = log S1 - (s_y - m_s)                                                                          [ce]"""
-    return tl.log(s_one) - (s_y - m_s)
-
-
-@triton.jit
-def student_finish(
-    m_t, m_s, z_tau, s_tau, a, s_one, impossible, s_k, t_y, s_y, labelled, tau, kd_weight, ce_weight, budget, margin,
-    CLIP: tl.constexpr,
-):  # fmt: skip
-    """The calibrated target and the terms of a row: (kd, ce, z_tau, impossible, r, t_k, t_y)."""
-    ce = tl.where(labelled & (ce_weight > 0), ce_value(s_one, s_y, m_s), 0.0)
-    r = tl.zeros_like(m_t)
-    t_k = tl.zeros_like(m_t)
-    new_t_y = t_y - m_t
-    if CLIP:
-        wrong = labelled & (t_y < m_t) & (kd_weight > 0)
-        r, t_k, new_t_y = wclip(tl.where(wrong, t_y - m_t, 0.0), budget, margin)
-        r = tl.where(wrong, r, 0.0)
-        new_t_y = tl.where(r > 0, new_t_y, t_y - m_t)
-    z_tau, a, impossible = replace(z_tau, a, impossible, m_t, m_s, s_k, t_y, s_y, r, t_k, new_t_y, tau)
-    kd = tl.where(kd_weight > 0, kd_value(m_t, m_s, s_tau, z_tau, a, impossible, tau), 0.0)
-    return kd, ce, z_tau, impossible, r, t_k, new_t_y
-
-
-@triton.jit
-def student_coefficients(s_tau, s_one, z_tau, tau, kd, ce):
-    """(student_tau, teacher_tau, student_one, label) of dL/ds_j.                                 [student-gradient]"""
-    return (
-        tl.where(kd != 0, kd * tau / s_tau, 0.0),
-        tl.where(kd != 0, kd * tau / z_tau, 0.0),
-        tl.where(ce != 0, ce / s_one, 0.0),
-        ce,
-    )
-
-
-@triton.jit
-def raised(base, exponent):
-    """base^exponent for base in [0, 1] and any exponent (not below 0 if base is 0); 0^0 is 1."""
-    inside = tl.where(base > 0, base, 1.0)
-    return tl.where(base > 0, tl.exp(exponent * tl.log(inside)), tl.where(exponent == 0, 1.0, 0.0))
-
-
-@triton.jit
-def focal(log_p, gamma, alpha):
-    """(value, slope) of alpha (1 - p)^gamma (-log p).                                                       [focal]"""
-    a = -expm1(log_p)
-    a_gamma = raised(a, gamma)
-    ratio = tl.where(a > 0, log_p / tl.where(a > 0, a, 1.0), -1.0)
-    lost = log_p == NOTHING
-    value = tl.where(lost, float("inf"), -alpha * a_gamma * log_p)
-    return value, tl.where(lost, -alpha, alpha * a_gamma * (gamma * (1.0 - a) * ratio - 1.0))
-
-
-@triton.jit
-def gate(log_p, threshold, scale, exponent):
-    """(value, slope) of w = 1{p < threshold} + scale (1 - p)^power.                                          [gate]"""
-    a = -expm1(log_p)
-    value = tl.where(1.0 - a < threshold, 1.0, 0.0) + scale * raised(a, exponent)
-    slope = -scale * exponent * raised(a, exponent - 1.0) * (1.0 - a)
-    return value, tl.where((exponent > 0) & (a > 0), slope, 0.0)
-
-
-@triton.jit
-def teacher_finish(
-    m, z, e, z_y, alpha, ce_weight, focal_weight, entropy_weight, gamma, threshold, scale, exponent,
-    DIFFERENTIATE: tl.constexpr,
-):  # fmt: skip
-    """Value and slopes of Eq. 3: (value, entropy, slope, weight, log_z)."""
-    log_z = tl.log(z)
-    entropy = log_z - e / z
-    log_p = (z_y - m) - log_z
-    value = tl.where(ce_weight > 0, -ce_weight * log_p, 0.0)
-    slope = tl.where(ce_weight > 0, -ce_weight, 0.0)
-    f_value, f_slope = focal(log_p, gamma, alpha)
-    value = value + tl.where(focal_weight > 0, focal_weight * f_value, 0.0)
-    slope = slope + tl.where(focal_weight > 0, focal_weight * f_slope, 0.0)
-    w_value, w_slope = gate(log_p, threshold, scale, exponent)
-    weight = tl.where(entropy_weight > 0, entropy_weight * w_value, 0.0)
-    value = value - tl.where(entropy_weight > 0, weight * entropy, 0.0)
-    if DIFFERENTIATE:
-        slope = slope - tl.where(entropy_weight > 0, entropy_weight * w_slope * entropy, 0.0)
-    return value, entropy, slope, weight, log_z
-
-
-@triton.jit
-def teacher_coefficients(entropy, slope, weight, scale):
-    """(one, log, label) of dL/dz_j = p_j (one + log * log p_j) + label 1[j = y].                 [teacher-gradient]"""
-    return scale * (weight * entropy - slope), scale * weight, scale * slope
-
-
-# ---- csrc/row/element.h ----
-
-
-@triton.jit
-def student_element(student_tau, teacher_tau, student_one, dt, ds, base, P: tl.constexpr, ONES: tl.constexpr):
-    """dL/ds_j without the label's share; NaN in a NaN row.                                        [element-student]"""
-    e_s = tl.exp2(ds * base)
-    g = student_tau * e_s - teacher_tau * tl.exp2(dt * base)
-    if ONES > 0:
-        g += student_one * (power(e_s, P) if P > 0 else tl.exp2(ds * LOG2E))
-    return tl.where(ds == NOTHING, 0.0 * (student_tau + student_one), g)
-
-
-@triton.jit
-def teacher_element(one, log, x, inv_z, log_z):
-    """dL/dz_j without the label's share; x = z_j - m. 0 log 0 is 0.                               [element-teacher]"""
-    p = tl.exp2(x * LOG2E) * inv_z
-    return p * (one + log * tl.where(x > NOTHING, x - log_z, 0.0))

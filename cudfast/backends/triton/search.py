@@ -6,10 +6,9 @@ import triton
 import triton.language as tl
 
 from ...targets import search
-from .pieces import SPECIAL, centre, f64, marks, row_start
+from .pieces import centre, f64, marks, row_of
 from .row import NOTHING, entropy, log_mass, masses, spread, temper, tempered_fold
 from .sets import apart, bounds_of_row, holds, in_thread, member, set_tempered, set_top, sets_of_row, zero_beside
-from .student import COLUMNS as STUDENT
 
 SWEEPS = tl.constexpr(search.SWEEPS)
 STEPS = tl.constexpr(search.STEPS)
@@ -19,7 +18,7 @@ HOTTEST = tl.constexpr(search.HOTTEST)
 NARROW, WIDE = (tl.constexpr(tolerance) for tolerance in search.TOLERANCE.values())
 
 
-COLUMNS = tl.constexpr(21)  # of a packed state
+COLUMNS = tl.constexpr(10)  # of a packed state, after those of the student
 # Marks in the last column of a row whose temperature is searched:
 MISSES = tl.constexpr(-1.0)  # the entropy at T = 1 misses a bound
 TEMPERED = tl.constexpr(-2.0)  # the temperature is found
@@ -207,18 +206,21 @@ def find_temperature(
     return beta, out_of_reach
 
 
-@triton.jit(do_not_specialize=[*SPECIAL, "t_inner"])
+@triton.jit
 def temper_rows(
-    t_ptr, labels, weight, sums, top1, work, bounds, near_offsets, near, wrong_offsets, wrong,
-    V, t_inner, t_outer, t_stride, ignore_index, unlabeled_index,
-    R: tl.constexpr, TOP1: tl.constexpr, BLOCK: tl.constexpr,
+    teacher, given, sets, results, work, V,
+    R: tl.constexpr, TOP1: tl.constexpr, STUDENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The temperatures of rows that `projected.projected_rows` has marked; see there. One row, program (row, 0)."""
+    """The temperatures of rows that `projected.projected_rows` has marked; see there. One row, program (row, 0).
+
+    STUDENT: columns of the state before those that are read here.
+    """
+    bounds, near_offsets, near, wrong_offsets, wrong = sets
     row = tl.program_id(0).to(tl.int64)
-    at = sums + row * COLUMNS + STUDENT
+    at = results.sums + row * (STUDENT + COLUMNS) + STUDENT
     if tl.load(at + 9) == MISSES:
-        _, labelled, y, _, _ = marks(row, labels, weight, V, ignore_index, unlabeled_index)
-        t_row = t_ptr + row_start(row, t_inner, t_outer, t_stride)
+        _, labelled, y, _, _ = marks(row, given, V)
+        t_row = row_of(row, teacher)
         own, own_end, near_end, wrong_at, wrong_end, wants_top1 = sets_of_row(
             row, y, labelled, bounds, near_offsets, near, wrong_offsets, TOP1
         )
@@ -226,7 +228,7 @@ def temper_rows(
         wrong_top = set_top(t_row, wrong, wrong_at, wrong_end, R)[0]
         alone = tl.full((), -1, tl.int64)
         if wants_top1:
-            k = tl.load(top1 + row)
+            k = tl.load(results.top1 + row)
             if holds(near, own, own_end, k) == 0:
                 alone = k
                 wrong_top = tl.load(t_row + k).to(tl.float64)

@@ -98,8 +98,8 @@ def set_sums(
         t = tl.load(t_row + column, mask=inside, other=float("-inf")).to(R)
         s = tl.load(s_row + column, mask=inside, other=0.0).to(R)
         dt = (t - centre(top).to(R)) * beta.to(R)
-        z_tau, _, a, _, z_one, e_one, impossible = student_fold(
-            z_tau, nothing, a, nothing, z_one, e_one, impossible, dt, s - centre(m_s).to(R), base, P, ONES
+        z_tau, _, a, _, z_one, e_one, _, impossible = student_fold(
+            z_tau, nothing, a, nothing, z_one, e_one, nothing, impossible, dt, s - centre(m_s).to(R), base, P, ONES
         )
     return (
         tl.sum(z_tau, 0).to(tl.float64),

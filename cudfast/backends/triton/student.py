@@ -9,39 +9,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .element import student_element
 from .pieces import (
-    SPECIAL,
     centre,
     clear,
     f64,
     fp64,
+    heard,
     largest_of_both,
     marks,
-    per_row_value,
     replaced,
-    row_start,
-    shared,
+    row_of,
+    scale_of,
+    shares_of,
     stored,
+    temperature_of,
+    unless,
 )
-from .row import (
-    LOG2E,
-    NOTHING,
-    below,
-    student_coefficients,
-    student_element,
-    student_finish,
-    student_fold,
-    student_move,
-)
+from .row import E_S, LOG2E, NOTHING, below, student_fold, student_move
+from .terms import finish, student_coefficients, student_target
 
-COLUMNS = tl.constexpr(11)  # of a packed state
-PART = tl.constexpr(9)  # values of a part of a row
+COLUMNS = tl.constexpr(11)  # of a packed state, before e_s
+PART = tl.constexpr(10)  # values of a part of a row
 
 
 @triton.jit
 def student_block(
-    s, t, start, m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, impossible, base, P: tl.constexpr, ONES: tl.constexpr
-):
+    s, t, start, m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, e_s, impossible, base,
+    P: tl.constexpr, ONES: tl.constexpr,
+):  # fmt: skip
     """One block of columns: maxima first, then the sums relative to them. `first`: start of the block with m_t."""
     high_t, high_s = largest_of_both(t, s)
     if (high_t > m_t) | (high_s > m_s):
@@ -49,14 +45,16 @@ def student_block(
         new_s = tl.maximum(m_s, high_s)
         down_t = below(m_t, new_t)
         down_s = below(m_s, new_s)
-        z_tau, s_tau, a, s_one, z_one, _ = student_move(z_tau, s_tau, a, s_one, z_one, 0.0, down_t, down_s, base, 1.0)
+        z_tau, s_tau, a, s_one, z_one, _, e_s = student_move(
+            z_tau, s_tau, a, s_one, z_one, 0.0, e_s, down_t, down_s, base, 1.0
+        )
         first = tl.where(high_t > m_t, start, first)
         m_t = new_t
         m_s = new_s
-    z_tau, s_tau, a, s_one, z_one, _, impossible = student_fold(
-        z_tau, s_tau, a, s_one, z_one, 0.0, impossible, t - centre(m_t), s - centre(m_s), base, P, ONES
+    z_tau, s_tau, a, s_one, z_one, _, e_s, impossible = student_fold(
+        z_tau, s_tau, a, s_one, z_one, 0.0, e_s, impossible, t - centre(m_t), s - centre(m_s), base, P, ONES
     )
-    return m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, impossible
+    return m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, e_s, impossible
 
 
 @triton.jit
@@ -74,20 +72,21 @@ def student_fold_columns(
     a = tl.zeros((BLOCK,), R)
     s_one = tl.zeros((BLOCK,), R)
     z_one = tl.zeros((BLOCK,), R)
+    e_s = tl.zeros((BLOCK,), R)
     impossible = tl.full((BLOCK,), float("-inf"), R)
     whole = end - (end - begin) % BLOCK
     for start in range(begin, whole, BLOCK):
         t = tl.load(t_row + start + lanes, eviction_policy="evict_last").to(R)
         s = tl.load(s_row + start + lanes, eviction_policy="evict_last").to(R)
-        m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, impossible = student_block(
-            s, t, start, m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, impossible, base, P, ONES
+        m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, e_s, impossible = student_block(
+            s, t, start, m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, e_s, impossible, base, P, ONES
         )
     if whole < end:
         inside = whole + lanes < end
         t = tl.load(t_row + whole + lanes, mask=inside, other=float("-inf"), eviction_policy="evict_last").to(R)
         s = tl.load(s_row + whole + lanes, mask=inside, other=float("-inf"), eviction_policy="evict_last").to(R)
-        m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, impossible = student_block(
-            s, t, whole, m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, impossible, base, P, ONES
+        m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, e_s, impossible = student_block(
+            s, t, whole, m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, e_s, impossible, base, P, ONES
         )
     column = first + lanes
     t = tl.load(t_row + column, mask=column < end, other=float("nan")).to(R)
@@ -102,15 +101,15 @@ def student_fold_columns(
         tl.sum(a, 0).to(tl.float64) / tau,
         tl.sum(s_one, 0).to(tl.float64),
         tl.sum(z_one, 0).to(tl.float64),
+        tl.sum(e_s, 0).to(tl.float64),
         excluded,
         k,
     )
 
 
 @triton.jit
-def student_pack(sums, top1, row, columns, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, k):
+def student_pack(at, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, e_s, ONES: tl.constexpr):
     """Columns in the order of `cudfast.rows.call.STUDENT_COLUMNS`."""
-    at = sums + row * columns
     tl.store(at + 0, m_t)
     tl.store(at + 1, s_k)
     tl.store(at + 2, m_s)
@@ -122,12 +121,14 @@ def student_pack(sums, top1, row, columns, m_t, s_k, m_s, z_tau, s_tau, a, s_one
     tl.store(at + 8, t_y)
     tl.store(at + 9, s_y)
     tl.store(at + 10, impossible)
-    tl.store(top1 + row, k)
+    if E_S & ONES:
+        tl.store(at + 11, e_s)
 
 
 @triton.jit
 def student_map_columns(
-    s_row, t_row, g_row, begin, end, V, padded, m_t, m_s, tau, student_tau, teacher_tau, student_one, y, g_y, k, g_k,
+    s_row, t_row, g_row, begin, end, V, padded, m_t, m_s, tau,
+    student_tau, teacher_tau, student_one, student_log, log_z, quiet, y, g_y, k, g_k,
     R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the columns [begin, end), and zeros in the columns from V on if the part is the last.
@@ -136,64 +137,70 @@ def student_map_columns(
     """
     lanes = tl.arange(0, BLOCK)
     base = (f64(LOG2E) / tau).to(R)
-    c_t = centre(m_t).to(R)
+    t_row = unless(quiet, t_row, s_row)
+    c_t = centre(tl.where(quiet, m_s, m_t)).to(R)
     c_s = centre(m_s).to(R)
     one = student_tau.to(R)
     two = teacher_tau.to(R)
     three = student_one.to(R)
+    four = student_log.to(R)
+    lost = log_z.to(R)
     whole = end - (end - begin) % BLOCK
     for start in range(begin, whole, BLOCK):
         t = tl.load(t_row + start + lanes, eviction_policy="evict_first").to(R)
         s = tl.load(s_row + start + lanes, eviction_policy="evict_first").to(R)
-        g = student_element(one, two, three, t - c_t, s - c_s, base, P, ONES)
+        t = heard(t, quiet, c_t, t_row, s_row)
+        g = student_element(one, two, three, four, lost, t - c_t, s - c_s, base, P, ONES)
         g = replaced(replaced(g, start, y, g_y, BLOCK), start, k, g_k, BLOCK)
         tl.store(g_row + start + lanes, stored(g, g_row))
     if whole < end:
         column = whole + lanes
         t = tl.load(t_row + column, mask=column < end, other=0.0, eviction_policy="evict_first").to(R)
         s = tl.load(s_row + column, mask=column < end, other=0.0, eviction_policy="evict_first").to(R)
-        g = student_element(one, two, three, t - c_t, s - c_s, base, P, ONES)
+        t = heard(t, quiet, c_t, t_row, s_row)
+        g = student_element(one, two, three, four, lost, t - c_t, s - c_s, base, P, ONES)
         g = replaced(replaced(g, whole, y, g_y, BLOCK), whole, k, g_k, BLOCK)
         tl.store(g_row + column, stored(g, g_row), mask=column < end)
     if end == V:
         clear(g_row, V, padded, BLOCK)
 
 
-@triton.jit(do_not_specialize=[*SPECIAL, "s_inner", "t_inner", "g_inner", "upstream_stride", "count_of_parts"])
+@triton.jit
 def student_rows(
-    s_ptr, t_ptr, g_ptr, labels, weight, per_row, divisors, upstream, parts, loss, sums, top1,
-    V, padded, chunk,
-    s_inner, s_outer, s_stride, t_inner, t_outer, t_stride, g_inner, g_outer, g_stride,
-    ignore_index, unlabeled_index, upstream_stride, count_of_parts,
-    temperature: fp64, kd_weight: fp64, ce_weight: fp64, budget: fp64, margin: fp64,
-    R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, CLIP: tl.constexpr,
+    student, teacher, gradient, given, scales, results, columns, temperature: fp64,
+    R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, CLIP: tl.constexpr, KINDS: tl.constexpr,
     FOLD: tl.constexpr, MERGE: tl.constexpr, MAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The columns [chunk i, chunk (i + 1)) of a row, program (row, i). FOLD computes the state, MERGE computes it from
-    parts, otherwise it is read; MAP writes the gradient."""
+    parts, otherwise it is read; MAP writes the gradient. With FOLD or MERGE, one program has the whole row.
+    Groups of arguments: see launch.py."""
+    sums = results.sums
+    V, padded, chunk = columns
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1).to(tl.int64) * chunk
     end = tl.minimum(begin + chunk, V)
-    ignored, labelled, y, kd, ce = marks(row, labels, weight, V, ignore_index, unlabeled_index)
-    s_row = s_ptr + row_start(row, s_inner, s_outer, s_stride)
-    t_row = t_ptr + row_start(row, t_inner, t_outer, t_stride)
-    tau = per_row_value(row, per_row, temperature, 1e-4, 1e4)
-    kd = f64(kd_weight) * shared(kd, tl.load(divisors))
-    ce = f64(ce_weight) * shared(ce, tl.load(divisors + 1))
+    ignored, labelled, y, in_rows, in_labelled = marks(row, given, V)
+    s_row = row_of(row, student)
+    t_row = row_of(row, teacher)
+    tau = temperature_of(row, given, temperature)
     nothing = tl.full((), float("-inf"), tl.float64)
     zero = tl.zeros((), tl.float64)
     m_t, s_k, m_s, t_y, s_y = nothing, nothing, nothing, nothing, nothing
-    z_tau, s_tau, a, s_one, z_one, impossible = zero, zero, zero, zero, zero, zero
+    z_tau, s_tau, a, s_one, z_one, e_s, impossible = zero, zero, zero, zero, zero, zero, zero
     k = tl.zeros((), tl.int64)
+    at = sums
+    if sums is not None:
+        at = sums + row * (COLUMNS + 1 if E_S & ONES else COLUMNS)
     if ignored == 0:
         if FOLD:
-            m_t, m_s, z_tau, s_tau, a, s_one, z_one, impossible, k = student_fold_columns(
+            m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_s, impossible, k = student_fold_columns(
                 s_row, t_row, begin, end, tau, R, P, ONES, BLOCK
             )
         elif MERGE:
-            m_t, m_s, z_tau, s_tau, a, s_one, z_one, impossible, k = student_merge(parts, row, count_of_parts, tau)
+            m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_s, impossible, k = student_merge(
+                results.parts, row, tl.cdiv(V, chunk), tau, ONES
+            )
         else:
-            at = sums + row * COLUMNS
             m_t = tl.load(at + 0).to(tl.float64)
             s_k = tl.load(at + 1).to(tl.float64)
             m_s = tl.load(at + 2).to(tl.float64)
@@ -204,7 +211,9 @@ def student_rows(
             t_y = tl.load(at + 8).to(tl.float64)
             s_y = tl.load(at + 9).to(tl.float64)
             impossible = tl.load(at + 10).to(tl.float64)
-            k = tl.load(top1 + row)
+            if E_S & ONES:
+                e_s = tl.load(at + 11).to(tl.float64)
+            k = tl.load(results.top1 + row)
         if FOLD or MERGE:
             s_k = tl.load(s_row + k).to(tl.float64)
             if labelled:
@@ -212,54 +221,59 @@ def student_rows(
                 s_y = tl.load(s_row + y).to(tl.float64)
     if FOLD or MERGE:
         if sums is not None:
-            student_pack(
-                sums, top1, row, COLUMNS, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, k
-            )
-    kd_loss, ce_loss, target_z, impossible, r, t_k, new_t_y = student_finish(
-        m_t, m_s, z_tau, s_tau, a, s_one, impossible, s_k, t_y, s_y, labelled, tau,
-        f64(kd_weight), f64(ce_weight), f64(budget), f64(margin), CLIP,
-    )  # fmt: skip
+            student_pack(at, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, e_s, ONES)
+            tl.store(results.top1 + row, k)
+    divergence, target_z, r, t_k, new_t_y = student_target(
+        m_t, m_s, z_tau, s_tau, a, impossible, s_k, t_y, s_y, labelled, tau, given, CLIP
+    )
+    rows_share, labelled_share = shares_of(in_rows, in_labelled, scales)
+    value, counts, log_z, by_kl, one, log, label = finish(
+        row, rows_share, labelled_share, given, divergence, m_s, s_one, e_s, s_y, KINDS
+    )
     if FOLD or MERGE:
-        value = tl.where(kd != 0, kd * kd_loss, 0.0) + tl.where(ce != 0, ce * ce_loss, 0.0)
-        tl.store(loss + row, value)
+        tl.store(results.loss + row, value)
     if MAP:
-        g_row = g_ptr + row_start(row, g_inner, g_outer, g_stride)
-        if upstream is not None:
-            scale = tl.load(upstream + row * upstream_stride).to(tl.float64)
-            kd = kd * scale
-            ce = ce * scale
-        if ignored | ((kd == 0) & (ce == 0)):
+        g_row = row_of(row, gradient)
+        by = scale_of(row, scales)
+        if ignored | (counts == 0) | (by == 0):
             clear(g_row, begin, tl.where(end == V, padded, end), BLOCK)
         else:
-            student_tau, teacher_tau, student_one, label = student_coefficients(s_tau, s_one, target_z, tau, kd, ce)
+            label = label * by
+            student_tau, teacher_tau, student_one, student_log = student_coefficients(
+                s_tau, s_one, target_z, tau, by_kl * by, one * by, log * by
+            )
             base = f64(LOG2E) / tau
-            dt = tl.where(r > 0, new_t_y, t_y - centre(m_t))
-            g_y = student_element(student_tau, teacher_tau, student_one, dt, s_y - centre(m_s), base, 0, 1)
-            g_y = tl.where(s_y == NOTHING, g_y, g_y - label)
-            g_k = student_element(student_tau, teacher_tau, student_one, t_k, s_k - centre(m_s), base, 0, 1)
+            dt = tl.where(by_kl == 0, 0.0, tl.where(r > 0, new_t_y, t_y - centre(m_t)))
+            g_y = student_element(
+                student_tau, teacher_tau, student_one, student_log, log_z, dt, s_y - centre(m_s), base, 0, ONES
+            )
+            g_y = tl.where(s_y == NOTHING, g_y, g_y + label)
+            g_k = student_element(
+                student_tau, teacher_tau, student_one, student_log, log_z, t_k, s_k - centre(m_s), base, 0, ONES
+            )
             student_map_columns(
-                s_row, t_row, g_row, begin, end, V, padded, m_t, m_s, tau, student_tau, teacher_tau, student_one,
+                s_row, t_row, g_row, begin, end, V, padded, m_t, m_s, tau,
+                student_tau, teacher_tau, student_one, student_log, log_z, by_kl == 0,
                 tl.where(labelled, y, -1), g_y.to(R), tl.where(r > 0, k, -1), g_k.to(R), R, P, ONES, BLOCK,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*SPECIAL, "s_inner", "t_inner"])
+@triton.jit
 def student_parts(
-    s_ptr, t_ptr, labels, weight, per_row, parts, V, chunk,
-    s_inner, s_outer, s_stride, t_inner, t_outer, t_stride,
-    ignore_index, unlabeled_index, temperature: fp64,
+    student, teacher, given, parts, columns, temperature: fp64,
     R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """State of the columns [chunk i, chunk (i + 1)) of a row, program (row, i)."""
+    V = columns.classes
+    chunk = columns.chunk
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1).to(tl.int64) * chunk
-    ignored = marks(row, labels, weight, V, ignore_index, unlabeled_index)[0]
+    ignored = marks(row, given, V)[0]
     if ignored == 0:
-        tau = per_row_value(row, per_row, temperature, 1e-4, 1e4)
-        m_t, m_s, z_tau, s_tau, a, s_one, z_one, impossible, k = student_fold_columns(
-            s_ptr + row_start(row, s_inner, s_outer, s_stride), t_ptr + row_start(row, t_inner, t_outer, t_stride),
-            begin, tl.minimum(begin + chunk, V), tau, R, P, ONES, BLOCK,
-        )  # fmt: skip
+        tau = temperature_of(row, given, temperature)
+        m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_s, impossible, k = student_fold_columns(
+            row_of(row, student), row_of(row, teacher), begin, tl.minimum(begin + chunk, V), tau, R, P, ONES, BLOCK
+        )
         at = parts + (row * tl.num_programs(1) + tl.program_id(1)) * PART
         tl.store(at + 0, m_t)
         tl.store(at + 1, m_s)
@@ -270,16 +284,18 @@ def student_parts(
         tl.store(at + 6, z_one)
         tl.store(at + 7, impossible)
         tl.store(at + 8, k.to(tl.float64))  # exact: below 2^53
+        if E_S & ONES:
+            tl.store(at + 9, e_s)
 
 
 @triton.jit
-def student_merge(parts, row, count_of_parts, tau):
+def student_merge(parts, row, count_of_parts, tau, ONES: tl.constexpr):
     """The state of a row from those of its parts, in their order: the lowest index of equal values is kept."""
     base = f64(LOG2E) / tau
     m_t = tl.full((), float("-inf"), tl.float64)
     m_s = tl.full((), float("-inf"), tl.float64)
     zero = tl.zeros((), tl.float64)
-    z_tau, s_tau, a, s_one, z_one, impossible, k = zero, zero, zero, zero, zero, zero, zero
+    z_tau, s_tau, a, s_one, z_one, e_s, impossible, k = zero, zero, zero, zero, zero, zero, zero, zero
     for part in range(0, count_of_parts):
         at = parts + (row * count_of_parts + part) * PART
         other_t = tl.load(at + 0)
@@ -287,15 +303,16 @@ def student_merge(parts, row, count_of_parts, tau):
         k = tl.where((other_t > m_t) | (part == 0), tl.load(at + 8), k)
         new_t = tl.maximum(m_t, other_t)
         new_s = tl.maximum(m_s, other_s)
-        z_tau, s_tau, a, s_one, z_one, _ = student_move(
-            z_tau, s_tau, a, s_one, z_one, 0.0, below(m_t, new_t), below(m_s, new_s), base, tau
+        z_tau, s_tau, a, s_one, z_one, _, e_s = student_move(
+            z_tau, s_tau, a, s_one, z_one, 0.0, e_s, below(m_t, new_t), below(m_s, new_s), base, tau
         )
-        z_2, s_2, a_2, s_one_2, z_one_2, _ = student_move(
+        z_2, s_2, a_2, s_one_2, z_one_2, _, e_2 = student_move(
             tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), 0.0,
-            below(other_t, new_t), below(other_s, new_s), base, tau,
+            tl.load(at + 9) if E_S & ONES else 0.0, below(other_t, new_t), below(other_s, new_s), base, tau,
         )  # fmt: skip
         z_tau, s_tau, a, s_one, z_one = z_tau + z_2, s_tau + s_2, a + a_2, s_one + s_one_2, z_one + z_one_2
+        e_s += e_2
         impossible = tl.maximum(impossible, tl.load(at + 7))
         m_t = new_t
         m_s = new_s
-    return m_t, m_s, z_tau, s_tau, a, s_one, z_one, impossible, k.to(tl.int64)
+    return m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_s, impossible, k.to(tl.int64)

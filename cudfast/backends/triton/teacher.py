@@ -1,4 +1,4 @@
-"""The kernels of the teacher loss; see student.py.
+"""The kernels of rows without a target; see student.py.
 
 Offsets are int64. The first pass over a row reads with the cache hint evict_last, the second with evict_first: if the
 rows in flight fit in L2, forward and backward cost one read and one write of N V.
@@ -9,17 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pieces import SPECIAL, centre, clear, f64, fp64, marks, per_row_value, replaced, row_start, shared, stored
-from .row import (
-    LOG2E,
-    NOTHING,
-    below,
-    teacher_coefficients,
-    teacher_element,
-    teacher_finish,
-    teacher_fold,
-    teacher_move,
-)
+from .element import teacher_element
+from .pieces import centre, clear, marks, replaced, row_of, scale_of, shares_of, stored
+from .row import LOG2E, NOTHING, below, teacher_fold, teacher_move
+from .terms import finish
 
 LN2 = tl.constexpr(0.6931471805599453)
 PART = tl.constexpr(3)  # values of a part of a row
@@ -75,23 +68,20 @@ def teacher_map_columns(
         clear(g_row, V, padded, BLOCK)
 
 
-@triton.jit(do_not_specialize=[*SPECIAL, "z_inner", "g_inner", "upstream_stride", "count_of_parts"])
+@triton.jit
 def teacher_rows(
-    z_ptr, g_ptr, labels, weight, per_row, divisors, upstream, parts, loss, sums,
-    V, padded, chunk, z_inner, z_outer, z_stride, g_inner, g_outer, g_stride,
-    ignore_index, unlabeled_index, upstream_stride, count_of_parts,
-    alpha: fp64, ce_weight: fp64, focal_weight: fp64, entropy_weight: fp64,
-    gamma: fp64, threshold: fp64, gate_scale: fp64, gate_power: fp64,
-    R: tl.constexpr, DIFFERENTIATE: tl.constexpr,
-    FOLD: tl.constexpr, MERGE: tl.constexpr, MAP: tl.constexpr, BLOCK: tl.constexpr,
+    logits, gradient, given, scales, results, columns,
+    R: tl.constexpr, KINDS: tl.constexpr, FOLD: tl.constexpr, MERGE: tl.constexpr, MAP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The columns [chunk i, chunk (i + 1)) of a row, program (row, i). See `student_rows`."""
+    sums = results.sums
+    V, padded, chunk = columns
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1).to(tl.int64) * chunk
     end = tl.minimum(begin + chunk, V)
-    ignored, labelled, y, _, ce = marks(row, labels, weight, V, ignore_index, unlabeled_index)
-    z_row = z_ptr + row_start(row, z_inner, z_outer, z_stride)
-    scale = shared(ce, tl.load(divisors + 1))
+    ignored, labelled, y, in_rows, in_labelled = marks(row, given, V)
+    z_row = row_of(row, logits)
     m = tl.full((), float("-inf"), tl.float64)
     z_y = tl.full((), float("-inf"), tl.float64)
     z = tl.zeros((), tl.float64)
@@ -100,7 +90,7 @@ def teacher_rows(
         if FOLD:
             m, z, e = teacher_fold_columns(z_row, begin, end, R, BLOCK)
         elif MERGE:
-            m, z, e = teacher_merge(parts, row, count_of_parts)
+            m, z, e = teacher_merge(results.parts, row, tl.cdiv(V, chunk))
         else:
             at = sums + row * 4
             m = tl.load(at + 0).to(tl.float64)
@@ -117,22 +107,19 @@ def teacher_rows(
             tl.store(at + 1, z)
             tl.store(at + 2, e)
             tl.store(at + 3, z_y)
-    value, entropy, slope, entropy_share, log_z = teacher_finish(
-        m, z, e, z_y, per_row_value(row, per_row, alpha, 5e-324, 1.7976931348623157e308),
-        f64(ce_weight), f64(focal_weight), f64(entropy_weight),
-        f64(gamma), f64(threshold), f64(gate_scale), f64(gate_power),
-        DIFFERENTIATE,
-    )  # fmt: skip
+    rows_share, labelled_share = shares_of(in_rows, in_labelled, scales)
+    value, counts, log_z, _, one, log, label = finish(
+        row, rows_share, labelled_share, given, tl.zeros((), tl.float64), m, z, e, z_y, KINDS
+    )
     if FOLD or MERGE:
-        tl.store(loss + row, tl.where(scale != 0, scale * value, 0.0))
+        tl.store(results.loss + row, value)
     if MAP:
-        g_row = g_ptr + row_start(row, g_inner, g_outer, g_stride)
-        if upstream is not None:
-            scale = scale * tl.load(upstream + row * upstream_stride).to(tl.float64)
-        if ignored | (scale == 0):
+        g_row = row_of(row, gradient)
+        by = scale_of(row, scales)
+        if ignored | (counts == 0) | (by == 0):
             clear(g_row, begin, tl.where(end == V, padded, end), BLOCK)
         else:
-            one, log, label = teacher_coefficients(entropy, slope, entropy_share, scale)
+            one, log, label = one * by, log * by, label * by
             g_y = teacher_element(one, log, z_y - centre(m), 1.0 / z, log_z)
             g_y = tl.where(z_y == NOTHING, g_y, g_y + label)
             teacher_map_columns(
@@ -141,17 +128,16 @@ def teacher_rows(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*SPECIAL, "z_inner"])
-def teacher_parts(
-    z_ptr, labels, weight, parts, V, chunk, z_inner, z_outer, z_stride, ignore_index, unlabeled_index,
-    R: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def teacher_parts(logits, given, parts, columns, R: tl.constexpr, BLOCK: tl.constexpr):
     """State of the columns [chunk i, chunk (i + 1)) of a row, program (row, i)."""
+    V = columns.classes
+    chunk = columns.chunk
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1).to(tl.int64) * chunk
-    ignored = marks(row, labels, weight, V, ignore_index, unlabeled_index)[0]
+    ignored = marks(row, given, V)[0]
     if ignored == 0:
-        z_row = z_ptr + row_start(row, z_inner, z_outer, z_stride)
+        z_row = row_of(row, logits)
         m, z, e = teacher_fold_columns(z_row, begin, tl.minimum(begin + chunk, V), R, BLOCK)
         at = parts + (row * tl.num_programs(1) + tl.program_id(1)) * PART
         tl.store(at + 0, m)
