@@ -135,7 +135,8 @@ template <class State>
 Numbers finished(const State& state, bool labelled, double tau, const Terms& terms, double share_rows,
                  double share_labelled, const Numbers& own) {
   const Coefficients coefficients{own.empty() ? nullptr : own.data(), 1};
-  const RowEnd<double> end = finish(state, labelled, tau, terms, {share_rows, share_labelled}, coefficients, 1.0);
+  RowEnd<double> end;
+  finish(state, labelled, tau, terms, {share_rows, share_labelled}, coefficients, 1.0, end);
   const RowGradient<double>& c = end.gradient;
   return {end.value, end.target.z_tau, end.target.impossible ? 1.0 : 0.0, c.student_tau, c.teacher_tau, c.one,
           c.log,     c.label};

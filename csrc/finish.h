@@ -67,15 +67,15 @@ CUDFAST_HD inline TeacherState<double> unpack_teacher(const Outputs& from, bool 
 // ---- The end of a row, and the columns that its map does not cover ----
 
 template <template <class> class State>
-CUDFAST_HD inline RowEnd<double> finish_row(const State<double>& state, bool labelled, double tau,
-                                            RowWeights<double> weights, const Terms& terms, Divisors divisors,
-                                            const Coefficients& own, double upstream) {
+CUDFAST_HD inline void finish_row(const State<double>& state, bool labelled, double tau, RowWeights<double> weights,
+                                  const Terms& terms, Divisors divisors, const Coefficients& own, double upstream,
+                                  RowEnd<double>& end) {
   const RowWeights<double> shares{share(weights.rows, divisors.rows), share(weights.labelled, divisors.labelled)};
-  return finish(state, labelled, tau, terms, shares, own, upstream);
+  finish(state, labelled, tau, terms, shares, own, upstream, end);
 }
 
 // The gradient of one column without the label's share, in double.
-CUDFAST_HD_INLINED double element_at(const RowEnd<double>& end, double dt, double ds, double inv_tau) {
+CUDFAST_HD_CALLED double element_at(const RowEnd<double>& end, double dt, double ds, double inv_tau) {
   const StudentGradient<double> c{end.gradient.student_tau, end.gradient.teacher_tau, end.student_one};
   if (end.student_log == 0) return element<0, true, true>(c, dt, ds, inv_tau);
   return element<0, true, true>(StudentLogGradient<double>{c, end.student_log, end.log_z}, dt, ds, inv_tau);

@@ -49,8 +49,10 @@ RowEnd<double> finished(const Rows& rows, int64_t row, const State& state, const
                         double upstream) {
   const bool labelled = rows.labelled(row);
   const RowWeights<double> weights = row_weights(rows.ignored(row), labelled, rows.weight_at(row));
-  return finish_row(state, labelled, rows.temperature_at(row), weights, terms, divisors, rows.coefficients_at(row),
-                    upstream);
+  RowEnd<double> end;
+  finish_row(state, labelled, rows.temperature_at(row), weights, terms, divisors, rows.coefficients_at(row), upstream,
+             end);
+  return end;
 }
 
 inline int64_t label_of(const Rows& rows, int64_t row) { return rows.labelled(row) ? rows.labels[row] : -1; }
@@ -144,9 +146,18 @@ struct StudentLossOfRows {
   // The second sweep can reuse exponentials if the temperature is a power.
   bool keeps(int64_t row) const { return is_power(rows.temperature_at(row)); }
 
-  static StudentBlockMap map_of(const State& state, const Row& r) {
-    return {state.m_t,     state.m_s, r.gradient.student_tau, r.gradient.teacher_tau, r.student_one,
-            r.student_log, r.log_z,   r.target.impossible};
+  static StudentBlockMap map_of(const State& state, const Row& r, char* g, DType dtype, bool stream = false) {
+    return {state.m_t,
+            state.m_s,
+            r.gradient.student_tau,
+            r.gradient.teacher_tau,
+            r.student_one,
+            r.student_log,
+            r.log_z,
+            r.target.impossible,
+            g,
+            dtype,
+            stream};
   }
 
   // part: the block's own state if its exponentials were kept, else null.
@@ -156,10 +167,7 @@ struct StudentLossOfRows {
   }
   void map(StudentBlock b, int64_t row, int64_t column, const State& state, const State* part, const Row& r,
            const Matrix& g) const {
-    StudentBlockMap m = map_of(state, r);
-    m.g = g.at(row, column);
-    m.g_dtype = g.dtype;
-    m.stream = g.stream;
+    StudentBlockMap m = map_of(state, r, g.at(row, column), g.dtype, g.stream);
     if (!part || m.holes) {
       b.kept = {};
     } else {

@@ -323,11 +323,9 @@ struct ProjectedLossOfRows {
     const Element gradient(g, row);
     alignas(64) double values[kBlock];
     for (int i = 0; i < 2; ++i) {
-      StudentBlockMap m = base.map_of(state, r);
+      StudentBlockMap m = base.map_of(state, r, reinterpret_cast<char*>(values), sets[i].type());
       m.m_t = 0;
       m.teacher_tau *= std::exp(offset[i] * inv_tau);
-      m.g = reinterpret_cast<char*>(values);
-      m.g_dtype = sets[i].type();
       sets[i].each_block([&](int64_t j, int n) {
         sweeps().student_gradient(block(row, sets[i], j, n), m);
         for (int l = 0; l < n; ++l) gradient.store(begin(i)[j + l], get(values, wide, l));

@@ -23,7 +23,7 @@ namespace cudfast {
 constexpr int kWarp = 32, kMaxThreads = 512;
 
 // A block's shared memory: 17 values for reduce(), the kernel's shared data, staged rows.
-constexpr int kScratchBytes = 17 * 104, kHeaderBytes = 3200;
+constexpr int kScratchBytes = 17 * 104, kHeaderBytes = 3392;
 
 // Blocks of a launch, blocks per cluster, threads per block, bytes of shared memory beyond the header.
 struct Grid {

@@ -79,6 +79,7 @@ struct RowKernel {
   struct Board {
     Slots slots;
     State part, whole;
+    RowEnd<double> end;
     typename Loss::Map map;
   };
 
@@ -259,9 +260,9 @@ struct RowKernel {
       if (th.index != 0) return;
       Board& board = x.shared<Board>(th.rank);
       board.whole = whole[th];
-      const double value = cudfast::finish(call, loss.terms, row, sizeof(R) == 8, board.whole, board.map);
+      cudfast::finish(call, loss.terms, row, sizeof(R) == 8, board.whole, board.end, board.map);
       if (!writes(x, th) || call.from == From::state) return;
-      report(row, board.whole, value);
+      report(row, board.whole, board.end.value);
     });
   }
 

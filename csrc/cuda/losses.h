@@ -84,20 +84,22 @@ CUDFAST_KERNEL void set(TeacherMap<R>& map, const TeacherState<double>& state, c
   map.log_z = static_cast<R>(end.log_z);
 }
 
+// state and end are shared memory: a kernel would not have the registers.
 template <class State>
-CUDFAST_KERNEL RowEnd<double> end_of(const Call& call, const Terms& terms, int row, const Marks& m, bool wide,
-                                     const State& state) {
-  return finish_row(state, m.labelled, m.temperature, row_weights(m.ignored, m.labelled, m.weight), terms,
-                    {call.divisors[0], call.divisors[1]}, call.rows.coefficients_at(row), upstream_of(call, wide, row));
+CUDFAST_KERNEL void end_of(const Call& call, const Terms& terms, int row, const Marks& m, bool wide, const State& state,
+                           RowEnd<double>& end) {
+  end = {};
+  finish_row(state, m.labelled, m.temperature, row_weights(m.ignored, m.labelled, m.weight), terms,
+             {call.divisors[0], call.divisors[1]}, call.rows.coefficients_at(row), upstream_of(call, wide, row), end);
 }
 
-// The row's value, and the inputs of its map.
+// The end of a row, and the inputs of its map.
 template <class State, class Map>
-CUDFAST_KERNEL double finish(const Call& call, const Terms& terms, int row, bool wide, const State& state, Map& map) {
+CUDFAST_KERNEL void finish(const Call& call, const Terms& terms, int row, bool wide, const State& state,
+                           RowEnd<double>& end, Map& map) {
   const Marks m = marks(call.rows, row);
-  const RowEnd<double> end = end_of(call, terms, row, m, wide, state);
+  end_of(call, terms, row, m, wide, state, end);
   set(map, state, end, fixes(state, end, m.label, m.temperature), m);
-  return end.value;
 }
 
 // P: the temperature if it is known at compile time, else 0.

@@ -370,17 +370,17 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
   CUDFAST_KERNEL void finish(Executor& x, int row, const Marks& m) const {
     once(x, [&](Thread th, Board& b) {
       const ProjectedState& s = b.state;
-      const RowEnd<double> end = end_of(call, loss.terms, row, m, wide, static_cast<const StudentState<double>&>(s));
+      end_of(call, loss.terms, row, m, wide, static_cast<const StudentState<double>&>(s), b.end);
       Fixes label;
       label.column[0] = m.label;
-      if (m.label >= 0) label.value[0] = label_gradient(s, end, b.apart.near, b.apart.tops[0], 1 / m.temperature);
-      set(b.map, s, end, label, m);
+      if (m.label >= 0) label.value[0] = label_gradient(s, b.end, b.apart.near, b.apart.tops[0], 1 / m.temperature);
+      set(b.map, s, b.end, label, m);
       b.map.c_t = 0;
       const double centre = (s.beta == 1 ? 0 : s.centre) + centred(s.m_t) / s.beta;
       b.sight = {static_cast<R>(s.beta),
                  {static_cast<R>(centred(b.tops[0])), static_cast<R>(centred(b.tops[1])), static_cast<R>(centre)},
                  {static_cast<R>(s.near), static_cast<R>(s.wrong), static_cast<R>(s.rest)}};
-      if (this->writes(x, th) && call.from == From::logits) this->report(row, s, end.value);
+      if (this->writes(x, th) && call.from == From::logits) this->report(row, s, b.end.value);
     });
   }
 

@@ -86,7 +86,7 @@ struct Distilled {
 };
 
 template <class R>
-CUDFAST_HD inline void distil(const StudentState<R>& state, bool labelled, R tau, const Terms& terms,
+CUDFAST_HD_CALLED void distil(const StudentState<R>& state, bool labelled, R tau, const Terms& terms,
                               Distilled<R>& found) {
   if (!terms.distils) return;
   const bool wrong = labelled && terms.clip && state.t_y < state.m_t;  // equal logits: no mass would move
@@ -102,37 +102,6 @@ CUDFAST_HD inline void distil(const TeacherState<R>&, bool, R, const Terms&, Dis
 
 // ---- The total ----
 
-template <class R>
-struct Total {
-  R value = 0;
-  Slopes<R> slopes;     // times the upstream gradient
-  bool counts = false;  // whether the gradient is anything but 0
-};
-
-// shares: row weights over the divisors of a mean. A term of weight 0 is not evaluated, so it may be infinite or NaN.
-template <class R>
-CUDFAST_HD inline Total<R> total(const Terms& terms, const RowValues<R>& at, bool labelled, RowWeights<R> shares,
-                                 const Coefficients& own, R upstream) {
-  Total<R> sum;
-  for (int t = 0; t < terms.count; ++t) {
-    const Term& term = terms.term[t];
-    const bool by_label = needs_label(term.kind);
-    if (by_label && !labelled) continue;
-    const R c = R(own.of(terms, t)) * (by_label ? shares.labelled : shares.rows);
-    if (c == 0) continue;
-    const Evaluated<R> found = evaluate(term, at);
-    const R up = c * upstream;
-    sum.value += c * found.value;
-    if (up == 0) continue;
-    sum.counts = true;
-    sum.slopes.forward_kl += up * found.slopes.forward_kl;
-    sum.slopes.log_p += up * found.slopes.log_p;
-    sum.slopes.entropy += up * found.slopes.entropy;
-    sum.slopes.lse += up * found.slopes.lse;
-  }
-  return sum;
-}
-
 // dL/ds_j = student_tau e^((s_j - m_s) / tau) - teacher_tau e^((t_j - m_t) / tau) + p_j (one + log * log p_j) +
 // label 1[j = y]                                                                                     [row-gradient]
 template <class R>
@@ -146,51 +115,77 @@ struct RowGradient {
 
 // d log_p / ds_j = 1[j = y] - p_j, d entropy / ds_j = -p_j (log p_j + H), d lse / ds_j = p_j.
 template <class R>
-CUDFAST_HD inline RowGradient<R> coefficients(const Slopes<R>& by, const Distilled<R>& target, R entropy, R tau) {
+CUDFAST_HD inline RowGradient<R> coefficients(const Slopes<R>& by, const Distilled<R>& target, R entropy, R tau,
+                                              R upstream) {
   RowGradient<R> c;
   if (by.forward_kl != 0) {
-    const R scaled = by.forward_kl * tau;
+    const R scaled = by.forward_kl * upstream * tau;
     c.student_tau = scaled / target.s_tau;
     c.teacher_tau = scaled / target.z_tau;
   }
   c.one = by.lse - by.log_p;
   if (by.entropy != 0) c.one -= by.entropy * entropy;
-  c.log = -by.entropy;
-  c.label = by.log_p;
+  c.one *= upstream;
+  c.log = -by.entropy * upstream;
+  c.label = by.log_p * upstream;
   return c;
 }
 
 template <class R>
 struct RowEnd {
-  bool counts = false;
+  bool counts = false;  // whether the gradient is anything but 0
   R value = 0;
   R log_z = 0;  // log s_one; 0 if no term needs it
+  RowValues<R> at;
   Distilled<R> target;
-  RowGradient<R> gradient;
+  Slopes<R> slopes;                    // of the total
+  RowGradient<R> gradient;             // times the upstream gradient
   R student_one = 0, student_log = 0;  // gradient.one and gradient.log over s_one, which a map with a target takes
 };
 
-// State: StudentState for a row with a target, TeacherState for one without.
+// Value and slopes. shares: row weights over the divisors of a mean. A term of weight 0 is not evaluated, so it may be
+// infinite or NaN.
+template <class R>
+CUDFAST_HD_CALLED void add_terms(const Terms& terms, bool labelled, RowWeights<R> shares, Coefficients own,
+                                 RowEnd<R>& end) {
+  R value = 0;
+  Slopes<R> slopes;
+  for (int t = 0; t < terms.count; ++t) {
+    const Term& term = terms.term[t];
+    const bool by_label = needs_label(term.kind);
+    if (by_label && !labelled) continue;
+    const R c = R(own.of(terms, t)) * (by_label ? shares.labelled : shares.rows);
+    if (c == 0) continue;
+    const Evaluated<R> found = evaluate(term, end.at);
+    end.counts = true;
+    value += c * found.value;
+    slopes.forward_kl += c * found.slopes.forward_kl;
+    slopes.log_p += c * found.slopes.log_p;
+    slopes.entropy += c * found.slopes.entropy;
+    slopes.lse += c * found.slopes.lse;
+  }
+  end.value = value;
+  end.slopes = slopes;
+}
+
+// State: StudentState for a row with a target, TeacherState for one without. end: a new one.
 template <template <class> class State, class R>
-CUDFAST_HD inline RowEnd<R> finish(const State<R>& state, bool labelled, R tau, const Terms& terms,
-                                   RowWeights<R> shares, const Coefficients& own, R upstream) {
-  RowEnd<R> end;
-  RowValues<R> at;
+CUDFAST_HD inline void finish(const State<R>& state, bool labelled, R tau, const Terms& terms, RowWeights<R> shares,
+                              const Coefficients& own, R upstream, RowEnd<R>& end) {
   distil(state, labelled, tau, terms, end.target);
-  at.forward_kl = end.target.forward_kl;
+  end.at.forward_kl = end.target.forward_kl;
   if (terms.partition || (terms.labelled && labelled)) {
     end.log_z = log(state.s_one);
-    at.lse = state.m_s + end.log_z;
-    at.log_p = (state.s_y - state.m_s) - end.log_z;
-    if (terms.entropy) at.entropy = end.log_z - state.e_s / state.s_one;
+    end.at.lse = state.m_s + end.log_z;
+    end.at.log_p = (state.s_y - state.m_s) - end.log_z;
+    if (terms.entropy) end.at.entropy = end.log_z - state.e_s / state.s_one;
   }
-  const Total<R> sum = total(terms, at, labelled, shares, own, upstream);
-  end.counts = sum.counts;
-  end.value = sum.value;
-  end.gradient = coefficients(sum.slopes, end.target, at.entropy, tau);
+  add_terms(terms, labelled, shares, own, end);
+  end.counts &= upstream != 0;
+  if (!end.counts) return;
+  end.gradient = coefficients(end.slopes, end.target, end.at.entropy, tau, upstream);
   if (end.gradient.one != 0) end.student_one = end.gradient.one / state.s_one;
   if (end.gradient.log != 0) end.student_log = end.gradient.log / state.s_one;
-  return end;
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ CUDFAST_HD inline Evaluated<R> entropy(const RowValues<R>& at) {
 // w = 1{p < threshold} + scale (1 - p)^power; the step has no slope. At p = 1 the slope is multiplied by an entropy
 // that vanishes faster, so its limit there is 0.                                                              [gate]
 template <class R>
-CUDFAST_HD_CALLED Curve<R> gate(R log_p, R threshold, R scale, R power) {
+CUDFAST_HD inline Curve<R> gate(R log_p, R threshold, R scale, R power) {
   const R a = -std::expm1(log_p);
   Curve<R> w;
   w.value = (1 - a < threshold ? R(1) : R(0)) + scale * std::pow(a, power);

@@ -9,7 +9,7 @@ namespace {
 // alpha (1 - p)^gamma (-log p). The slope is alpha (gamma p a^(gamma-1) log p - a^gamma), a = 1 - p; log p / a tends to
 // -1 as p approaches 1, so no negative power is needed.                                                      [focal]
 template <class R>
-CUDFAST_HD_CALLED Curve<R> focal(R log_p, R gamma, R alpha) {
+CUDFAST_HD inline Curve<R> focal(R log_p, R gamma, R alpha) {
   const R a = -std::expm1(log_p);
   const R a_gamma = std::pow(a, gamma);
   const R ratio = a > 0 ? log_p / a : R(-1);
