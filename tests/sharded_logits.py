@@ -7,7 +7,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cudfast import ClassSets, CUDLoss, DUSLoss, Projection, WClip
+from cudfast import (
+    ClassSets,
+    CrossEntropy,
+    CUDLoss,
+    DUSLoss,
+    Entropy,
+    Focal,
+    ForwardKL,
+    Gate,
+    Loss,
+    Projection,
+    WClip,
+    ZLoss,
+)
 from cudfast.distributed.group import HEADER
 from cudfast.functional import cud_loss
 
@@ -46,6 +59,28 @@ def teacher_loss() -> None:
             for options in TEACHER if dtype is f64 else TEACHER[:2]:
                 agree(group, widths, DUSLoss, options, (logits,), labels)
             agree(group, widths, DUSLoss, {"alpha": torch.rand(V) + 0.5}, (logits,), labels)
+
+
+@case
+def sums_of_terms() -> None:
+    """With and without a teacher, with weights of terms and a scale per class."""
+    every = 0.8 * ForwardKL() + 0.2 * CrossEntropy() - 0.1 * Entropy() + 1e-3 * ZLoss() + 0.3 * Focal(2.0)
+    for group, widths in groups():
+        for dtype in (f32, f64):
+            s, t, labels = batch(dtype)
+            call: dict[str, Any] = {"term_weights": {"forward_kl": torch.rand(N), "entropy": 0.5}}
+            agree(group, widths, Loss, {"terms": every, "calibration": WClip()}, (s, t), labels, **call)
+            agree(group, widths, Loss, {"terms": ForwardKL(3.0) + ZLoss(), "reduction": "none"}, (s, t), None)
+            labelled = labels.clamp(min=0)
+            alpha = torch.linspace(0.5, 1.5, V)
+            own = {"terms": CrossEntropy() + Focal(2.0, alpha) - 0.1 * Entropy(Gate())}
+            agree(group, widths, Loss, own, (s,), None, labelled)
+    near = ClassSets.from_groups(torch.arange(V) % 7)
+    projection = Projection(near=near, min_near_mass=0.3, min_entropy=0.5)
+    terms = {"terms": ForwardKL() - 0.1 * Entropy(), "calibration": projection}
+    for group, widths in groups():
+        s, t, labels = batch(f64)
+        agree(group, widths, Loss, terms, (s, t), labels)
 
 
 @case

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..distributed.projected import TOPS
 from ..distributed.sharded import backend_of
 from ..options import RowOptions, parse
 from ..rows.call import Call, Constraints, Rows, State, columns_of, compute_dtype, vector_dtype
@@ -19,7 +18,7 @@ from ..rows.layout import row_count
 from ..rows.shard import Shard
 from ..rows.vectors import check_finite, check_items
 from .memory import gradient_like
-from .shared import save, saved
+from .shared import grouped, save, saved
 
 
 def packed_of(rows: Rows, options: RowOptions) -> tuple[str, list[Tensor], str]:
@@ -88,7 +87,7 @@ def _(
     rows = Rows(logits, target, labels, weight, temperature, coefficients, scalar, num_items, classes, bounds)
     parsed = parse(options)
     dtype = compute_dtype(rows)
-    columns = columns_of(rows, parsed) + (TOPS if shard and bounds is not None else ())
+    columns = columns_of(rows, parsed, sharded=bool(shard))
     count = row_count(logits)
     return (
         logits.new_empty((count,) if parsed.reduction == "none" else (), dtype=dtype),
@@ -149,8 +148,8 @@ def _(
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-class _Saved(NamedTuple):
-    """The tensors of a call besides its constraints, in the order in which an op takes them, and its state."""
+class _Tensors(NamedTuple):
+    """The tensors of a call besides its constraints, in the order in which an op takes them."""
 
     logits: Tensor
     target: Tensor | None
@@ -158,29 +157,21 @@ class _Saved(NamedTuple):
     weight: Tensor | None
     temperature: Tensor | None
     coefficients: Tensor
-    sums: Tensor
-    top1: Tensor
-    divisors: Tensor
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, target, labels, weight, temperature, coefficients, _, constraints, *plain, _ = inputs
     _, *state = output
     ctx.plain = plain
-    save(ctx, *_Saved(logits, target, labels, weight, temperature, coefficients, *state), *constraints)
+    save(ctx, logits, target, labels, weight, temperature, coefficients, *state, *constraints)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    kept = saved(ctx)
-    count = len(_Saved._fields)
-    x, constraints = _Saved(*kept[:count]), list(kept[count:])
+    tensors, state, constraints = grouped(saved(ctx), _Tensors, State)
     gradient = None
     if upstream is not None:
-        gradient = row_gradient_op(
-            x.logits, x.target, x.labels, x.weight, x.temperature, x.coefficients, constraints, *ctx.plain,
-            x.sums, x.top1, x.divisors, upstream,
-        )  # fmt: skip
+        gradient = row_gradient_op(*tensors, constraints, *ctx.plain, *state, upstream)
     return (gradient, *(None,) * 6, [None] * len(constraints), *(None,) * 6)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -52,6 +54,12 @@ def saved(ctx: Any) -> tuple[Any, ...]:
     if not ctx.unversioned:
         return ctx.saved_tensors  # type: ignore[no-any-return]
     return tuple(ctx.unversioned.get(i, x) for i, x in enumerate(ctx.saved_tensors))
+
+
+def grouped(tensors: Iterable[Any], *kinds: Any) -> tuple[Any, ...]:
+    """Saved tensors as named tuples of these kinds, in their order, and a list of the rest."""
+    rest = iter(tensors)
+    return (*(kind(*islice(rest, len(kind._fields))) for kind in kinds), list(rest))
 
 
 def upstream_of(gradient: Tensor) -> Tensor:

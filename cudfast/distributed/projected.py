@@ -10,12 +10,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backends.reference import Marks
+from ..options import RowOptions
 from ..reference import NOTHING, first_top1
-from ..rows.call import PROJECTED_COLUMNS, STUDENT_COLUMNS, Rows, State, compute_dtype
+from ..rows.call import (
+    PROJECTED_COLUMNS,
+    SHARDED_COLUMNS,
+    STUDENT_COLUMNS,
+    Rows,
+    State,
+    columns_of,
+    compute_dtype,
+)
 from ..targets.calibration import Alone, Factors, Projected, factored, groups_of, project, refuse_relaxed
 from .group import as_bytes, from_bytes, gather, reduce
-
-TOPS = ("near_top", "wrong_top")  # columns of a packed state after those of `columns_of`: maxima of two sets
 
 
 class Ranks(Alone):
@@ -89,20 +96,23 @@ def packed(plain: State, found: Projected, picked: Tensor) -> State:
         "target": (of["t_y"] - of["m_t"]).exp() / of["z_one"],
         "moved": found.moved,
         "relaxed": found.relaxed.any(-1),
+        "near_centre": near,
+        "wrong_centre": wrong,
     }
-    columns = [*(values[name] for name in PROJECTED_COLUMNS), near, wrong]
-    extra = torch.stack([x.to(plain.sums.dtype) for x in columns], -1)
+    columns = [values[name].to(plain.sums.dtype) for name in (*PROJECTED_COLUMNS, *SHARDED_COLUMNS)]
+    extra = torch.stack(columns, -1)
     return plain._replace(sums=torch.cat([plain.sums, extra], -1), top1=found.top1)
 
 
-def again(rows: Rows, marks: Marks, state: State, first: int) -> tuple[Rows, State]:
+def again(rows: Rows, options: RowOptions, marks: Marks, state: State, first: int) -> tuple[Rows, State]:
     """The rows with the calibrated teacher, and the plain loss's state, from the state of `packed`. Sends nothing."""
     assert rows.constraints is not None
-    own = state.sums.shape[-1] - len(PROJECTED_COLUMNS) - len(TOPS)
-    beta, centre, *scales = state.sums[:, own : own + 5].unbind(-1)
-    near, wrong = state.sums[:, -len(TOPS) :].unbind(-1)
+    of = dict(zip(columns_of(rows, options, sharded=True), state.sums.unbind(-1)))
     t = _teacher(rows)
     at = Ranks(None, first, rows.classes, state.top1)
     group = groups_of(t, marks.labelled, marks.column.squeeze(-1), rows.constraints, state.top1, at)
-    factors = Factors(beta, torch.stack([near, wrong, centre], -1), torch.stack(scales, -1))
-    return _plain(rows, factored(t, group, factors)), state._replace(sums=state.sums[:, :own].contiguous())
+    centres = torch.stack([of[name] for name in ("near_centre", "wrong_centre", "centre")], -1)
+    scales = torch.stack([of[name] for name in ("near", "wrong", "rest")], -1)
+    plain = _plain(rows, factored(t, group, Factors(of["beta"], centres, scales)))
+    own = torch.stack([of[name] for name in columns_of(plain, options)], -1)
+    return plain, state._replace(sums=own)

@@ -93,7 +93,7 @@ class Sharded:
         marks = mark(rows, options)
         state = state._replace(divisors=state.divisors[:2])
         if rows.constraints is not None:
-            rows, state = again(rows, marks, state, first)
+            rows, state = again(rows, options, marks, state, first)
             options = _plain(options)
         write_gradient(Span(rows, first), options, marks, self._inner, state, upstream, gradient)
 

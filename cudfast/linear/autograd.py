@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import backends
 from ..autograd.ops import coefficients_tensor, items_tensor, packed_of
-from ..autograd.shared import Once, keeps_gradient, save, saved, upstream_of
+from ..autograd.shared import Once, grouped, keeps_gradient, save, saved, upstream_of
 from ..options import parse, parse_linear
 from ..rows.call import Constraints, State, columns_of, compute_dtype, vector_dtype
 from ..rows.layout import row_count
@@ -71,12 +71,12 @@ class _LinearLoss(torch.autograd.Function):
         if upstream is not None and not torch.is_grad_enabled():
             gradients = _LinearLoss._gradients(ctx, upstream)
         elif upstream is not None:  # create_graph=True
-            inputs = saved(ctx)[:3]
+            x, _ = grouped(saved(ctx), Tensors)
             with torch.no_grad():
                 made = _LinearLoss._gradients(ctx, upstream)
             once = (
-                None if g is None else Once.apply(x, upstream, g)  # type: ignore[no-untyped-call]
-                for x, g in zip(inputs, made)
+                None if g is None else Once.apply(of, upstream, g)  # type: ignore[no-untyped-call]
+                for of, g in zip((x.hidden, x.weight, x.bias), made)
             )
             gradients = cast(Found, tuple(once))
         return (*gradients, None, None, None)
@@ -88,9 +88,8 @@ class _LinearLoss(torch.autograd.Function):
             ctx.made = None  # returned once; a second backward computes them again
             scale = backends.choose(ctx.plain[-3].backend, upstream.device).scale
             return cast(Found, tuple(None if g is None else scale(g, upstream) for g in made))
-        tensors = saved(ctx)
-        p = problem_of(Tensors(*tensors[: len(Tensors._fields)]), *ctx.plain)
-        packed = tensors[len(Tensors._fields) :]
+        x, packed = grouped(saved(ctx), Tensors)
+        p = problem_of(x, *ctx.plain)
         state = State(*packed) if packed else sweep(p, NOTHING_NEEDED, statistics=False).state
         return sweep(p, ctx.needs, statistics=False, state=state, upstream=_flat(upstream)).gradients
 
@@ -277,24 +276,28 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, _, constraints, scalar, classes, options, flags, linear, _, needs = inputs
+    x = Tensors(*tensors)
+    _, sums, top1, divisors, *gradients = output
     ctx.plain = (scalar, classes, options, flags, linear, needs)
     ctx.bounds = len(constraints)
-    ctx.made = any(g.numel() for g in output[4:])
-    save(ctx, *((*tensors[:3], *output[4:]) if ctx.made else (*tensors, *output[1:4], *constraints)))
+    ctx.made = any(g.numel() for g in gradients)
+    if ctx.made:
+        save(ctx, x.hidden, x.weight, x.bias, *gradients)
+    else:
+        save(ctx, *x, sums, top1, divisors, *constraints)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     found: list[Tensor | None] = [None, None, None]
     if upstream is not None:
-        needs = ctx.plain[-1]
-        tensors = saved(ctx)
+        *_, needs = ctx.plain
         if ctx.made:
-            gradients = [(g * upstream).to(g.dtype) for g in tensors[3:]]
+            _, _, _, *made = saved(ctx)
+            gradients = [(g * upstream).to(g.dtype) for g in made]
         else:
-            count = len(Tensors._fields)
-            state, constraints = tensors[count : count + 3], list(tensors[count + 3 :])
-            gradients = list(linear_gradient_op(*tensors[:count], constraints, *ctx.plain, *state, upstream))
+            tensors, state, constraints = grouped(saved(ctx), Tensors, State)
+            gradients = list(linear_gradient_op(*tensors, constraints, *ctx.plain, *state, upstream))
         found = [g if needed else None for g, needed in zip(gradients, needs)]
     return (*found, *(None,) * 8, [None] * ctx.bounds, *(None,) * 7)
 

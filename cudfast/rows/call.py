@@ -21,6 +21,7 @@ OWN_COLUMNS = ("m_s", "s_one", "e_s", "s_y")
 STUDENT_COLUMNS = ("m_t", "s_k", "m_s", "z_tau", "s_tau", "a", "s_one", "z_one", "t_y", "s_y", "impossible")
 ENTROPY = "e_s"
 PROJECTED_COLUMNS = ("beta", "centre", "near", "wrong", "rest", "confidence", "prob", "target", "moved", "relaxed")
+SHARDED_COLUMNS = ("near_centre", "wrong_centre")  # and these, if ranks hold the classes
 
 
 _SETS = ("near", "wrong")
@@ -129,12 +130,14 @@ class Backend(Protocol):
         """
 
 
-def columns_of(rows: Rows, options: RowOptions) -> tuple[str, ...]:
-    """The fields of a packed state."""
+def columns_of(rows: Rows, options: RowOptions, *, sharded: bool = False) -> tuple[str, ...]:
+    """The fields of a packed state. sharded: other ranks hold more classes."""
     if rows.target is None:
         return OWN_COLUMNS
     found = (*STUDENT_COLUMNS, ENTROPY) if options.entropy else STUDENT_COLUMNS
-    return found if rows.constraints is None else found + PROJECTED_COLUMNS
+    if rows.constraints is None:
+        return found
+    return (*found, *PROJECTED_COLUMNS, *SHARDED_COLUMNS) if sharded else (*found, *PROJECTED_COLUMNS)
 
 
 def compute_dtype(rows: Rows) -> torch.dtype:
