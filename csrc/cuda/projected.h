@@ -99,7 +99,6 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
   // board.alone computes a new share.
   CUDFAST_KERNEL void fold(Executor& x, int row, const Marks& m, Parts& part, bool first, bool again) const {
     const R inv_tau = static_cast<R>(1 / m.temperature);
-    const int needs = needs_of(loss.terms, true);  // the masses are sums at temperature 1
     x.each([&](Thread th) {
       const View view = this->view(x, th, row);
       if (again) {
@@ -110,10 +109,15 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
       typename Loss::Part own;
       const ProjectedState& state = board(x, th).state;
       Sees see = seeing(x, th, row, m, view, rest_at(state.beta, state.centre));
-      view.each(x, th, first, [&](int chunk, Values& v) {
-        see(chunk, v);
-        Loss::fold(own, v, chunk, inv_tau, needs);
-      });
+      const auto sweep = [&](int needs) {
+        view.each(x, th, first, [&](int chunk, Values& v) {
+          see(chunk, v);
+          Loss::fold(own, v, chunk, inv_tau, needs);
+        });
+      };
+      // The masses are sums at temperature 1. Two loops, because one for both takes too many registers.
+      constexpr int ones = kStudentOne | kTeacherOne;
+      loss.terms.entropy ? sweep(ones | kStudentEntropy) : sweep(ones);
       part[th] = own;
     });
     this->merge(x, row, m, part);
