@@ -22,7 +22,7 @@ JOBS ?= 2
 REPEAT ?= 5
 COMPILERS ?= g++ clang++
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help demo ablation test test-slow test-all quick core aarch64 sanitize check bench versions gpu-verify clean
