@@ -14,7 +14,7 @@ import triton.language as tl
 from .element import student_element
 from .pieces import centre, clear, f64, fp64, marks, row_of, scale_of, shares_of, temperature_of
 from .rest import projected_fold_columns, projected_map_columns
-from .row import E_ONE, E_S, LOG2E, NOTHING, S_ONE, Z_ONE, below, entropy, log_add, masses, student_move
+from .row import E_ONE, E_S, LOG2E, NOTHING, S_ONE, Z_ONE, TemperedState, below, entropy, log_add, masses, student_move
 from .search import COLUMNS as PROJECTED
 from .search import MISSES, OUT_OF_REACH, TEMPERED, entropy_tolerance
 from .sets import FAR, bounds_of_row, holds, set_sums, set_top, sets_of_row
@@ -181,22 +181,23 @@ def projected_rows(
             mass_wrong = log_of_sum(at_wrong, wrong_one)
             mass_rest = log_of_sum(m_t, z_one)
             total = log_add(log_add(mass_near, mass_wrong), mass_rest)
-            new_near, new_wrong, new_rest, near_binds, wrong_binds, no_near, all_wrong = masses(
-                mass_near, mass_wrong, mass_rest, least, most
-            )
+            target = masses(mass_near, mass_wrong, mass_rest, least, most)
             misses = tl.zeros((), tl.int1)
             value = zero
             if FOLD and ENTROPY:
                 value, _ = entropy(
-                    at_near, near_one, near_e, zero, at_wrong, wrong_one, wrong_e, zero, centre(m_t), z_one, e_one,
-                    zero, new_near, new_wrong, new_rest, near_binds, wrong_binds, beta,
-                )  # fmt: skip
+                    TemperedState(at_near, near_one, near_e, zero),
+                    TemperedState(at_wrong, wrong_one, wrong_e, zero),
+                    TemperedState(centre(m_t), z_one, e_one, zero),
+                    target,
+                    beta,
+                )
                 if labelled:
                     misses = value < tl.load(bounds + row * 4 + 2) - entropy_tolerance(R)
                     misses = misses | (value > tl.load(bounds + row * 4 + 3) + entropy_tolerance(R))
-            near_offset = factor(new_near, mass_near, total, at_near)
-            wrong_offset = factor(new_wrong, mass_wrong, total, at_wrong)
-            rest_offset = factor(new_rest, mass_rest, total, m_t)
+            near_offset = factor(target.near, mass_near, total, at_near)
+            wrong_offset = factor(target.wrong, mass_wrong, total, at_wrong)
+            rest_offset = factor(target.rest, mass_rest, total, m_t)
             highest = centre(tl.maximum(tl.maximum(near_offset, wrong_offset), rest_offset))
             near_offset -= highest
             wrong_offset -= highest
@@ -214,12 +215,12 @@ def projected_rows(
                 ),
             )
             if (total > NOTHING) & (total < float("inf")):
-                moved = tl.maximum(tl.exp(new_near) - tl.exp(mass_near - total), 0.0)
-                moved += tl.maximum(tl.exp(new_wrong) - tl.exp(mass_wrong - total), 0.0)
-                moved += tl.maximum(tl.exp(new_rest) - tl.exp(mass_rest - total), 0.0)
-                relaxed = (no_near | all_wrong | out_of_reach).to(tl.float64)
+                moved = tl.maximum(tl.exp(target.near) - tl.exp(mass_near - total), 0.0)
+                moved += tl.maximum(tl.exp(target.wrong) - tl.exp(mass_wrong - total), 0.0)
+                moved += tl.maximum(tl.exp(target.rest) - tl.exp(mass_rest - total), 0.0)
+                relaxed = (target.no_near | target.all_wrong | out_of_reach).to(tl.float64)
                 if t_y > NOTHING:
-                    change = tl.where(has_near, new_near - mass_near, new_rest - mass_rest)
+                    change = tl.where(has_near, target.near - mass_near, target.rest - mass_rest)
                     calibrated = tl.exp(beta * (t_y - middle) + change)
                 if FOLD:
                     confidence = tl.exp(best - total)
