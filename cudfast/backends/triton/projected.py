@@ -12,12 +12,25 @@ import triton
 import triton.language as tl
 
 from .element import student_element
-from .pieces import centre, clear, f64, fp64, marks, row_of, scale_of, shares_of, temperature_of
-from .rest import projected_fold_columns, projected_map_columns
+from .pieces import (
+    Element,
+    Pointers,
+    Slope,
+    centre,
+    clear,
+    f64,
+    fp64,
+    marks,
+    row_of,
+    scale_of,
+    shares_of,
+    temperature_of,
+)
+from .rest import Lines, projected_fold_columns, projected_map_columns
 from .row import E_ONE, E_S, LOG2E, NOTHING, S_ONE, Z_ONE, TemperedState, below, entropy, log_add, masses, student_move
 from .search import COLUMNS as PROJECTED
 from .search import MISSES, OUT_OF_REACH, TEMPERED, entropy_tolerance
-from .sets import FAR, bounds_of_row, holds, set_sums, set_top, sets_of_row
+from .sets import FAR, Members, bounds_of_row, holds, set_sums, set_top, sets_of_row
 from .student import COLUMNS, student_pack
 from .terms import finish, forward_kl, student_coefficients
 
@@ -123,10 +136,11 @@ def projected_rows(
             beta = tl.load(at + STUDENT).to(tl.float64)
             middle = tl.load(at + STUDENT + 1).to(tl.float64)
         if FOLD or AGAIN:
-            m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible, top, k_apart = projected_fold_columns(
-                s_row, t_row, V, near, own, near_end, wrong, wrong_at, wrong_end, alone, beta, middle, tau,
-                R, FOLD, P, SUMS, BLOCK,
-            )  # fmt: skip
+            members = Members(near, own, near_end, wrong, wrong_at, wrong_end, alone)
+            state, top, k_apart = projected_fold_columns(
+                s_row, t_row, V, members, beta, middle, tau, R, FOLD, P, SUMS, BLOCK
+            )
+            m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible = state
             # Read again, so that it needs no register during the sweep.
             ignored, labelled, y, in_rows, in_labelled = marks(row, given, V)
             own, own_end, near_end, wrong_at, wrong_end, wants_top1 = sets_of_row(
@@ -297,8 +311,16 @@ def projected_rows(
             )
             g_y = tl.where(s_y == NOTHING, g_y, g_y + label)
             projected_map_columns(
-                s_row, t_row, g_row, V, columns.padded, near, own, near_end, wrong, wrong_at, wrong_end, alone, beta,
-                near_top, near_offset, wrong_top, wrong_offset, rest_top, rest_offset, m_s, tau,
-                student_tau, teacher_tau, student_one, student_log, log_z, quiet, tl.where(labelled, y, -1),
-                g_y.to(R), R, P, ONES, BLOCK,
-            )  # fmt: skip
+                Pointers(s_row, t_row, g_row),
+                columns,
+                Members(near, own, near_end, wrong, wrong_at, wrong_end, alone),
+                Lines(beta, near_top, near_offset, wrong_top, wrong_offset, rest_top, rest_offset),
+                m_s,
+                tau,
+                Slope(student_tau, teacher_tau, student_one, student_log, log_z, quiet),
+                Element(tl.where(labelled, y, -1), g_y.to(R)),
+                R,
+                P,
+                ONES,
+                BLOCK,
+            )

@@ -18,8 +18,25 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # Student loss: state of one row, or of some of its columns                                          [state-student]
-# (m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible); k, s_k and the label's logits are read after the
-# last column. ONES: the sums at temperature 1 that are needed, of these.
+class StudentState(NamedTuple):
+    """Maxima and sums relative to them; k, s_k and the label's logits are read after the last column.
+
+    Maxima are scalars, the others lanes: (BLOCK,), or (BLOCK / WIDTH,) where threads add their columns first.
+    """
+
+    m_t: Any
+    m_s: Any
+    z_tau: Any
+    s_tau: Any
+    a: Any
+    s_one: Any
+    z_one: Any
+    e_one: Any
+    e_s: Any
+    impossible: Any
+
+
+# ONES: the sums at temperature 1 that are needed, of these.
 S_ONE = tl.constexpr(1)
 Z_ONE = tl.constexpr(2)
 E_ONE = tl.constexpr(4)  # with Z_ONE
@@ -87,6 +104,25 @@ def student_move(z_tau, s_tau, a, s_one, z_one, e_one, e_s, down_t, down_s, base
     e_one = one * (e_one + z_one * down_t)
     z_one = one * z_one
     return z_tau, s_tau, a, s_one, z_one, e_one, e_s
+
+
+@triton.jit
+def summed(state, tau):
+    """The state with its lanes summed, in f64, and `a` multiplied by 1 / tau; impossible: 1 or 0."""
+    # First, so that its registers are free during the other sums.
+    excluded = tl.where(tl.max(state.impossible, 0) == float("inf"), 1.0, 0.0).to(tl.float64)
+    return StudentState(
+        state.m_t.to(tl.float64),
+        state.m_s.to(tl.float64),
+        tl.sum(state.z_tau, 0).to(tl.float64),
+        tl.sum(state.s_tau, 0).to(tl.float64),
+        tl.sum(state.a, 0).to(tl.float64) / tau,
+        tl.sum(state.s_one, 0).to(tl.float64),
+        tl.sum(state.z_one, 0).to(tl.float64),
+        tl.sum(state.e_one, 0).to(tl.float64),
+        tl.sum(state.e_s, 0).to(tl.float64),
+        excluded,
+    )
 
 
 # Teacher loss: (m, z, e)                                                                            [state-teacher]
