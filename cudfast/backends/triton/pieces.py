@@ -17,6 +17,14 @@ fp64 = tl.float64  # annotates arguments that must be passed in double precision
 PAIRS = tl.constexpr(not knobs.runtime.interpret)
 
 
+class Sweep(NamedTuple):
+    """What a launch of a row kernel does, a constant of the kernel."""
+
+    fold: bool  # computes the state from the logits
+    merge: bool  # computes it from parts
+    map: bool  # writes the gradient
+
+
 class Pointers(NamedTuple):
     """A row in memory."""
 

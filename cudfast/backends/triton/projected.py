@@ -8,6 +8,8 @@ far is kept out of the sums, and is added to them when a larger one is found.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -33,6 +35,16 @@ from .search import MISSES, OUT_OF_REACH, TEMPERED, entropy_tolerance
 from .sets import FAR, Members, bounds_of_row, holds, set_sums, set_top, sets_of_row
 from .student import COLUMNS, student_pack
 from .terms import finish, forward_kl, student_coefficients
+
+
+class ProjectedSweep(NamedTuple):
+    """What a launch of `projected_rows` does, a constant of the kernel: see there."""
+
+    fold: bool
+    again: bool
+    map: bool
+    entropy: bool  # of some rows is bounded, and has to be compared with the bounds
+    top1: bool  # is the wrong class
 
 
 @triton.jit
@@ -85,9 +97,8 @@ def joined(m_t, z_tau, a, z_one, e_one, impossible, top, s_top, m_s, base, tau):
 @triton.jit
 def projected_rows(
     student, teacher, gradient, given, scales, results, sets, columns, temperature: fp64,
-    R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, KINDS: tl.constexpr,
-    TOP1: tl.constexpr, ENTROPY: tl.constexpr,
-    FOLD: tl.constexpr, AGAIN: tl.constexpr, MAP: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, KINDS: tl.constexpr, SWEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row, program (row, 0).
 
@@ -96,6 +107,11 @@ def projected_rows(
     read. MAP writes the gradient. N(y) are the columns near[near_offsets[y]:near_offsets[y + 1]], or without offsets
     the label alone, near[row].
     """
+    FOLD: tl.constexpr = SWEEP.fold
+    AGAIN: tl.constexpr = SWEEP.again
+    MAP: tl.constexpr = SWEEP.map
+    ENTROPY: tl.constexpr = SWEEP.entropy
+    TOP1: tl.constexpr = SWEEP.top1
     bounds, near_offsets, near, wrong_offsets, wrong = sets
     V = columns.classes
     row = tl.program_id(0).to(tl.int64)

@@ -152,11 +152,14 @@ def student_map_columns(
 def student_rows(
     student, teacher, gradient, given, scales, results, columns, temperature: fp64,
     R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, CLIP: tl.constexpr, KINDS: tl.constexpr,
-    FOLD: tl.constexpr, MERGE: tl.constexpr, MAP: tl.constexpr, BLOCK: tl.constexpr,
+    SWEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The columns [chunk i, chunk (i + 1)) of a row, program (row, i). FOLD computes the state, MERGE computes it from
     parts, otherwise it is read; MAP writes the gradient. With FOLD or MERGE, one program has the whole row.
-    Groups of arguments: see launch.py."""
+    Groups of arguments: see launch.py; SWEEP: see `pieces.Sweep`."""
+    FOLD: tl.constexpr = SWEEP.fold
+    MERGE: tl.constexpr = SWEEP.merge
+    MAP: tl.constexpr = SWEEP.map
     sums = results.sums
     V, padded, chunk = columns
     row = tl.program_id(0).to(tl.int64)
