@@ -26,14 +26,14 @@ class Sweep(NamedTuple):
 
 
 class Pointers(NamedTuple):
-    """A row in memory."""
+    """The first column of a row, of each matrix."""
 
     student: Any
     teacher: Any
     gradient: Any
 
 
-class Slope(NamedTuple):
+class StudentGradient(NamedTuple):
     """What the gradient of a row's elements is computed from: see `element.student_element`. Scalars in f64."""
 
     student_tau: Any

@@ -17,7 +17,7 @@ from .element import student_element
 from .pieces import (
     Element,
     Pointers,
-    Slope,
+    StudentGradient,
     centre,
     clear,
     f64,
@@ -333,7 +333,7 @@ def projected_rows(
                 Lines(beta, near_top, near_offset, wrong_top, wrong_offset, rest_top, rest_offset),
                 m_s,
                 tau,
-                Slope(student_tau, teacher_tau, student_one, student_log, log_z, quiet),
+                StudentGradient(student_tau, teacher_tau, student_one, student_log, log_z, quiet),
                 Element(tl.where(labelled, y, -1), g_y.to(R)),
                 R,
                 P,

@@ -123,7 +123,7 @@ def projected_fold_columns(
 
 @triton.jit
 def projected_map_columns(
-    pointers, columns, members, target, m_s, tau, slope, label,
+    pointers, columns, members, target, m_s, tau, coefficients, label,
     R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a row, and zeros in the columns from V on; `label` is the element of the label's column."""
@@ -131,18 +131,18 @@ def projected_map_columns(
     V = columns.classes
     near, near_at, near_end, wrong, wrong_at, wrong_end, alone = members
     beta, near_top, near_offset, wrong_top, wrong_offset, rest_top, rest_offset = target
-    quiet = slope.quiet
+    quiet = coefficients.quiet
     y, g_y = label
     lanes = tl.arange(0, BLOCK)
     base = (f64(LOG2E) / tau).to(R)
     t_row = unless(quiet, t_row, s_row)
     b = beta.to(R)
     c_s = centre(m_s).to(R)
-    one = slope.student_tau.to(R)
-    two = slope.teacher_tau.to(R)
-    three = slope.student_one.to(R)
-    four = slope.student_log.to(R)
-    lost = slope.log_z.to(R)
+    one = coefficients.student_tau.to(R)
+    two = coefficients.teacher_tau.to(R)
+    three = coefficients.student_one.to(R)
+    four = coefficients.student_log.to(R)
+    lost = coefficients.log_z.to(R)
     near_column = member(near, near_at, near_end)
     wrong_column = tl.where(alone >= 0, alone, member(wrong, wrong_at, wrong_end))
     whole = V - V % BLOCK

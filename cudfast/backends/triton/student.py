@@ -13,7 +13,7 @@ from .element import student_element
 from .pieces import (
     Element,
     Pointers,
-    Slope,
+    StudentGradient,
     centre,
     clear,
     f64,
@@ -107,7 +107,7 @@ def student_pack(at, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, imp
 
 @triton.jit
 def student_map_columns(
-    pointers, columns, begin, end, m_t, m_s, tau, slope, label, clipped,
+    pointers, columns, begin, end, m_t, m_s, tau, coefficients, label, clipped,
     R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the columns [begin, end), and zeros in the columns from V on if the part is the last.
@@ -115,7 +115,7 @@ def student_map_columns(
     `label` and `clipped` are the elements of the label and of the top-1 that the clip changed.
     """
     s_row, t_row, g_row = pointers
-    quiet = slope.quiet
+    quiet = coefficients.quiet
     y, g_y = label
     k, g_k = clipped
     lanes = tl.arange(0, BLOCK)
@@ -123,11 +123,11 @@ def student_map_columns(
     t_row = unless(quiet, t_row, s_row)
     c_t = centre(tl.where(quiet, m_s, m_t)).to(R)
     c_s = centre(m_s).to(R)
-    one = slope.student_tau.to(R)
-    two = slope.teacher_tau.to(R)
-    three = slope.student_one.to(R)
-    four = slope.student_log.to(R)
-    lost = slope.log_z.to(R)
+    one = coefficients.student_tau.to(R)
+    two = coefficients.teacher_tau.to(R)
+    three = coefficients.student_one.to(R)
+    four = coefficients.student_log.to(R)
+    lost = coefficients.log_z.to(R)
     whole = end - (end - begin) % BLOCK
     for start in range(begin, whole, BLOCK):
         t = tl.load(t_row + start + lanes, eviction_policy="evict_first").to(R)
@@ -244,7 +244,7 @@ def student_rows(
                 m_t,
                 m_s,
                 tau,
-                Slope(student_tau, teacher_tau, student_one, student_log, log_z, by_kl == 0),
+                StudentGradient(student_tau, teacher_tau, student_one, student_log, log_z, by_kl == 0),
                 Element(tl.where(labelled, y, -1), g_y.to(R)),
                 Element(tl.where(r > 0, k, -1), g_k.to(R)),
                 R,
