@@ -67,6 +67,22 @@ def test_the_native_core_knows_no_torch() -> None:
         assert not re.search(r"#include [<\"](torch|ATen|c10|caffe2)/", file.read_text()), file.name
 
 
+def _is_jit(decorator: ast.expr) -> bool:
+    return ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator) == "triton.jit"
+
+
+def test_triton_functions_have_few_parameters() -> None:
+    """What belongs together is a NamedTuple."""
+    found = {
+        f"{file.stem}.{node.name}": len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+        for file in (PACKAGE / "backends" / "triton").glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef) and any(map(_is_jit, node.decorator_list))
+    }
+    assert len(found) > 60
+    assert {name: count for name, count in found.items() if count > 15} == {}
+
+
 def test_modules_of_earlier_releases() -> None:
     """What was imported, and pickled, by these names."""
     from cudfast.projection import Projection

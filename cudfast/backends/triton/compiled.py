@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 from ...inspect.machine import Loop, Machine, listings, loop_of, resources
 from . import projected, search, student, teacher
 from .launch import TWO_PROGRAMS, Columns, Given, Matrix, Results, Scales, Sets, plan
+from .pieces import Sweep
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -51,16 +52,16 @@ _TYPES |= dict.fromkeys(("near_offsets", "near", "wrong_offsets", "wrong"), "*i6
 _READ = ("weight", "temperatures", "coefficients", "parts")  # absent in kernels that read the state
 _VECTORS = (*_READ, "upstream")
 _STUDENT = {"P": 2, "ONES": 1, "CLIP": True, "KINDS": (0, 1)}
-_PROJECTED = {"P": 2, "ONES": 1, "TOP1": True, "KINDS": (0, 1)}
+_PROJECTED = {"P": 2, "ONES": 1, "KINDS": (0, 1)}
 _TEACHER = {"KINDS": (1, 2, 4)}
 
 
 def _flags(fold: bool, write: bool) -> dict[str, object]:
-    return {"FOLD": fold, "MERGE": False, "MAP": write}
+    return {"SWEEP": Sweep(fold, False, write)}
 
 
 def _projected(fold: bool, again: bool, write: bool, entropy: bool) -> dict[str, object]:
-    return {**_PROJECTED, "FOLD": fold, "AGAIN": again, "MAP": write, "ENTROPY": entropy}
+    return {**_PROJECTED, "SWEEP": projected.ProjectedSweep(fold, again, write, entropy, True)}
 
 
 _WHOLE, _WITHOUT_STATE = student.student_rows, (*_VECTORS, "sums")

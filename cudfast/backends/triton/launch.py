@@ -18,7 +18,7 @@ from ...rows.layout import dense, row_count, row_layout
 from ...rows.vectors import divisors_of
 from ..tuning import tuned
 from . import projected, row, search, student, teacher, terms
-from .pieces import count, scale_rows
+from .pieces import Sweep, count, scale_rows
 from .settings import settings_of
 
 _COUNT_BLOCK = 1024
@@ -267,7 +267,7 @@ class Call(NamedTuple):
         scales = Scales(state.divisors, upstream, 0 if upstream is None or upstream.dim() == 0 else 1)
         results = Results(loss, state.sums if keep else None, state.top1, parts)
         columns = Columns(rows.classes, g.shape[-1], self.plan.chunk)
-        flags = {"FOLD": fold, "MERGE": merge, "MAP": gradient is not None, "KINDS": self.options.kinds}
+        flags = {"SWEEP": Sweep(fold, merge, gradient is not None), "KINDS": self.options.kinds}
         programs = 1 if fold or merge else self.plan.parts
         logits, to = Matrix.of(rows.logits), Matrix.of(g)
         if rows.target is None:
@@ -300,8 +300,8 @@ class Call(NamedTuple):
             self._launch(
                 projected.projected_rows, 1,
                 logits, target, to, self.given, scales, results, sets, columns, float(rows.scalar),
-                P=self.power, ONES=self.ones(False), KINDS=self.options.kinds, TOP1=top1, ENTROPY=entropy,
-                FOLD=fold, AGAIN=again, MAP=write, **registers,
+                P=self.power, ONES=self.ones(False), KINDS=self.options.kinds,
+                SWEEP=projected.ProjectedSweep(fold, again, write, entropy, top1), **registers,
             )  # fmt: skip
 
         launch(fold, False, writes and not entropy)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from triton import knobs
@@ -13,6 +15,40 @@ from .terms import row_weights
 fp64 = tl.float64  # annotates arguments that must be passed in double precision
 # The interpreter reduces pairs in Python, one element after the other.
 PAIRS = tl.constexpr(not knobs.runtime.interpret)
+
+
+class Sweep(NamedTuple):
+    """What a launch of a row kernel does, a constant of the kernel."""
+
+    fold: bool  # computes the state from the logits
+    merge: bool  # computes it from parts
+    map: bool  # writes the gradient
+
+
+class Pointers(NamedTuple):
+    """The first column of a row, of each matrix."""
+
+    student: Any
+    teacher: Any
+    gradient: Any
+
+
+class StudentGradient(NamedTuple):
+    """What the gradient of a row's elements is computed from: see `element.student_element`. Scalars in f64."""
+
+    student_tau: Any
+    teacher_tau: Any
+    student_one: Any
+    student_log: Any
+    log_z: Any
+    quiet: Any  # the teacher has no part in it
+
+
+class Element(NamedTuple):
+    """A column of the gradient that is computed separately, and its value; column -1: none."""
+
+    column: Any
+    value: Any
 
 
 @triton.jit

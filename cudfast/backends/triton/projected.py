@@ -8,18 +8,43 @@ far is kept out of the sums, and is added to them when a larger one is found.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from .element import student_element
-from .pieces import centre, clear, f64, fp64, marks, row_of, scale_of, shares_of, temperature_of
-from .rest import projected_fold_columns, projected_map_columns
-from .row import E_ONE, E_S, LOG2E, NOTHING, S_ONE, Z_ONE, below, entropy, log_add, masses, student_move
+from .pieces import (
+    Element,
+    Pointers,
+    StudentGradient,
+    centre,
+    clear,
+    f64,
+    fp64,
+    marks,
+    row_of,
+    scale_of,
+    shares_of,
+    temperature_of,
+)
+from .rest import Lines, projected_fold_columns, projected_map_columns
+from .row import E_ONE, E_S, LOG2E, NOTHING, S_ONE, Z_ONE, TemperedState, below, entropy, log_add, masses, student_move
 from .search import COLUMNS as PROJECTED
 from .search import MISSES, OUT_OF_REACH, TEMPERED, entropy_tolerance
-from .sets import FAR, bounds_of_row, holds, set_sums, set_top, sets_of_row
+from .sets import FAR, Members, bounds_of_row, holds, set_sums, set_top, sets_of_row
 from .student import COLUMNS, student_pack
 from .terms import finish, forward_kl, student_coefficients
+
+
+class ProjectedSweep(NamedTuple):
+    """What a launch of `projected_rows` does, a constant of the kernel: see there."""
+
+    fold: bool
+    again: bool
+    map: bool
+    entropy: bool  # of some rows is bounded, and has to be compared with the bounds
+    top1: bool  # is the wrong class
 
 
 @triton.jit
@@ -72,9 +97,8 @@ def joined(m_t, z_tau, a, z_one, e_one, impossible, top, s_top, m_s, base, tau):
 @triton.jit
 def projected_rows(
     student, teacher, gradient, given, scales, results, sets, columns, temperature: fp64,
-    R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, KINDS: tl.constexpr,
-    TOP1: tl.constexpr, ENTROPY: tl.constexpr,
-    FOLD: tl.constexpr, AGAIN: tl.constexpr, MAP: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, KINDS: tl.constexpr, SWEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row, program (row, 0).
 
@@ -83,6 +107,11 @@ def projected_rows(
     read. MAP writes the gradient. N(y) are the columns near[near_offsets[y]:near_offsets[y + 1]], or without offsets
     the label alone, near[row].
     """
+    FOLD: tl.constexpr = SWEEP.fold
+    AGAIN: tl.constexpr = SWEEP.again
+    MAP: tl.constexpr = SWEEP.map
+    ENTROPY: tl.constexpr = SWEEP.entropy
+    TOP1: tl.constexpr = SWEEP.top1
     bounds, near_offsets, near, wrong_offsets, wrong = sets
     V = columns.classes
     row = tl.program_id(0).to(tl.int64)
@@ -123,10 +152,11 @@ def projected_rows(
             beta = tl.load(at + STUDENT).to(tl.float64)
             middle = tl.load(at + STUDENT + 1).to(tl.float64)
         if FOLD or AGAIN:
-            m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible, top, k_apart = projected_fold_columns(
-                s_row, t_row, V, near, own, near_end, wrong, wrong_at, wrong_end, alone, beta, middle, tau,
-                R, FOLD, P, SUMS, BLOCK,
-            )  # fmt: skip
+            members = Members(near, own, near_end, wrong, wrong_at, wrong_end, alone)
+            state, top, k_apart = projected_fold_columns(
+                s_row, t_row, V, members, beta, middle, tau, R, FOLD, P, SUMS, BLOCK
+            )
+            m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible = state
             # Read again, so that it needs no register during the sweep.
             ignored, labelled, y, in_rows, in_labelled = marks(row, given, V)
             own, own_end, near_end, wrong_at, wrong_end, wants_top1 = sets_of_row(
@@ -181,22 +211,23 @@ def projected_rows(
             mass_wrong = log_of_sum(at_wrong, wrong_one)
             mass_rest = log_of_sum(m_t, z_one)
             total = log_add(log_add(mass_near, mass_wrong), mass_rest)
-            new_near, new_wrong, new_rest, near_binds, wrong_binds, no_near, all_wrong = masses(
-                mass_near, mass_wrong, mass_rest, least, most
-            )
+            target = masses(mass_near, mass_wrong, mass_rest, least, most)
             misses = tl.zeros((), tl.int1)
             value = zero
             if FOLD and ENTROPY:
                 value, _ = entropy(
-                    at_near, near_one, near_e, zero, at_wrong, wrong_one, wrong_e, zero, centre(m_t), z_one, e_one,
-                    zero, new_near, new_wrong, new_rest, near_binds, wrong_binds, beta,
-                )  # fmt: skip
+                    TemperedState(at_near, near_one, near_e, zero),
+                    TemperedState(at_wrong, wrong_one, wrong_e, zero),
+                    TemperedState(centre(m_t), z_one, e_one, zero),
+                    target,
+                    beta,
+                )
                 if labelled:
                     misses = value < tl.load(bounds + row * 4 + 2) - entropy_tolerance(R)
                     misses = misses | (value > tl.load(bounds + row * 4 + 3) + entropy_tolerance(R))
-            near_offset = factor(new_near, mass_near, total, at_near)
-            wrong_offset = factor(new_wrong, mass_wrong, total, at_wrong)
-            rest_offset = factor(new_rest, mass_rest, total, m_t)
+            near_offset = factor(target.near, mass_near, total, at_near)
+            wrong_offset = factor(target.wrong, mass_wrong, total, at_wrong)
+            rest_offset = factor(target.rest, mass_rest, total, m_t)
             highest = centre(tl.maximum(tl.maximum(near_offset, wrong_offset), rest_offset))
             near_offset -= highest
             wrong_offset -= highest
@@ -214,12 +245,12 @@ def projected_rows(
                 ),
             )
             if (total > NOTHING) & (total < float("inf")):
-                moved = tl.maximum(tl.exp(new_near) - tl.exp(mass_near - total), 0.0)
-                moved += tl.maximum(tl.exp(new_wrong) - tl.exp(mass_wrong - total), 0.0)
-                moved += tl.maximum(tl.exp(new_rest) - tl.exp(mass_rest - total), 0.0)
-                relaxed = (no_near | all_wrong | out_of_reach).to(tl.float64)
+                moved = tl.maximum(tl.exp(target.near) - tl.exp(mass_near - total), 0.0)
+                moved += tl.maximum(tl.exp(target.wrong) - tl.exp(mass_wrong - total), 0.0)
+                moved += tl.maximum(tl.exp(target.rest) - tl.exp(mass_rest - total), 0.0)
+                relaxed = (target.no_near | target.all_wrong | out_of_reach).to(tl.float64)
                 if t_y > NOTHING:
-                    change = tl.where(has_near, new_near - mass_near, new_rest - mass_rest)
+                    change = tl.where(has_near, target.near - mass_near, target.rest - mass_rest)
                     calibrated = tl.exp(beta * (t_y - middle) + change)
                 if FOLD:
                     confidence = tl.exp(best - total)
@@ -296,8 +327,16 @@ def projected_rows(
             )
             g_y = tl.where(s_y == NOTHING, g_y, g_y + label)
             projected_map_columns(
-                s_row, t_row, g_row, V, columns.padded, near, own, near_end, wrong, wrong_at, wrong_end, alone, beta,
-                near_top, near_offset, wrong_top, wrong_offset, rest_top, rest_offset, m_s, tau,
-                student_tau, teacher_tau, student_one, student_log, log_z, quiet, tl.where(labelled, y, -1),
-                g_y.to(R), R, P, ONES, BLOCK,
-            )  # fmt: skip
+                Pointers(s_row, t_row, g_row),
+                columns,
+                Members(near, own, near_end, wrong, wrong_at, wrong_end, alone),
+                Lines(beta, near_top, near_offset, wrong_top, wrong_offset, rest_top, rest_offset),
+                m_s,
+                tau,
+                StudentGradient(student_tau, teacher_tau, student_one, student_log, log_z, quiet),
+                Element(tl.where(labelled, y, -1), g_y.to(R)),
+                R,
+                P,
+                ONES,
+                BLOCK,
+            )

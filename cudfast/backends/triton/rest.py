@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from .element import student_element
 from .pieces import centre, clear, f64, heard, largest_of_both, replaced, stored, unless
-from .row import E_ONE, E_S, LOG2E, NOTHING, below, student_fold, student_move
+from .row import E_ONE, E_S, LOG2E, NOTHING, StudentState, below, student_fold, student_move, summed
 from .sets import apart, in_thread, member, zero_beside
+
+
+class Lines(NamedTuple):
+    """The target's logits are beta (t - top) + offset, with a top and an offset for each set: scalars in f64."""
+
+    beta: Any
+    near_top: Any
+    near_offset: Any
+    wrong_top: Any
+    wrong_offset: Any
+    rest_top: Any
+    rest_offset: Any
 
 
 @triton.jit
 def projected_block(
-    s, x, start, s_row, m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible, base,
+    s, x, start, s_row, top, k, state, base,
     RUN: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of columns. x: teacher logits, -inf in columns that are summed separately. RUN: so is the top-1.
@@ -22,6 +36,7 @@ def projected_block(
     """
     lanes = tl.arange(0, BLOCK)
     WIDTH: tl.constexpr = 2 if x.dtype == tl.float64 else 8
+    m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible = state
     high_t, high_s = largest_of_both(x, s)
     if (high_t > m_t) | (high_s > m_s):
         joins = tl.full((), float("-inf"), x.dtype)
@@ -61,32 +76,26 @@ def projected_block(
     if E_S & ONES:
         e_s += in_thread(x_s, BLOCK, WIDTH)
     impossible = tl.maximum(impossible, tl.max(tl.reshape(holes, (BLOCK // WIDTH, WIDTH)), 1))
-    return m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible
+    return top, k, StudentState(m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible)
 
 
 @triton.jit
 def projected_fold_columns(
-    s_row, t_row, V, near, near_at, near_end, wrong, wrong_at, wrong_end, alone, beta, middle, tau,
+    s_row, t_row, V, members, beta, middle, tau,
     R: tl.constexpr, RUN: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """State of the rest in f64 for teacher logits beta (t - middle), and the top-1 that RUN has kept out of it."""
+    near, near_at, near_end, wrong, wrong_at, wrong_end, alone = members
     lanes = tl.arange(0, BLOCK)
     WIDTH: tl.constexpr = 2 if R == tl.float64 else 8
     base = (f64(LOG2E) / tau).to(R)
     b = beta.to(R)
     c = middle.to(R)
-    m_t = tl.full((), float("-inf"), R)
-    m_s = tl.full((), float("-inf"), R)
     top = tl.full((), float("-inf"), R)
     k = tl.full((), -1, tl.int64)
-    z_tau = tl.zeros((BLOCK // WIDTH,), R)
-    s_tau = tl.zeros((BLOCK // WIDTH,), R)
-    a = tl.zeros((BLOCK // WIDTH,), R)
-    s_one = tl.zeros((BLOCK // WIDTH,), R)
-    z_one = tl.zeros((BLOCK // WIDTH,), R)
-    e_one = tl.zeros((BLOCK // WIDTH,), R)
-    e_s = tl.zeros((BLOCK // WIDTH,), R)
+    zero = tl.zeros((BLOCK // WIDTH,), R)
     impossible = tl.full((BLOCK // WIDTH,), float("-inf"), R)
+    state = StudentState(top, top, zero, zero, zero, zero, zero, zero, zero, impossible)
     near_column = member(near, near_at, near_end)
     wrong_column = tl.where(alone >= 0, alone, member(wrong, wrong_at, wrong_end))
     whole = V - V % BLOCK
@@ -98,10 +107,7 @@ def projected_fold_columns(
         x, wrong_at, wrong_column = apart(
             x, t, start, wrong, wrong_at, wrong_end, wrong_column, 0.0, NOTHING, 1.0, BLOCK
         )
-        m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible = projected_block(
-            s, x, start, s_row, m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible, base,
-            RUN, P, ONES, BLOCK,
-        )  # fmt: skip
+        top, k, state = projected_block(s, x, start, s_row, top, k, state, base, RUN, P, ONES, BLOCK)
     if whole < V:
         inside = whole + lanes < V
         t = tl.load(t_row + whole + lanes, mask=inside, other=float("-inf"), eviction_policy="evict_last").to(R)
@@ -111,45 +117,32 @@ def projected_fold_columns(
         x, wrong_at, wrong_column = apart(
             x, t, whole, wrong, wrong_at, wrong_end, wrong_column, 0.0, NOTHING, 1.0, BLOCK
         )
-        m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible = projected_block(
-            s, x, whole, s_row, m_t, m_s, top, k, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible, base,
-            RUN, P, ONES, BLOCK,
-        )  # fmt: skip
-    excluded = tl.where(tl.max(impossible, 0) == float("inf"), 1.0, 0.0).to(tl.float64)
-    return (
-        m_t.to(tl.float64),
-        m_s.to(tl.float64),
-        tl.sum(z_tau, 0).to(tl.float64),
-        tl.sum(s_tau, 0).to(tl.float64),
-        tl.sum(a, 0).to(tl.float64) / tau,
-        tl.sum(s_one, 0).to(tl.float64),
-        tl.sum(z_one, 0).to(tl.float64),
-        tl.sum(e_one, 0).to(tl.float64),
-        tl.sum(e_s, 0).to(tl.float64),
-        excluded,
-        top.to(tl.float64),
-        k,
-    )
+        top, k, state = projected_block(s, x, whole, s_row, top, k, state, base, RUN, P, ONES, BLOCK)
+    return summed(state, tau), top.to(tl.float64), k
 
 
 @triton.jit
 def projected_map_columns(
-    s_row, t_row, g_row, V, padded, near, near_at, near_end, wrong, wrong_at, wrong_end, alone, beta,
-    near_top, near_offset, wrong_top, wrong_offset, rest_top, rest_offset, m_s, tau,
-    student_tau, teacher_tau, student_one, student_log, log_z, quiet, y, g_y,
+    pointers, columns, members, target, m_s, tau, coefficients, label,
     R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a row, and zeros in the columns from V on; g_y: the value of the label's column, y = -1: none."""
+    """The gradient of a row, and zeros in the columns from V on; `label` is the element of the label's column."""
+    s_row, t_row, g_row = pointers
+    V = columns.classes
+    near, near_at, near_end, wrong, wrong_at, wrong_end, alone = members
+    beta, near_top, near_offset, wrong_top, wrong_offset, rest_top, rest_offset = target
+    quiet = coefficients.quiet
+    y, g_y = label
     lanes = tl.arange(0, BLOCK)
     base = (f64(LOG2E) / tau).to(R)
     t_row = unless(quiet, t_row, s_row)
     b = beta.to(R)
     c_s = centre(m_s).to(R)
-    one = student_tau.to(R)
-    two = teacher_tau.to(R)
-    three = student_one.to(R)
-    four = student_log.to(R)
-    lost = log_z.to(R)
+    one = coefficients.student_tau.to(R)
+    two = coefficients.teacher_tau.to(R)
+    three = coefficients.student_one.to(R)
+    four = coefficients.student_log.to(R)
+    lost = coefficients.log_z.to(R)
     near_column = member(near, near_at, near_end)
     wrong_column = tl.where(alone >= 0, alone, member(wrong, wrong_at, wrong_end))
     whole = V - V % BLOCK
@@ -180,4 +173,4 @@ def projected_map_columns(
         )
         g = replaced(student_element(one, two, three, four, lost, dt, s - c_s, base, P, ONES), whole, y, g_y, BLOCK)
         tl.store(g_row + column, stored(g, g_row), mask=column < V)
-    clear(g_row, V, padded, BLOCK)
+    clear(g_row, V, columns.padded, BLOCK)

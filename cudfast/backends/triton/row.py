@@ -6,6 +6,8 @@ Exponentials are powers of two, with log2(e) and 1 / tau combined in one factor.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -16,8 +18,25 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # Student loss: state of one row, or of some of its columns                                          [state-student]
-# (m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible); k, s_k and the label's logits are read after the
-# last column. ONES: the sums at temperature 1 that are needed, of these.
+class StudentState(NamedTuple):
+    """Maxima and sums relative to them; k, s_k and the label's logits are read after the last column.
+
+    Maxima are scalars, the others lanes: (BLOCK,), or (BLOCK / WIDTH,) where threads add their columns first.
+    """
+
+    m_t: Any
+    m_s: Any
+    z_tau: Any
+    s_tau: Any
+    a: Any
+    s_one: Any
+    z_one: Any
+    e_one: Any
+    e_s: Any
+    impossible: Any
+
+
+# ONES: the sums at temperature 1 that are needed, of these.
 S_ONE = tl.constexpr(1)
 Z_ONE = tl.constexpr(2)
 E_ONE = tl.constexpr(4)  # with Z_ONE
@@ -85,6 +104,25 @@ def student_move(z_tau, s_tau, a, s_one, z_one, e_one, e_s, down_t, down_s, base
     e_one = one * (e_one + z_one * down_t)
     z_one = one * z_one
     return z_tau, s_tau, a, s_one, z_one, e_one, e_s
+
+
+@triton.jit
+def summed(state, tau):
+    """The state with its lanes summed, in f64, and `a` multiplied by 1 / tau; impossible: 1 or 0."""
+    # First, so that its registers are free during the other sums.
+    excluded = tl.where(tl.max(state.impossible, 0) == float("inf"), 1.0, 0.0).to(tl.float64)
+    return StudentState(
+        state.m_t.to(tl.float64),
+        state.m_s.to(tl.float64),
+        tl.sum(state.z_tau, 0).to(tl.float64),
+        tl.sum(state.s_tau, 0).to(tl.float64),
+        tl.sum(state.a, 0).to(tl.float64) / tau,
+        tl.sum(state.s_one, 0).to(tl.float64),
+        tl.sum(state.z_one, 0).to(tl.float64),
+        tl.sum(state.e_one, 0).to(tl.float64),
+        tl.sum(state.e_s, 0).to(tl.float64),
+        excluded,
+    )
 
 
 # Teacher loss: (m, z, e)                                                                            [state-teacher]
@@ -163,6 +201,18 @@ def replace(z_tau, a, impossible, m_t, m_s, s_k, t_y, s_y, r, new_t_k, new_t_y, 
 
 
 # The exact projection, Eq. 2. Logarithms of masses and entropies are (COUNT,): one per temperature.
+class Masses(NamedTuple):
+    """The log masses of a target's three sets, and which bounds are active or infeasible: scalars of a row."""
+
+    near: Any
+    wrong: Any
+    rest: Any
+    near_binds: Any
+    wrong_binds: Any
+    no_near: Any
+    all_wrong: Any
+
+
 @triton.jit
 def log_add(a, b):
     high = tl.where(a > b, a, b)  # not tl.maximum, which drops a NaN
@@ -172,7 +222,7 @@ def log_add(a, b):
 
 @triton.jit
 def masses(near, wrong, rest, low, high):
-    """(near, wrong, rest, near_binds, wrong_binds, no_near, all_wrong): log masses of the target.           [masses]"""
+    """The target's masses from those of the teacher and the bounds on near and wrong.                       [masses]"""
     total = log_add(log_add(near, wrong), rest)
     n = near - total
     w = wrong - total
@@ -198,13 +248,22 @@ def masses(near, wrong, rest, low, high):
     r = tl.where(near_binds & wrong_binds, both, r)
     n = tl.where(near_binds, log_low, tl.where(wrong_binds, n_alone, n))
     w = tl.where(wrong_binds, log_high, tl.where(near_binds, w_alone, w))
-    return n, w, r, near_binds, wrong_binds, no_near, all_wrong
+    return Masses(n, w, r, near_binds, wrong_binds, no_near, all_wrong)
 
 
 NEVER = tl.constexpr(-1e8)  # a class this far below the largest of its set is impossible
 
 
-# (m, z, e, v) of a set                                                                                   [tempered]
+# State of a set                                                                                          [tempered]
+class TemperedState(NamedTuple):
+    """Sums of a set relative to m, each weighted with exp(beta (t - m)): scalars of a row."""
+
+    m: Any
+    z: Any
+    e: Any  # times t - m
+    v: Any  # times (t - m)^2
+
+
 @triton.jit
 def tempered_fold(x, beta):
     """A class's contributions to (z, e, v), x = t - m; with beta 0, every possible class has weight 1."""
@@ -222,8 +281,9 @@ def log_mass(m, z, beta):
 
 
 @triton.jit
-def entropy_share(m, z, e, v, log_m, beta):
+def entropy_share(state, log_m, beta):
     """(mass, entropy, variance within, mean) of a set, all 0 if it has no mass."""
+    m, z, e, v = state
     there = (z > 0) & (log_m > NOTHING)
     log_m = tl.where(there, log_m, 0.0)
     mass = tl.where(there, tl.exp(log_m), 0.0)
@@ -234,15 +294,13 @@ def entropy_share(m, z, e, v, log_m, beta):
 
 
 @triton.jit
-def entropy(
-    m_0, z_0, e_0, v_0, m_1, z_1, e_1, v_1, m_2, z_2, e_2, v_2, near, wrong, rest, near_binds, wrong_binds, beta
-):
+def entropy(near, wrong, rest, target, beta):
     """(value, slope) of H = sum M (h - log M) over N, W and the rest; slope with respect to beta^2.        [entropy]"""
-    mass_0, value_0, variance_0, at_0 = entropy_share(m_0, z_0, e_0, v_0, near, beta)
-    mass_1, value_1, variance_1, at_1 = entropy_share(m_1, z_1, e_1, v_1, wrong, beta)
-    mass_2, value_2, variance_2, at_2 = entropy_share(m_2, z_2, e_2, v_2, rest, beta)
-    free_0 = tl.where(near_binds, 0.0, mass_0)
-    free_1 = tl.where(wrong_binds, 0.0, mass_1)
+    mass_0, value_0, variance_0, at_0 = entropy_share(near, target.near, beta)
+    mass_1, value_1, variance_1, at_1 = entropy_share(wrong, target.wrong, beta)
+    mass_2, value_2, variance_2, at_2 = entropy_share(rest, target.rest, beta)
+    free_0 = tl.where(target.near_binds, 0.0, mass_0)
+    free_1 = tl.where(target.wrong_binds, 0.0, mass_1)
     shared = free_0 + free_1 + mass_2
     mean = tl.where(shared > 0, free_0 * at_0 + free_1 * at_1 + mass_2 * at_2, 0.0)
     mean = mean / tl.where(shared > 0, shared, 1.0)

@@ -7,8 +7,19 @@ import triton.language as tl
 
 from ...targets import search
 from .pieces import centre, f64, marks, row_of
-from .row import NOTHING, entropy, log_mass, masses, spread, temper, tempered_fold
-from .sets import apart, bounds_of_row, holds, in_thread, member, set_tempered, set_top, sets_of_row, zero_beside
+from .row import NOTHING, TemperedState, entropy, log_mass, masses, spread, temper, tempered_fold
+from .sets import (
+    Members,
+    apart,
+    bounds_of_row,
+    holds,
+    in_thread,
+    member,
+    set_tempered,
+    set_top,
+    sets_of_row,
+    zero_beside,
+)
 
 SWEEPS = tl.constexpr(search.SWEEPS)
 STEPS = tl.constexpr(search.STEPS)
@@ -40,11 +51,9 @@ def entropy_tolerance(R: tl.constexpr):
 
 
 @triton.jit
-def tempered_columns(
-    t_row, V, near, near_at, near_end, wrong, wrong_at, wrong_end, alone, middle, places,
-    R: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def tempered_columns(t_row, V, members, middle, places, R: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """(z, e, v) of the rest around `middle`, (COUNT,), at the betas at `places`: one sweep over the teacher's row."""
+    near, near_at, near_end, wrong, wrong_at, wrong_end, alone = members
     lanes = tl.arange(0, BLOCK)
     WIDTH: tl.constexpr = 2 if R == tl.float64 else 8
     place = tl.arange(0, COUNT)[:, None]
@@ -80,14 +89,12 @@ def store_sums(at, z, e, v):
 
 @triton.jit
 def sum_places(
-    t_row, V, near, near_at, near_end, wrong, wrong_at, wrong_end, alone, near_top, wrong_top, middle, work,
-    R: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    t_row, V, members, near_top, wrong_top, middle, work, R: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):
     """Writes the sums of every set at the first COUNT places to `work`, in one sweep over the teacher's row."""
+    near, near_at, near_end, wrong, wrong_at, wrong_end, alone = members
     place = tl.arange(0, COUNT)
-    z, e, v = tempered_columns(
-        t_row, V, near, near_at, near_end, wrong, wrong_at, wrong_end, alone, middle, work + PLACE, R, COUNT, BLOCK,
-    )  # fmt: skip
+    z, e, v = tempered_columns(t_row, V, members, middle, work + PLACE, R, COUNT, BLOCK)
     store_sums(work + REST + place, z, e, v)
     for i in range(0, COUNT):
         beta = tl.load(work + PLACE + i)
@@ -95,6 +102,11 @@ def sum_places(
         store_sums(work + NEAR + i, z_0, e_0, v_0)
         z_1, e_1, v_1 = set_tempered(t_row, wrong, wrong_at, wrong_end, centre(wrong_top), beta, R)
         store_sums(work + WRONG + i, tl.where(alone >= 0, 1.0, z_1), e_1, v_1)  # alone: a set of one
+
+
+@triton.jit
+def load_sums(at, m):
+    return TemperedState(m, tl.load(at), tl.load(at + PLACES), tl.load(at + 2 * PLACES))
 
 
 @triton.jit
@@ -121,14 +133,16 @@ def next_places(work, wanted):
 
 @triton.jit
 def find_temperature(
-    t_row, V, near, near_at, near_end, wrong, wrong_at, wrong_end, alone, near_top, wrong_top, middle, row, bounds,
-    start, wanted, floor, work, R: tl.constexpr, BLOCK: tl.constexpr,
+    t_row, V, members, near_top, wrong_top, middle, row, bounds, start, wanted, floor, work,
+    R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(beta, whether the bound is infeasible); start: the entropy at beta = 1.
 
     The first sweep is at the end, where T is infinite for a floor and nearly 0 for a ceiling; for a ceiling, a second
     one computes the slope at 1. The bracket, the places and their sums are in memory, `work`, not in registers.
     """
+    has_near = members.near_end > members.near_at
+    has_wrong = (members.wrong_end > members.wrong_at) | (members.alone >= 0)
     unknown = tl.full((), float("nan"), tl.float64)
     store_end(work + LOW, tl.where(floor, -1.0, 0.0), start, unknown)
     store_end(work + HIGH, tl.where(floor, 1.0, 2.0 * HOTTEST), start, unknown)
@@ -142,39 +156,27 @@ def find_temperature(
         tl.debug_barrier()
         count = tl.where(sweeps < STEPS, 1, PLACES)
         if sweeps < STEPS:
-            sum_places(
-                t_row, V, near, near_at, near_end, wrong, wrong_at, wrong_end, alone, near_top, wrong_top, middle,
-                work, R, 1, BLOCK,
-            )  # fmt: skip
+            sum_places(t_row, V, members, near_top, wrong_top, middle, work, R, 1, BLOCK)
         else:
-            sum_places(
-                t_row, V, near, near_at, near_end, wrong, wrong_at, wrong_end, alone, near_top, wrong_top, middle,
-                work, R, PLACES, BLOCK,
-            )  # fmt: skip
+            sum_places(t_row, V, members, near_top, wrong_top, middle, work, R, PLACES, BLOCK)
         sweeps += 1
         nearest = tl.full((), 1.0, tl.float64)
         missed_by = tl.full((), float("inf"), tl.float64)
         for i in range(0, count):
             tl.debug_barrier()
             place = tl.load(work + PLACE + i)
-            least, most = bounds_of_row(row, near_end > near_at, (wrong_end > wrong_at) | (alone >= 0), bounds)
-            new_near, new_wrong, new_rest, near_binds, wrong_binds, _, _ = masses(
+            least, most = bounds_of_row(row, has_near, has_wrong, bounds)
+            target = masses(
                 log_mass(centre(near_top), tl.load(work + NEAR + i), place),
                 log_mass(centre(wrong_top), tl.load(work + WRONG + i), place),
                 log_mass(middle, tl.load(work + REST + i), place),
                 least,
                 most,
             )
-            at = work + NEAR + i
-            z_0, e_0, v_0 = tl.load(at), tl.load(at + PLACES), tl.load(at + 2 * PLACES)
-            at = work + WRONG + i
-            z_1, e_1, v_1 = tl.load(at), tl.load(at + PLACES), tl.load(at + 2 * PLACES)
-            at = work + REST + i
-            z_2, e_2, v_2 = tl.load(at), tl.load(at + PLACES), tl.load(at + 2 * PLACES)
-            value, slope = entropy(
-                centre(near_top), z_0, e_0, v_0, centre(wrong_top), z_1, e_1, v_1, middle, z_2, e_2, v_2,
-                new_near, new_wrong, new_rest, near_binds, wrong_binds, place,
-            )  # fmt: skip
+            near = load_sums(work + NEAR + i, centre(near_top))
+            wrong = load_sums(work + WRONG + i, centre(wrong_top))
+            rest = load_sums(work + REST + i, middle)
+            value, slope = entropy(near, wrong, rest, target, place)
             missed = value - wanted
             if (tl.abs(missed) >= missed_by) == 0:
                 missed_by = tl.abs(missed)
@@ -238,9 +240,10 @@ def temper_rows(
         floor = start < wanted
         if floor == 0:
             wanted = tl.load(bounds + row * 4 + 3)
+        members = Members(near, own, near_end, wrong, wrong_at, wrong_end, alone)
         beta, out_of_reach = find_temperature(
-            t_row, V, near, own, near_end, wrong, wrong_at, wrong_end, alone, near_top, wrong_top, middle, row, bounds,
-            start, wanted, floor, work + row * WORK, R, BLOCK,
+            t_row, V, members, near_top, wrong_top, middle, row, bounds, start, wanted, floor, work + row * WORK,
+            R, BLOCK,
         )  # fmt: skip
         tl.store(at, beta)
         tl.store(at + 9, tl.where(out_of_reach, OUT_OF_REACH, TEMPERED))

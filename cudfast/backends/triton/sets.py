@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -10,6 +12,18 @@ from .row import student_fold, tempered_fold
 
 SET = tl.constexpr(256)  # members at a time
 FAR = tl.constexpr(1 << 62)  # beyond every column
+
+
+class Members(NamedTuple):
+    """The classes of a row that are summed separately. Places in the lists, and columns, are scalars in i64."""
+
+    near: Any  # list
+    near_at: Any
+    near_end: Any
+    wrong: Any  # list
+    wrong_at: Any
+    wrong_end: Any
+    alone: Any  # the top-1 if it is the wrong class, else -1
 
 
 @triton.jit

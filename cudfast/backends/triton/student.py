@@ -11,6 +11,9 @@ import triton.language as tl
 
 from .element import student_element
 from .pieces import (
+    Element,
+    Pointers,
+    StudentGradient,
     centre,
     clear,
     f64,
@@ -26,7 +29,7 @@ from .pieces import (
     temperature_of,
     unless,
 )
-from .row import E_S, LOG2E, NOTHING, below, student_fold, student_move
+from .row import E_S, LOG2E, NOTHING, StudentState, below, student_fold, student_move, summed
 from .terms import finish, student_coefficients, student_target
 
 COLUMNS = tl.constexpr(11)  # of a packed state, before e_s
@@ -34,11 +37,9 @@ PART = tl.constexpr(10)  # values of a part of a row
 
 
 @triton.jit
-def student_block(
-    s, t, start, m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, e_s, impossible, base,
-    P: tl.constexpr, ONES: tl.constexpr,
-):  # fmt: skip
+def student_block(s, t, start, first, state, base, P: tl.constexpr, ONES: tl.constexpr):
     """One block of columns: maxima first, then the sums relative to them. `first`: start of the block with m_t."""
+    m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible = state
     high_t, high_s = largest_of_both(t, s)
     if (high_t > m_t) | (high_s > m_s):
         new_t = tl.maximum(m_t, high_t)
@@ -54,7 +55,7 @@ def student_block(
     z_tau, s_tau, a, s_one, z_one, _, e_s, impossible = student_fold(
         z_tau, s_tau, a, s_one, z_one, 0.0, e_s, impossible, t - centre(m_t), s - centre(m_s), base, P, ONES
     )
-    return m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, e_s, impossible
+    return first, StudentState(m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible)
 
 
 @triton.jit
@@ -64,47 +65,26 @@ def student_fold_columns(
     """State of the columns [begin, end) in f64, as in csrc/row/state.h, and the first column whose logit is m_t."""
     lanes = tl.arange(0, BLOCK)
     base = (f64(LOG2E) / tau).to(R)
-    m_t = tl.full((), float("-inf"), R)
-    m_s = tl.full((), float("-inf"), R)
-    first = begin
-    z_tau = tl.zeros((BLOCK,), R)
-    s_tau = tl.zeros((BLOCK,), R)
-    a = tl.zeros((BLOCK,), R)
-    s_one = tl.zeros((BLOCK,), R)
-    z_one = tl.zeros((BLOCK,), R)
-    e_s = tl.zeros((BLOCK,), R)
+    nothing = tl.full((), float("-inf"), R)
+    zero = tl.zeros((BLOCK,), R)
     impossible = tl.full((BLOCK,), float("-inf"), R)
+    state = StudentState(nothing, nothing, zero, zero, zero, zero, zero, zero, zero, impossible)
+    first = begin
     whole = end - (end - begin) % BLOCK
     for start in range(begin, whole, BLOCK):
         t = tl.load(t_row + start + lanes, eviction_policy="evict_last").to(R)
         s = tl.load(s_row + start + lanes, eviction_policy="evict_last").to(R)
-        m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, e_s, impossible = student_block(
-            s, t, start, m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, e_s, impossible, base, P, ONES
-        )
+        first, state = student_block(s, t, start, first, state, base, P, ONES)
     if whole < end:
         inside = whole + lanes < end
         t = tl.load(t_row + whole + lanes, mask=inside, other=float("-inf"), eviction_policy="evict_last").to(R)
         s = tl.load(s_row + whole + lanes, mask=inside, other=float("-inf"), eviction_policy="evict_last").to(R)
-        m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, e_s, impossible = student_block(
-            s, t, whole, m_t, m_s, first, z_tau, s_tau, a, s_one, z_one, e_s, impossible, base, P, ONES
-        )
+        first, state = student_block(s, t, whole, first, state, base, P, ONES)
     column = first + lanes
     t = tl.load(t_row + column, mask=column < end, other=float("nan")).to(R)
-    k = tl.min(tl.where(t == m_t, column, end), 0)
+    k = tl.min(tl.where(t == state.m_t, column, end), 0)
     k = tl.where(k == end, begin, k)
-    excluded = tl.where(tl.max(impossible, 0) == float("inf"), 1.0, 0.0).to(tl.float64)
-    return (
-        m_t.to(tl.float64),
-        m_s.to(tl.float64),
-        tl.sum(z_tau, 0).to(tl.float64),
-        tl.sum(s_tau, 0).to(tl.float64),
-        tl.sum(a, 0).to(tl.float64) / tau,
-        tl.sum(s_one, 0).to(tl.float64),
-        tl.sum(z_one, 0).to(tl.float64),
-        tl.sum(e_s, 0).to(tl.float64),
-        excluded,
-        k,
-    )
+    return summed(state, tau), k
 
 
 @triton.jit
@@ -127,24 +107,27 @@ def student_pack(at, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, imp
 
 @triton.jit
 def student_map_columns(
-    s_row, t_row, g_row, begin, end, V, padded, m_t, m_s, tau,
-    student_tau, teacher_tau, student_one, student_log, log_z, quiet, y, g_y, k, g_k,
+    pointers, columns, begin, end, m_t, m_s, tau, coefficients, label, clipped,
     R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the columns [begin, end), and zeros in the columns from V on if the part is the last.
 
-    g_y and g_k are the values of columns y and k: the label, and the top-1 that the clip changed; -1 is no column.
+    `label` and `clipped` are the elements of the label and of the top-1 that the clip changed.
     """
+    s_row, t_row, g_row = pointers
+    quiet = coefficients.quiet
+    y, g_y = label
+    k, g_k = clipped
     lanes = tl.arange(0, BLOCK)
     base = (f64(LOG2E) / tau).to(R)
     t_row = unless(quiet, t_row, s_row)
     c_t = centre(tl.where(quiet, m_s, m_t)).to(R)
     c_s = centre(m_s).to(R)
-    one = student_tau.to(R)
-    two = teacher_tau.to(R)
-    three = student_one.to(R)
-    four = student_log.to(R)
-    lost = log_z.to(R)
+    one = coefficients.student_tau.to(R)
+    two = coefficients.teacher_tau.to(R)
+    three = coefficients.student_one.to(R)
+    four = coefficients.student_log.to(R)
+    lost = coefficients.log_z.to(R)
     whole = end - (end - begin) % BLOCK
     for start in range(begin, whole, BLOCK):
         t = tl.load(t_row + start + lanes, eviction_policy="evict_first").to(R)
@@ -161,19 +144,22 @@ def student_map_columns(
         g = student_element(one, two, three, four, lost, t - c_t, s - c_s, base, P, ONES)
         g = replaced(replaced(g, whole, y, g_y, BLOCK), whole, k, g_k, BLOCK)
         tl.store(g_row + column, stored(g, g_row), mask=column < end)
-    if end == V:
-        clear(g_row, V, padded, BLOCK)
+    if end == columns.classes:
+        clear(g_row, columns.classes, columns.padded, BLOCK)
 
 
 @triton.jit
 def student_rows(
     student, teacher, gradient, given, scales, results, columns, temperature: fp64,
     R: tl.constexpr, P: tl.constexpr, ONES: tl.constexpr, CLIP: tl.constexpr, KINDS: tl.constexpr,
-    FOLD: tl.constexpr, MERGE: tl.constexpr, MAP: tl.constexpr, BLOCK: tl.constexpr,
+    SWEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The columns [chunk i, chunk (i + 1)) of a row, program (row, i). FOLD computes the state, MERGE computes it from
     parts, otherwise it is read; MAP writes the gradient. With FOLD or MERGE, one program has the whole row.
-    Groups of arguments: see launch.py."""
+    Groups of arguments: see launch.py; SWEEP: see `pieces.Sweep`."""
+    FOLD: tl.constexpr = SWEEP.fold
+    MERGE: tl.constexpr = SWEEP.merge
+    MAP: tl.constexpr = SWEEP.map
     sums = results.sums
     V, padded, chunk = columns
     row = tl.program_id(0).to(tl.int64)
@@ -193,9 +179,8 @@ def student_rows(
         at = sums + row * (COLUMNS + 1 if E_S & ONES else COLUMNS)
     if ignored == 0:
         if FOLD:
-            m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_s, impossible, k = student_fold_columns(
-                s_row, t_row, begin, end, tau, R, P, ONES, BLOCK
-            )
+            state, k = student_fold_columns(s_row, t_row, begin, end, tau, R, P, ONES, BLOCK)
+            m_t, m_s, z_tau, s_tau, a, s_one, z_one, _, e_s, impossible = state
         elif MERGE:
             m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_s, impossible, k = student_merge(
                 results.parts, row, tl.cdiv(V, chunk), tau, ONES
@@ -252,10 +237,21 @@ def student_rows(
                 student_tau, teacher_tau, student_one, student_log, log_z, t_k, s_k - centre(m_s), base, 0, ONES
             )
             student_map_columns(
-                s_row, t_row, g_row, begin, end, V, padded, m_t, m_s, tau,
-                student_tau, teacher_tau, student_one, student_log, log_z, by_kl == 0,
-                tl.where(labelled, y, -1), g_y.to(R), tl.where(r > 0, k, -1), g_k.to(R), R, P, ONES, BLOCK,
-            )  # fmt: skip
+                Pointers(s_row, t_row, g_row),
+                columns,
+                begin,
+                end,
+                m_t,
+                m_s,
+                tau,
+                StudentGradient(student_tau, teacher_tau, student_one, student_log, log_z, by_kl == 0),
+                Element(tl.where(labelled, y, -1), g_y.to(R)),
+                Element(tl.where(r > 0, k, -1), g_k.to(R)),
+                R,
+                P,
+                ONES,
+                BLOCK,
+            )
 
 
 @triton.jit
@@ -271,21 +267,21 @@ def student_parts(
     ignored = marks(row, given, V)[0]
     if ignored == 0:
         tau = temperature_of(row, given, temperature)
-        m_t, m_s, z_tau, s_tau, a, s_one, z_one, e_s, impossible, k = student_fold_columns(
+        state, k = student_fold_columns(
             row_of(row, student), row_of(row, teacher), begin, tl.minimum(begin + chunk, V), tau, R, P, ONES, BLOCK
         )
         at = parts + (row * tl.num_programs(1) + tl.program_id(1)) * PART
-        tl.store(at + 0, m_t)
-        tl.store(at + 1, m_s)
-        tl.store(at + 2, z_tau)
-        tl.store(at + 3, s_tau)
-        tl.store(at + 4, a)
-        tl.store(at + 5, s_one)
-        tl.store(at + 6, z_one)
-        tl.store(at + 7, impossible)
+        tl.store(at + 0, state.m_t)
+        tl.store(at + 1, state.m_s)
+        tl.store(at + 2, state.z_tau)
+        tl.store(at + 3, state.s_tau)
+        tl.store(at + 4, state.a)
+        tl.store(at + 5, state.s_one)
+        tl.store(at + 6, state.z_one)
+        tl.store(at + 7, state.impossible)
         tl.store(at + 8, k.to(tl.float64))  # exact: below 2^53
         if E_S & ONES:
-            tl.store(at + 9, e_s)
+            tl.store(at + 9, state.e_s)
 
 
 @triton.jit

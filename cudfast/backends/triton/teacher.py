@@ -71,10 +71,12 @@ def teacher_map_columns(
 @triton.jit
 def teacher_rows(
     logits, gradient, given, scales, results, columns,
-    R: tl.constexpr, KINDS: tl.constexpr, FOLD: tl.constexpr, MERGE: tl.constexpr, MAP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    R: tl.constexpr, KINDS: tl.constexpr, SWEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The columns [chunk i, chunk (i + 1)) of a row, program (row, i). See `student_rows`."""
+    FOLD: tl.constexpr = SWEEP.fold
+    MERGE: tl.constexpr = SWEEP.merge
+    MAP: tl.constexpr = SWEEP.map
     sums = results.sums
     V, padded, chunk = columns
     row = tl.program_id(0).to(tl.int64)
