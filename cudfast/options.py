@@ -100,7 +100,7 @@ class LossOptions(_Text):
             Default None; -1 in CUDOptions.
         reduction: "none", "sum" or "mean" ("batchmean" is an alias of "mean"). Default "mean".
         num_classes: number of leading columns that are real classes, for logits padded to unequal widths. None: all.
-        save: what is saved between forward and backward. "state": the row state, at most 96 bytes a row, and the
+        save: what is saved between forward and backward. "state": the row state, at most 200 bytes a row, and the
             gradient is computed in backward. "gradient": the gradient itself, computed in forward while the row is in
             cache; the inputs are saved, too, for a second backward. "auto": "gradient" for scalar reductions, "state"
             for reduction="none" and for float16 logits.

@@ -6,11 +6,13 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cudfast import (
@@ -394,6 +396,26 @@ def test_under_autocast_and_accumulation() -> None:
     torch.testing.assert_close(whole, halves)
     with torch.autocast("cpu", dtype=bf16):
         assert loss(s.bfloat16(), t, y).dtype == f32
+
+
+def test_with_a_scaler_and_data_parallel(tmp_path: Path) -> None:
+    """Gradients of a model, under GradScaler with float16 logits and under DDP, are those of CUDLoss."""
+    terms = 0.8 * ForwardKL() + 0.2 * CrossEntropy()
+    x, t, y = torch.randn(6, 5), torch.randn(6, 21), torch.randint(21, (6,))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        found = []
+        for loss in (CUDLoss(), Loss(terms, calibration=WClip())):
+            torch.manual_seed(1)
+            model = nn.parallel.DistributedDataParallel(nn.Linear(5, 21))
+            step = torch.optim.SGD(model.parameters(), lr=0.1)
+            scaler = torch.amp.GradScaler("cpu")
+            scaler.scale(loss(model(x).half(), t, y)).backward()
+            scaler.step(step)
+            found.append([p.detach().clone() for p in model.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(*found))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", BUILT)
