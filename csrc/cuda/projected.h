@@ -325,7 +325,6 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
 
   // The state of a row, from its logits.
   CUDFAST_KERNEL void solve(Executor& x, int row, const Marks& m) const {
-    const bool bounds_entropy = m.label >= 0 && !(std::isnan(bound(row, 2)) && std::isnan(bound(row, 3)));
     Parts part(x);
     for (bool first = true, last = false;; first = false) {
       fold(x, row, m, part, first, !first && !last);
@@ -345,7 +344,8 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
         b.apart.least = b.apart.near ? bound(row, 0) : 0;
         b.apart.most = apart(x, th, row, m, 1).size() > 0 ? bound(row, 1) : 1;
       });
-      if (bounds_entropy) find_temperature(x, row, m);
+      // Read here: a flag from before the loop would take a register through all of it.
+      if (m.label >= 0 && !(std::isnan(bound(row, 2)) && std::isnan(bound(row, 3)))) find_temperature(x, row, m);
       last = true;
       if (x.shared<Board>(x.rank()).state.beta == 1) break;
     }

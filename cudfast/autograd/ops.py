@@ -32,8 +32,9 @@ def coefficients_tensor(rows: Rows, options: RowOptions) -> Tensor:
     """The coefficients of the terms as a tensor for an op."""
     if rows.coefficients is not None:
         return rows.coefficients
-    device = rows.logits.device
-    return torch.tensor(options.coefficients, dtype=vector_dtype(device), device=device).unsqueeze(-1)
+    logits, dtype = rows.logits, vector_dtype(rows.logits.device)  # made from the logits, which may be fake
+    values = [logits.new_full((1,), coefficient, dtype=dtype) for coefficient in options.coefficients]
+    return torch.stack(values) if values else logits.new_empty((0, 1), dtype=dtype)
 
 
 @torch.library.custom_op("cudfast::row_state", mutates_args=())

@@ -173,7 +173,9 @@ def _plain(options: RowOptions) -> RowOptions:
 
 @functools.lru_cache(maxsize=256)
 def _fields(options: RowOptions) -> dict[str, Any]:
-    return {key: value for key, value in json.loads(options.text).items() if key not in _OF_A_RANK + _SCALAR}
+    found = {key: value for key, value in json.loads(options.text).items() if key not in _OF_A_RANK + _SCALAR}
+    found["terms"] = [(name, term) for name, _, term in found["terms"]]
+    return found | {f"coefficient of {name}": coefficient for name, coefficient, _ in options.terms}
 
 
 def given_to(rows: Rows, options: RowOptions) -> dict[str, Any]:

@@ -208,6 +208,7 @@ def fused_linear_loss(
         TypeError, ValueError, RuntimeError: as `fused_linear_cud_loss`.
 
     Example:
+        >>> import torch
         >>> from cudfast import CrossEntropy, FusedLinearLoss
         >>> options = FusedLinearLoss(CrossEntropy()).options
         >>> fused_linear_loss(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([0, 1]), options).item()

@@ -52,7 +52,7 @@ def focal_scales(
     found = {}
     for name, values in (alpha or {}).items():
         if labels is None:  # no row has a label
-            found[name] = torch.ones(row_count(logits), dtype=vector_dtype(logits.device), device=logits.device)
+            found[name] = logits.new_ones(row_count(logits), dtype=vector_dtype(logits.device))
             continue
         scale, shard = alpha_of(values, labels, classes, shard)
         good = (scale > 0) & (scale < torch.inf)
@@ -91,7 +91,7 @@ def coefficients_of(
                 raise ValueError(f"term_weights[{key!r}] requires grad, and no gradient flows to it: pass .detach()")
             row = value.to(device, dtype).reshape(1) * coefficient
         else:
-            row = torch.ones(1, dtype=dtype, device=device) * (value * coefficient)  # traced with a symbol
+            row = logits.new_ones(1, dtype=dtype) * (value * coefficient)  # traced with a symbol
         rows.append(row * scales[key] if key in scales else row)
     if every_row:
         rows = [row.expand(row_count(logits)) for row in rows]

@@ -49,8 +49,8 @@ class Machine:
         self.threads = np.arange(count)
         self.block, self.index = self.threads // launch.threads, self.threads % launch.threads
         arguments, symbols = self._arguments()
-        self.constants = Global([(arguments, arguments + len(launch.arguments))])
-        self.memory = Global(launch.ranges)
+        given = [(arguments, arguments + len(launch.arguments))]
+        self.constants, self.memory = Global(given), Global(launch.ranges, given)
         special = {
             "%tid.x": self.index, "%tid.y": 0, "%tid.z": 0, "%ntid.x": launch.threads, "%laneid": self.index % 32,
             "%nctaid.x": launch.grid[0], "%nctaid.y": launch.grid[1], "%ctaid.z": 0,

@@ -25,31 +25,40 @@ _BYTES: Any = np.ctypeslib.as_array((ctypes.c_uint8 * ((1 << 47) - _BASE - 8)).f
 _PROCESS = {n: _BYTES[: len(_BYTES) // n * n].view(dtype) for n, dtype in UNSIGNED.items()}
 
 
+def _joined(ranges: Iterable[tuple[int, int]]) -> tuple[Array, Array]:
+    """Begins and ends of ranges of addresses, those that touch as one."""
+    joined: list[list[int]] = [[0, 0]]
+    for start, end in sorted(ranges):
+        if start <= joined[-1][1]:
+            joined[-1][1] = max(joined[-1][1], end)
+        else:
+            joined.append([start, end])
+    begins, ends = np.array(joined, np.uint64).T
+    return begins, ends
+
+
 class Global:
-    """Global memory: this process's own, in the ranges of addresses that a launch was given."""
+    """Global memory: this process's own, in the ranges of addresses that a launch was given. `constant` ranges, the
+    kernel's arguments by their generic addresses, can only be read."""
 
-    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
-        joined: list[list[int]] = [[0, 0]]
-        for start, end in sorted(ranges):
-            if start <= joined[-1][1]:
-                joined[-1][1] = max(joined[-1][1], end)
-            else:
-                joined.append([start, end])
-        self._start, self._end = np.array(joined, np.uint64).T
+    def __init__(self, ranges: Iterable[tuple[int, int]], constant: Iterable[tuple[int, int]] = ()) -> None:
+        ranges = list(ranges)
+        self._written, self._read = _joined(ranges), _joined([*ranges, *constant])
 
-    def _places(self, at: Array, n: int, count: int) -> Array:
+    def _places(self, ranges: tuple[Array, Array], at: Array, n: int, count: int) -> Array:
         """Indices (k, count) of elements of n bytes."""
-        found = np.searchsorted(self._start, at, side="right") - 1
-        if (at + n * count > self._end[found]).any():
+        begins, ends = ranges
+        found = np.searchsorted(begins, at, side="right") - 1
+        if (at + n * count > ends[found]).any():
             raise HazardError("an access outside of the tensors of the launch")
         return ((at - _BASE) // n).astype(np.int64)[:, None] + np.arange(count)
 
     def load(self, at: Array, n: int, count: int) -> Array:
-        return _PROCESS[n][self._places(at, n, count)]
+        return _PROCESS[n][self._places(self._read, at, n, count)]
 
     def store(self, at: Array, values: Array) -> None:
         n = values.dtype.itemsize
-        _PROCESS[n][self._places(at, n, values.shape[1])] = values
+        _PROCESS[n][self._places(self._written, at, n, values.shape[1])] = values
 
 
 class _Accesses:
