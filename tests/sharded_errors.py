@@ -57,7 +57,14 @@ def ranks_that_do_not_go_together() -> None:
 
     same = "expected the same on every rank"
     refused(ValueError, "rank 2 ", "leading shape = [7]", "rank 0 [11]", same, of=lambda: call(7 if rank == 2 else N))
-    refused(ValueError, "rank 3 ", "coefficient of forward_kl = 0.5", "0.8", same, of=lambda: call(kd_weight=0.5 if rank == 3 else 0.8))
+    refused(
+        ValueError,
+        "rank 3 ",
+        "coefficient of forward_kl = 0.5",
+        "0.8",
+        same,
+        of=lambda: call(kd_weight=0.5 if rank == 3 else 0.8),
+    )
     refused(ValueError, "rank 1 ", "temperature", same, of=lambda: call(temperature=3.0 if rank == 1 else 2.0))
     refused(ValueError, "rank 1 ", "labels", "crc32", of=lambda: call(labels=odd if rank == 1 else inside))
     refused(ValueError, "labels[1] = 95: expected a class in [0, 32)", of=lambda: call(labels=labels))

@@ -57,12 +57,20 @@ def _variable(operand: str) -> str:
     return operand.strip("[] ").partition("+")[0].strip()
 
 
+def _word(operand: str) -> int:
+    """The word of a parameter of a call that an operand names: a structure has several."""
+    offset = int(operand.strip("[] ").partition("+")[2] or 0)
+    if offset % 8:
+        raise NotImplementedError(f"tests/ptx has no part of a word of a parameter: {operand}")
+    return offset // 8
+
+
 def _load(instruction: Instruction, frame: Frame, machine: Machine) -> Run:
     space, (kind, count) = _space(instruction), _shape(instruction)
     targets, source = vector(instruction.operands[0]), instruction.operands[1]
     size = size_of(kind)
     if space == "param" and not frame.known(_variable(source)) and not machine.is_argument(_variable(source)):
-        stored, write = frame.parameter(_variable(source)), frame.writer(targets[0], kind)
+        stored, write = frame.parameter(_variable(source), _word(source)), frame.writer(targets[0], kind)
         return lambda active: write(active, stored[active.span].astype(UNSIGNED[size]).view(TYPES[kind]))
     address, writers = frame.address(source), [frame.writer(name, kind) for name in targets]
     cluster = _is_cluster(instruction, space)
@@ -91,7 +99,7 @@ def _store(instruction: Instruction, frame: Frame, machine: Machine) -> Run:
     bits = f"b{8 * size}"
     readers = [frame.reader(name, bits) for name in sources]
     if space == "param":
-        stored, (read,) = frame.parameter(_variable(target)), readers
+        stored, (read,) = frame.parameter(_variable(target), _word(target)), readers
         return lambda active: active.assign(stored, np.asarray(read(active)).astype(np.uint64))
     address, cluster = frame.address(target), _is_cluster(instruction, space)
 

@@ -229,7 +229,11 @@ class Machine:
         name, _, *given = instruction.operands
         callee = self.module.functions[name]
         inner = self.frame(callee)
-        pairs = [(inner.parameter(p.name), frame.parameter(g)) for p, g in zip(callee.parameters, given)]
+        pairs = [
+            (inner.parameter(p.name, word), frame.parameter(g, word))
+            for p, g in zip(callee.parameters, given)
+            for word in range(-(-p.size // 8))
+        ]
 
         def run(active: Active) -> None:
             depth, behind = self._next

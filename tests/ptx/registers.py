@@ -67,12 +67,12 @@ class Frame:
         self.function, self._threads = function, threads
         self._special, self._symbols = special, symbols
         self._arrays: dict[str, Array] = {}
-        self.parameters: dict[str, Array] = {}  # of calls: 8 bytes each
+        self.parameters: dict[tuple[str, int], Array] = {}  # of calls, in words of 8 bytes
 
-    def parameter(self, name: str) -> Array:
-        if name not in self.parameters:
-            self.parameters[name] = np.zeros(self._threads, np.uint64)
-        return self.parameters[name]
+    def parameter(self, name: str, word: int = 0) -> Array:
+        if (name, word) not in self.parameters:
+            self.parameters[name, word] = np.zeros(self._threads, np.uint64)
+        return self.parameters[name, word]
 
     def _array(self, name: str) -> Array:
         if name not in self._arrays:
