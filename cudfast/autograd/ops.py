@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import backends
 from ..distributed.sharded import backend_of
 from ..options import RowOptions, parse
-from ..rows.call import Call, Constraints, Rows, State, columns_of, compute_dtype, vector_dtype
+from ..rows.call import Call, Constraints, Rows, State, coefficients, columns_of, compute_dtype, vector_dtype
 from ..rows.layout import row_count
 from ..rows.shard import Shard
 from ..rows.vectors import check_finite, check_items
@@ -26,15 +26,6 @@ def packed_of(rows: Rows, options: RowOptions) -> tuple[str, list[Tensor], str]:
     if rows.constraints is None:
         return options.text, [], ""
     return options.text, *rows.constraints.packed()
-
-
-def coefficients_tensor(rows: Rows, options: RowOptions) -> Tensor:
-    """The coefficients of the terms as a tensor for an op."""
-    if rows.coefficients is not None:
-        return rows.coefficients
-    logits, dtype = rows.logits, vector_dtype(rows.logits.device)  # made from the logits, which may be fake
-    values = [logits.new_full((1,), coefficient, dtype=dtype) for coefficient in options.coefficients]
-    return torch.stack(values) if values else logits.new_empty((0, 1), dtype=dtype)
 
 
 @torch.library.custom_op("cudfast::row_state", mutates_args=())
@@ -199,7 +190,7 @@ def evaluate_op(rows: Rows, call: Call) -> tuple[Tensor, State]:
         rows.labels,
         rows.weight,
         rows.temperature,
-        coefficients_tensor(rows, call.options),
+        coefficients(rows, call.options),
         items_tensor(rows),
         constraints,
         rows.scalar,

@@ -22,7 +22,7 @@ from ..reference import (
     student_fold,
     teacher_fold,
 )
-from ..rows.call import ENTROPY, STUDENT_COLUMNS, Rows, State, columns_of, compute_dtype, vector_dtype
+from ..rows.call import ENTROPY, STUDENT_COLUMNS, Rows, State, coefficients, columns_of, compute_dtype, vector_dtype
 from ..rows.vectors import check_vectors, divisors_of
 from ..targets.calibration import Projected, project, refuse_relaxed
 
@@ -127,13 +127,6 @@ def placed(index: Tensor, first: int | Tensor, width: int) -> tuple[Tensor, Tens
     return torch.where(inside, index - first, 0), inside
 
 
-def _coefficients(rows: Rows, options: RowOptions, dtype: torch.dtype) -> Tensor:
-    """(T, N) or (T, 1)"""
-    if rows.coefficients is not None:
-        return rows.coefficients.to(dtype)
-    return torch.tensor(options.coefficients, dtype=dtype, device=rows.logits.device).unsqueeze(-1)
-
-
 def finished_rows(
     rows: Rows,
     options: RowOptions,
@@ -150,7 +143,7 @@ def finished_rows(
     dtype = state.m_s.dtype
     tau = temperature_of(rows, dtype)
     shares = RowWeights(*(_share(weight, divisor, dtype) for weight, divisor in zip(marks.weights, divisors)))
-    own = _coefficients(rows, options, dtype)
+    own = coefficients(rows, options).to(dtype)
     end = finish(state, marks.labelled, tau, options, shares, own, upstream)
     if upstream is None:
         return end.value, None

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..autograd.ops import coefficients_tensor, items_tensor, packed_of
+from ..autograd.ops import items_tensor, packed_of
 from ..autograd.shared import Once, grouped, keeps_gradient, save, saved, upstream_of
 from ..options import parse, parse_linear
-from ..rows.call import Constraints, State, columns_of, compute_dtype, vector_dtype
+from ..rows.call import Constraints, State, coefficients, columns_of, compute_dtype, vector_dtype
 from ..rows.layout import row_count
 from ..rows.tensors import direct
 from ..rows.vectors import check_items
@@ -313,7 +313,7 @@ def _evaluate_op(p: Problem, *, statistics: bool) -> tuple[Tensor, State]:
             "that have memory of their own (no fake, functional or meta tensors)"
         )
     options, constraints, flags = packed_of(rows, p.options)
-    tensors = tensors_of(p)._replace(coefficients=coefficients_tensor(rows, p.options))
+    tensors = tensors_of(p)._replace(coefficients=coefficients(rows, p.options))
     loss, sums, top1, divisors, *_ = linear_state_op(
         *tensors,
         items_tensor(rows),

@@ -91,9 +91,7 @@ class State(NamedTuple):
 
     sums: Tensor  # (N, columns), in the compute dtype
     top1: Tensor  # (N,) int64 of the target, (0,) without one
-    divisors: (
-        Tensor  # (2,) f64: of the terms of all rows, of those of labelled rows; for a shard (3,), with its first class
-    )
+    divisors: Tensor  # (2,) f64: of terms of all rows, of labelled rows; for a shard (3,), with its first class
 
 
 class Backend(Protocol):
@@ -151,6 +149,15 @@ def vector_dtype(device: torch.device) -> torch.dtype:
     if device.type == "xpu":
         return torch.float64 if _has_f64(device) else torch.float32
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def coefficients(rows: Rows, options: RowOptions) -> Tensor:
+    """(T, N) or (T, 1) coefficients of the terms, as a tensor also where the call has none of its own."""
+    if rows.coefficients is not None:
+        return rows.coefficients
+    logits, dtype = rows.logits, vector_dtype(rows.logits.device)  # made from the logits, which may be fake
+    values = [logits.new_full((1,), coefficient, dtype=dtype) for coefficient in options.coefficients]
+    return torch.stack(values) if values else logits.new_empty((0, 1), dtype=dtype)
 
 
 @functools.cache

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -32,12 +33,12 @@ class Evaluated(NamedTuple):
     lse: Tensor | float = 0.0
 
 
-class Algebra:
-    """Sums of terms, and products with numbers."""
+class Terms(ABC):
+    """Terms with coefficients: one, or a sum of several."""
 
+    @abstractmethod
     def parts(self) -> tuple[tuple[float, Term], ...]:
         """The terms, each with its coefficient."""
-        raise NotImplementedError
 
     def __mul__(self, factor: float) -> Sum:
         if isinstance(factor, Tensor):
@@ -64,7 +65,7 @@ class Algebra:
         return self * -1.0
 
     def __add__(self, other: object) -> Sum:
-        if isinstance(other, Algebra):
+        if isinstance(other, Terms):
             return Sum(self.parts() + other.parts())
         if isinstance(other, int) and other == 0:  # the start of sum()
             return Sum(self.parts())
@@ -72,12 +73,12 @@ class Algebra:
 
     __radd__ = __add__
 
-    def __sub__(self, other: Algebra) -> Sum:
-        return self + -other if isinstance(other, Algebra) else NotImplemented
+    def __sub__(self, other: Terms) -> Sum:
+        return self + -other if isinstance(other, Terms) else NotImplemented
 
 
 @dataclass(frozen=True, eq=True)
-class Sum(Algebra):
+class Sum(Terms):
     """A sum of terms with coefficients, as ``0.8 * ForwardKL() + 0.2 * CrossEntropy()`` makes it."""
 
     terms: tuple[tuple[float, Term], ...]
@@ -90,7 +91,7 @@ class Sum(Algebra):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Term(Algebra):
+class Term(Terms):
     """One term of a loss. See docs/losses.md for what each is divided by."""
 
     kind: ClassVar[int]  # csrc/row/terms/term.h
@@ -109,15 +110,12 @@ class Term(Algebra):
         """The term's own numbers, as the kernels take them."""
         return 0.0, 0.0, 0.0, 0.0
 
+    @abstractmethod
     def evaluate(self, at: RowValues) -> Evaluated:
         """Value and slopes in rows that the term counts in."""
-        raise NotImplementedError
 
     def parts(self) -> tuple[tuple[float, Term], ...]:
         return ((1.0, self),)
-
-
-Terms: TypeAlias = Algebra
 
 
 class Weighted(NamedTuple):
@@ -134,7 +132,7 @@ def named(terms: object) -> tuple[Weighted, ...]:
     Raises:
         TypeError, ValueError: not a sum of terms, more than `MOST`, or two of the same name.
     """
-    if not isinstance(terms, Algebra):
+    if not isinstance(terms, Terms):
         raise TypeError(
             f"terms: expected a sum of terms such as 0.8 * ForwardKL() + 0.2 * CrossEntropy(), got "
             f"{type(terms).__name__}"
