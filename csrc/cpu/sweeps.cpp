@@ -1,10 +1,7 @@
 // The two sweeps over one block of columns. Compiled once per instruction set, which CUDFAST_ISA names; everything but
 // the table at the end is in an anonymous namespace. The sweeps do not depend on the losses: fold() and element() are
 // those of row/.
-#include "sweeps.h"
-
-#include "../row/element.h"
-#include "simd.h"
+#include "maps.h"
 
 namespace cudfast {
 namespace {
@@ -13,123 +10,6 @@ namespace {
 // near one rounding; see docs/method.md, "Accuracy". There is one set of sums, because two sets and the exponentials do
 // not fit into AVX2's registers.
 constexpr int kChunk = 16;
-
-template <class T>
-constexpr DType dtype_of = sizeof(T) == 4 ? DType::f32 : DType::f64;
-
-// The logit in columns that are summed separately: finite, so that they are not holes, and so low that exp gives 0.
-template <class T>
-constexpr T kApart = T(-1e30);
-
-template <class T>
-struct Range {
-  T low, high;
-  // Whether a centred value may be -inf, by the logits or by overflow. NaN needs no check: the sums keep it.
-  bool holes() const { return !(low - high > -std::numeric_limits<T>::max()); }
-  T centre() const { return high == kNothing<T> ? T(0) : high; }
-};
-
-// A block of columns as T: in place if it has that type, else converted into `buffer` (kBlock values). The last,
-// partial vector is separate: its lanes past the end repeat its first value, which does not change maximum and minimum,
-// and are masked out of sums.
-template <class T>
-struct Columns {
-  static constexpr int width = Lanes<T>::count;
-  const T* data;
-  int whole;  // columns in whole vectors
-  int rest;   // columns in the last one
-
-  Columns(T* at, int n) : data(at), whole(n / width * width), rest(n - whole) {}
-  Columns(const char* from, DType dtype, int n, T* buffer, const View& view = {})
-      : data(reinterpret_cast<const T*>(from)), whole(n / width * width), rest(n - whole) {
-    if (dtype == dtype_of<T> && view.plain()) return;
-    widen(from, dtype, n, buffer);
-    data = buffer;
-    if (view.beta != 1) {
-      const T centre = static_cast<T>(view.centre), beta = static_cast<T>(view.beta);
-      for (int i = 0; i < n; ++i) buffer[i] = (buffer[i] - centre) * beta;
-    }
-    mask(buffer, view, kApart<T>);
-  }
-  static void mask(T* buffer, const View& view, T value) {
-    for (const auto& list : view.apart) {
-      for (const int64_t* at = list[0]; at != list[1]; ++at) buffer[*at - view.column] = value;
-    }
-  }
-  Lanes<T> at(int i) const { return Lanes<T>::load(data + i); }
-  Lanes<T> last() const { return load_some(data + whole, rest, data[whole]); }
-};
-
-// at(i): the vector at column i, called once.
-template <class T, class F>
-inline __attribute__((always_inline)) Range<T> range(const Columns<T>& columns, F at) {
-  using L = Lanes<T>;
-  L high(kNothing<T>), low(-kNothing<T>), high2 = high, low2 = low;
-  int i = 0;
-  for (; i + 2 * L::count <= columns.whole; i += 2 * L::count) {
-    const L a = at(i), b = at(i + L::count);
-    high = max(a, high);
-    low = min(a, low);
-    high2 = max(b, high2);
-    low2 = min(b, low2);
-  }
-  if (i < columns.whole) {
-    const L a = at(i);
-    high = max(a, high);
-    low = min(a, low);
-  }
-  if (columns.rest > 0) {
-    high2 = max(columns.last(), high2);
-    low2 = min(columns.last(), low2);
-  }
-  return {lowest(min(low, low2)), highest(max(high, high2))};
-}
-
-template <class T>
-__attribute__((noinline)) Range<T> range(const Columns<T>& columns) {
-  return range(columns, [&](int i) __attribute__((always_inline)) { return columns.at(i); });
-}
-
-// The range of columns stored in 16 bits, which are also widened into `buffer`.
-__attribute__((noinline)) Range<float> widened_range(const Columns<float>& columns, const char* from, DType dtype,
-                                                     float* buffer) {
-  const uint16_t* const halves = reinterpret_cast<const uint16_t*>(from);
-  widen(halves + columns.whole, dtype, columns.rest, buffer + columns.whole);
-  const auto widened = [&](auto lanes) __attribute__((always_inline)) {
-    return range(columns, [=](int i) __attribute__((always_inline)) {
-      const Lanes<float> found = lanes(load_halves(halves + i));
-      found.store(buffer + i);
-      return found;
-    });
-  };
-  return dtype == DType::bf16 ? widened([](Halves x) { return from_bfloats(x); })
-                              : widened([](Halves x) { return from_halves(x); });
-}
-
-// A block and its range.
-template <class T>
-struct Looked {
-  Columns<T> columns;
-  Range<T> range;
-};
-template <class T>
-Looked<T> looked(const char* from, DType dtype, int n, T* buffer, const View& view = {}) {
-  if constexpr (sizeof(T) == 4) {
-    if (size_of(dtype) == 2 && view.plain()) {
-      const Columns<T> columns(buffer, n);
-      return {columns, widened_range(columns, from, dtype, buffer)};
-    }
-  }
-  const Columns<T> columns(from, dtype, n, buffer, view);
-  return {columns, range(columns)};
-}
-
-// Lanes of the last vector that are columns keep their value, the others become -inf.
-template <class T>
-Lanes<T> only(Lanes<T> lanes, int valid) {
-  alignas(64) static constexpr T kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return select(Lanes<T>(valid) > Lanes<T>::load(kIndex), lanes, Lanes<T>(kNothing<T>));
-}
 
 template <class F>
 StudentSums<F> zero_student() {
@@ -209,18 +89,6 @@ __attribute__((noinline)) StudentSums<Lanes<T>> student_sums(const StudentBlock&
       });
 }
 
-// Run-time flags become compile-time ones here: f(P, N) as integral constants.
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
-template <int N, class F>
-inline __attribute__((always_inline)) void with_power(int power, F f) {
-  if (power == 1) return f(Constant<1>{}, Constant<N>{});
-  if (power == 2) return f(Constant<2>{}, Constant<N>{});
-  if (power == 4) return f(Constant<4>{}, Constant<N>{});
-  return f(Constant<0>{}, Constant<N>{});
-}
 constexpr int kOnes = kStudentOne | kTeacherOne, kEntropies = kStudentEntropy | kTeacherEntropy;
 template <class F>
 __attribute__((noinline)) void with_entropies(int power, int needs, F f) {
@@ -272,144 +140,6 @@ void student_state(const StudentBlock& b, StudentBlockState& out) {
   });
 }
 
-// Writes body(i) for every whole vector of a block and tail() for the last, partial one, in the gradient's own type.
-// body captures by value, since stores may alias its inputs.
-template <class T, class Map, class Body, class Tail>
-inline __attribute__((always_inline)) void map(int n, const Map& m, Body body, Tail tail) {
-  constexpr int width = Lanes<T>::count;
-  const int whole = n / width * width;
-  const DType dtype = m.g_dtype;
-  char* const g = m.g;
-  alignas(64) T buffer[width];
-  const auto each = [&](auto narrowed) __attribute__((always_inline)) {
-    if (kStreams && m.stream) {
-      for (int i = 0; i < whole; i += width) stream(narrowed(body(i)), g + i * size_of(dtype));
-    } else {
-      for (int i = 0; i < whole; i += width) {
-        const auto lanes = narrowed(body(i));
-        std::memcpy(g + i * size_of(dtype), &lanes, sizeof lanes);
-      }
-    }
-  };
-  if (dtype == dtype_of<T>) {
-    each([](Lanes<T> x) { return x.v; });
-  } else if constexpr (sizeof(T) == 4) {  // a float64 gradient is computed in float64, so this one has 16 bits
-    dtype == DType::bf16 ? each([](Lanes<T> x) { return to_bfloats(x); })
-                         : each([](Lanes<T> x) { return to_halves(x); });
-  } else {
-    for (int i = 0; i < whole; i += width) {
-      body(i).store(buffer);
-      narrow(buffer, width, dtype, g + i * size_of(dtype));
-    }
-  }
-  if (whole == n) return;
-  if (dtype == dtype_of<T>) {
-    store_some(tail(), n - whole, reinterpret_cast<T*>(g) + whole);
-  } else {
-    tail().store(buffer);
-    narrow(buffer, n - whole, dtype, g + whole * size_of(dtype));
-  }
-}
-
-// Coefficients as lanes: C is StudentGradient or StudentLogGradient.
-template <class F>
-void lanes_of(const StudentBlockMap& m, StudentGradient<F>& c) {
-  c = {F(m.student_tau), F(m.teacher_tau), F(m.student_one)};
-}
-template <class F>
-void lanes_of(const StudentBlockMap& m, StudentLogGradient<F>& c) {
-  c = {{F(m.student_tau), F(m.teacher_tau), F(m.student_one)}, F(m.student_log), F(m.log_z)};
-}
-
-template <template <class> class C, class T, int P, bool One, bool Holes>
-__attribute__((noinline)) void student_map(const StudentBlock& b, const StudentBlockMap& m) {
-  using F = Lanes<T>;
-  alignas(64) T s_buffer[kBlock], t_buffer[kBlock];
-  const Columns<T> s(b.s, b.s_dtype, b.n, s_buffer), t(b.t, b.t_dtype, b.n, t_buffer, b.view);
-  C<F> c;
-  lanes_of(m, c);
-  const F ms(m.m_s), mt(m.m_t), inv(b.inv_tau);
-  // Memory limits this sweep if the row is longer than the cache: prefetch some lines ahead in all three streams.
-  constexpr int ahead = 512;
-  const int64_t s_size = size_of(b.s_dtype), t_size = size_of(b.t_dtype), g_size = m.stream ? 0 : size_of(m.g_dtype);
-  const char *const next_s = b.s + ahead * s_size, *const next_t = b.t + ahead * t_size;
-  // A gradient written past the caches must not be prefetched: prefetch a line of the stack instead.
-  const char* const next_g = m.stream ? reinterpret_cast<const char*>(t_buffer) : m.g + ahead * g_size;
-  const T *const at_s = s.data, *const at_t = t.data;
-  map<T>(
-      b.n, m,
-      [=](int i) __attribute__((always_inline)) {
-        __builtin_prefetch(next_s + i * s_size);
-        __builtin_prefetch(next_t + i * t_size);
-        __builtin_prefetch(next_g + i * g_size, 1);
-        return element<P, One, Holes>(c, F::load(at_t + i) - mt, F::load(at_s + i) - ms, inv);
-      },
-      [&] { return element<P, One, Holes>(c, t.last() - mt, s.last() - ms, inv); });
-}
-
-template <class T, int P>
-__attribute__((noinline)) void student_map_kept(const StudentBlock& b, const StudentBlockMap& m) {
-  using F = Lanes<T>;
-  StudentGradient<F> c;
-  lanes_of(m, c);
-  const T* const kept_t = reinterpret_cast<const T*>(b.kept.teacher);
-  const T* const kept_s = reinterpret_cast<const T*>(b.kept.student);
-  const int whole = b.n / F::count * F::count, rest = b.n - whole;
-  map<T>(
-      b.n, m,
-      [=](int i) __attribute__((always_inline)) {
-        return element<P>(c, Exponentials<F>{F::load(kept_t + i), F::load(kept_s + i)}, F(0));
-      },
-      [&] {
-        return element<P>(
-            c, Exponentials<F>{load_some(kept_t + whole, rest, T(0)), load_some(kept_s + whole, rest, T(0))}, F(0));
-      });
-}
-
-// With the share of log p_j, for which the student's logits are read again.
-template <class T, int P>
-__attribute__((noinline)) void student_map_kept_log(const StudentBlock& b, const StudentBlockMap& m) {
-  using F = Lanes<T>;
-  alignas(64) T s_buffer[kBlock];
-  const Columns<T> s(b.s, b.s_dtype, b.n, s_buffer);
-  StudentLogGradient<F> c;
-  lanes_of(m, c);
-  const F ms(m.m_s);
-  const T* const kept_t = reinterpret_cast<const T*>(b.kept.teacher);
-  const T* const kept_s = reinterpret_cast<const T*>(b.kept.student);
-  const T* const at_s = s.data;
-  map<T>(
-      b.n, m,
-      [=](int i) __attribute__((always_inline)) {
-        return element<P>(c, Exponentials<F>{F::load(kept_t + i), F::load(kept_s + i)}, F::load(at_s + i) - ms);
-      },
-      [&] {
-        const Exponentials<F> e{load_some(kept_t + s.whole, s.rest, T(0)), load_some(kept_s + s.whole, s.rest, T(0))};
-        return element<P>(c, e, s.last() - ms);
-      });
-}
-
-template <class T>
-void student_gradient(const StudentBlock& b, const StudentBlockMap& m) {
-  with_power<0>(b.power, [&](auto p, auto) {
-    constexpr int P = decltype(p)::value;
-    if constexpr (P > 0) {
-      if (b.kept.teacher) return m.student_log != 0 ? student_map_kept_log<T, P>(b, m) : student_map_kept<T, P>(b, m);
-    } else {
-      if (b.needs == 0) {
-        return m.holes ? student_map<StudentGradient, T, P, false, true>(b, m)
-                       : student_map<StudentGradient, T, P, false, false>(b, m);
-      }
-    }
-    if (m.student_log != 0) {
-      return m.holes ? student_map<StudentLogGradient, T, P, true, true>(b, m)
-                     : student_map<StudentLogGradient, T, P, true, false>(b, m);
-    }
-    m.holes ? student_map<StudentGradient, T, P, true, true>(b, m)
-            : student_map<StudentGradient, T, P, true, false>(b, m);
-  });
-}
-
 template <class T, bool Holes>
 __attribute__((noinline)) TeacherSums<Lanes<T>> teacher_sums(const TeacherBlock& b, const Columns<T>& s, T m) {
   using F = Lanes<T>;
@@ -429,19 +159,6 @@ void teacher_state(const TeacherBlock& b, TeacherBlockState& out) {
   const Range<T> r = seen.range;
   const auto sums = r.holes() ? teacher_sums<T, true>(b, s, r.centre()) : teacher_sums<T, false>(b, s, r.centre());
   out = {r.high, total(sums.s_one), total(sums.e_s)};
-}
-
-template <class T>
-void teacher_gradient(const TeacherBlock& b, const TeacherBlockMap& m) {
-  using F = Lanes<T>;
-  alignas(64) T buffer[kBlock];
-  const Columns<T> s(b.s, b.dtype, b.n, buffer);
-  const TeacherGradient<F> c{F(m.one), F(m.log)};
-  const F centre(m.m_s), inv_z(m.inv_z), log_z(m.log_z);
-  const T* const at = s.data;
-  map<T>(
-      b.n, m, [=](int i) __attribute__((always_inline)) { return element(c, F::load(at + i) - centre, inv_z, log_z); },
-      [&] { return element(c, s.last() - centre, inv_z, log_z); });
 }
 
 template <class F>
