@@ -12,6 +12,7 @@ from .autograd.node import evaluate
 from .distributed.dtensors import localized
 from .distributed.group import telling
 from .options import CUDOptions, DUSOptions, RowOptions
+from .rows.arguments import rows_of
 from .rows.call import Call, Rows, State
 from .rows.checks import (
     check_call,
@@ -19,11 +20,7 @@ from .rows.checks import (
     constraints_of,
     labels_of,
     logits_of,
-    num_items_of,
-    temperature_of,
-    weight_of,
 )
-from .rows.coefficients import coefficients_of, focal_scales
 from .rows.shard import Shard
 from .rows.tensors import is_dtensor
 from .statistics import (
@@ -182,7 +179,6 @@ def _distilled(
             raise TypeError(f"teacher_logits is None: expected logits (..., V), {needed}")
         classes = classes_of(student, teacher, options.num_classes, ("student_logits", "teacher_logits"), shard)
         flat_labels = labels_of(labels, student, "student_logits")
-        scalar, per_row = temperature_of(temperature, options.temperature, student, "student_logits")
         constraints = None
         if isinstance(options.calibration, Projection) and flat_labels is not None:
             in_all = classes
@@ -190,18 +186,20 @@ def _distilled(
                 in_all = sets[0].num_classes
                 shard = shard.of_all(in_all)
             constraints = constraints_of(options.calibration, student, in_all, "student_logits")
-        scales, shard = focal_scales(alpha, flat_labels, student, classes, shard)
-        rows = Rows(
+        rows, scales, shard = rows_of(
             student,
+            "student_logits",
             teacher if needed else None,
             flat_labels,
-            weight_of(weight, student, "student_logits") if weight is not None else None,
-            per_row if needed else None,
-            coefficients_of(options.terms, term_weights, scales, student, "student_logits"),
-            scalar if needed else 1.0,
-            num_items_of(num_items) if num_items is not None else None,
+            options,
             classes,
-            constraints,
+            shard,
+            weight=weight,
+            num_items=num_items,
+            temperature=temperature,
+            term_weights=term_weights,
+            alpha=alpha,
+            constraints=constraints,
         )
         call = Call(options, statistics, grad_out, shard)
         check_call(rows, "student_logits", call)
@@ -392,18 +390,17 @@ def dus_loss(
         classes = classes_of(logits, None, options.num_classes, ("logits", ""), shard)
         flat_labels = labels_of(labels, logits, "logits")
         assert flat_labels is not None
-        focal = {"focal": alpha} if alpha is not None and options.focal_weight > 0 else None
-        scales, shard = focal_scales(focal, flat_labels, logits, classes, shard)
-        rows = Rows(
+        rows, _, shard = rows_of(
             logits,
+            "logits",
             None,
             flat_labels,
-            weight_of(weight, logits, "logits"),
-            None,
-            coefficients_of(options.rows.terms, None, scales, logits, "logits"),
-            1.0,
-            num_items_of(num_items),
+            options.rows,
             classes,
+            shard,
+            weight=weight,
+            num_items=num_items,
+            alpha=options.scales(alpha),
         )
         call = Call(options.rows, return_stats, grad_out, shard)
         check_call(rows, "logits", call)

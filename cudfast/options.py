@@ -297,6 +297,10 @@ class DUSOptions(LossOptions):
         )
         object.__setattr__(self, "rows", rows)
 
+    def scales(self, alpha: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The focal scale per class (V,) of a call under the name of its term, if there is that term."""
+        return {Focal.label: alpha} if alpha is not None and self.focal_weight > 0 else {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearOptions(_Text):

@@ -10,6 +10,7 @@ from ..distributed.dtensors import localized_heads
 from ..distributed.group import telling
 from ..distributed.heads import spread, spread_teacher
 from ..options import LinearOptions, LossOptions, RowOptions
+from ..rows.arguments import rows_of
 from ..rows.call import Call, Rows, State
 from ..rows.checks import (
     check_call,
@@ -18,11 +19,7 @@ from ..rows.checks import (
     constraints_of,
     labels_of,
     logits_of,
-    num_items_of,
-    temperature_of,
-    weight_of,
 )
-from ..rows.coefficients import coefficients_of, focal_scales
 from ..rows.shard import Shard
 from ..rows.tensors import is_dtensor
 from ..targets.projection import Projection
@@ -141,7 +138,6 @@ def distilled(
         other, other_name = (target, "teacher_logits") if layer is None else (layer[0].t(), "teacher_weight")
         classes = classes_of(student[0].t(), other, options.num_classes, ("student_weight", other_name), shard)
         flat_labels = labels_of(labels, hidden, "student_hidden")
-        scalar, per_row = temperature_of(temperature, options.temperature, hidden, "student_hidden")
         constraints = None
         if isinstance(options.calibration, Projection) and flat_labels is not None:
             if shard is not None:
@@ -149,18 +145,20 @@ def distilled(
                     "calibration=Projection(...) over a process group needs this rank's logits all at once: use CUDLoss"
                 )
             constraints = constraints_of(options.calibration, hidden, classes, "student_weight")
-        scales, shard = focal_scales(alpha, flat_labels, hidden, classes, shard)
-        rows = Rows(
+        rows, scales, shard = rows_of(
             hidden,
+            "student_hidden",
             target if needed else None,
             flat_labels,
-            weight_of(weight, hidden, "student_hidden"),
-            per_row if needed else None,
-            coefficients_of(options.terms, term_weights, scales, hidden, "student_hidden"),
-            scalar if needed else 1.0,
-            num_items_of(num_items),
+            options,
             classes,
-            constraints,
+            shard,
+            weight=weight,
+            num_items=num_items,
+            temperature=temperature,
+            term_weights=term_weights,
+            alpha=alpha,
+            constraints=constraints,
         )
     loss, state = evaluated(problem(rows, student, layer if needed else None, options, linear, shard), statistics)
     return loss, rows, state, scales

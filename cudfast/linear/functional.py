@@ -11,14 +11,11 @@ from ..distributed.dtensors import localized_heads
 from ..distributed.group import telling
 from ..distributed.heads import spread
 from ..options import CUDOptions, DUSOptions, LinearOptions, RowOptions
-from ..rows.call import Rows
+from ..rows.arguments import rows_of
 from ..rows.checks import (
     classes_of,
     labels_of,
-    num_items_of,
-    weight_of,
 )
-from ..rows.coefficients import coefficients_of, focal_scales
 from ..rows.shard import Shard
 from ..rows.tensors import is_dtensor
 from ..statistics import (
@@ -339,18 +336,17 @@ def fused_linear_dus_loss(
         classes = classes_of(layer[0].t(), None, options.num_classes, ("head_weight", ""), shard)
         flat_labels = labels_of(labels, hidden, "hidden")
         assert flat_labels is not None
-        focal = {"focal": alpha} if alpha is not None and options.focal_weight > 0 else None
-        scales, shard = focal_scales(focal, flat_labels, hidden, classes, shard)
-        rows = Rows(
+        rows, _, shard = rows_of(
             hidden,
+            "hidden",
             None,
             flat_labels,
-            weight_of(weight, hidden, "hidden"),
-            None,
-            coefficients_of(options.rows.terms, None, scales, hidden, "hidden"),
-            1.0,
-            num_items_of(num_items),
+            options.rows,
             classes,
+            shard,
+            weight=weight,
+            num_items=num_items,
+            alpha=options.scales(alpha),
         )
     loss, state = evaluated(problem(rows, layer, None, options.rows, linear, shard), return_stats)
     if not return_stats:
