@@ -24,13 +24,19 @@ def options_of(
     calibration: WClip | Projection | None,
     unlabeled_index: int | str | None,
     **fields: Any,
-) -> RowOptions:
-    """The options of a loss of terms.
+) -> tuple[RowOptions, dict[str, Tensor]]:
+    """The options of a loss of terms, and the focal scales per class (V,) by the names of their terms.
 
     Raises:
         TypeError, ValueError: terms that do not fit together.
     """
-    found = named(terms)
+    found: list[Weighted] = []
+    scales: dict[str, Tensor] = {}
+    for name, coefficient, term in named(terms):
+        if isinstance(term, Focal) and isinstance(term.alpha, Tensor):
+            scales[name] = term.alpha.detach()
+            term = dataclasses.replace(term, alpha=1.0)
+        found.append(Weighted(name, coefficient, term))
     distilling = [w.term for w in found if w.term.distils]
     temperatures = {term.temperature for term in distilling if isinstance(term, ForwardKL)}
     if len(temperatures) > 1:
@@ -47,29 +53,26 @@ def options_of(
         )
     if unlabeled_index == "auto":
         unlabeled_index = -1 if distilling else None
-    return RowOptions(
-        terms=found,
+    options = RowOptions(
+        terms=tuple(found),
         temperature=temperatures.pop() if temperatures else 1.0,
         calibration=calibration,
         unlabeled_index=unlabeled_index,  # type: ignore[arg-type]  # checked there
         **fields,
     )
+    return options, scales
 
 
 class TermLoss(nn.Module):
-    """A loss with a sum of terms. The scales per class of focal terms are persistent buffers."""
+    """A loss with a sum of terms. The scales per class of focal terms are persistent buffers, named after the terms."""
 
     options: RowOptions
 
-    def set_options(self, options: RowOptions) -> None:
-        """Takes the options, with every alpha (V,) moved to a buffer named after its term."""
-        terms = []
-        for name, coefficient, term in options.terms:
-            if isinstance(term, Focal) and isinstance(term.alpha, Tensor):
-                self.register_buffer(f"{name}_alpha", term.alpha.detach())
-                term = Focal(term.gamma, 1.0, name=term.name)
-            terms.append(Weighted(name, coefficient, term))
-        self.options = dataclasses.replace(options, terms=tuple(terms))
+    def set_options(self, options: RowOptions, scales: Mapping[str, Tensor]) -> None:
+        """Takes what `options_of` made."""
+        self.options = options
+        for name, alpha in scales.items():
+            self.register_buffer(f"{name}_alpha", alpha)
 
     @property
     def alpha(self) -> dict[str, Tensor]:
@@ -131,7 +134,7 @@ class Loss(TermLoss):
         super().__init__()
         self.shard = Shard.of(process_group, class_offset)
         self.set_options(
-            options_of(
+            *options_of(
                 terms,
                 calibration,
                 unlabeled_index,

@@ -85,8 +85,6 @@ def _plain(field: object) -> object:
         return {"type": type(field).__name__, **{f.name: getattr(field, f.name) for f in dataclasses.fields(field)}}
     if isinstance(field, Gate):
         return dataclasses.asdict(field)
-    if isinstance(field, torch.Tensor):  # alpha per class, which is part of a call's coefficients
-        return 1.0
     return None if isinstance(field, Projection) else str(field)
 
 

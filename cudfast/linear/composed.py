@@ -72,7 +72,7 @@ class FusedLinearLoss(TermLoss):
         self.shard = Shard.of(process_group, class_offset)
         self.sequence_sharded = sequence_sharded
         self.set_options(
-            options_of(
+            *options_of(
                 terms,
                 calibration,
                 unlabeled_index,
