@@ -148,7 +148,7 @@ Sums folded(Sums sums, const Numbers& a, const Numbers& b, double inv_tau) {
     if constexpr (sizeof(Sums) == sizeof(TeacherSums<double>)) {
       fold<true>(sums, a.at(i));
     } else {
-      fold<0, kAllSums, true>(sums, a.at(i), b.at(i), inv_tau);
+      fold<0, kAllSums, kHoles>(sums, a.at(i), b.at(i), inv_tau);
     }
   }
   return sums;

@@ -20,6 +20,10 @@ struct Range {
   T low, high;
   // Whether a centred value may be -inf, by the logits or by overflow. NaN needs no check: the sums keep it.
   bool holes() const { return !(low - high > -std::numeric_limits<T>::max()); }
+  // The same for values that are multiplied by 1 / tau.
+  bool holes(double inv_tau) const {
+    return !((low - high) * static_cast<T>(inv_tau) > -std::numeric_limits<T>::max());
+  }
   T centre() const { return high == kNothing<T> ? T(0) : high; }
 };
 

@@ -55,7 +55,7 @@ inline __attribute__((always_inline)) Sums accumulate(int whole, int rest, Sums 
   return sums;
 }
 
-template <class T, int P, int Needs, bool Holes, bool Keep>
+template <class T, int P, int Needs, int Holes, bool Keep>
 __attribute__((noinline)) StudentSums<Lanes<T>> student_sums(const StudentBlock& b, const Columns<T>& s,
                                                              const Columns<T>& t, T m_s, T m_t) {
   using F = Lanes<T>;
@@ -76,7 +76,8 @@ __attribute__((noinline)) StudentSums<Lanes<T>> student_sums(const StudentBlock&
         }
       },
       [&](auto& sums) {
-        const auto e = fold<P, Needs, true>(sums, only(t.last() - mt, s.rest), only(s.last() - ms, s.rest), inv);
+        const auto e = fold<P, Needs, Holes == kFull ? kPadded : Holes>(sums, only(t.last() - mt, s.rest),
+                                                                        only(s.last() - ms, s.rest), inv);
         if constexpr (Keep) {
           store_some(e.teacher, s.rest, kept_t + s.whole);
           store_some(e.student, s.rest, kept_s + s.whole);
@@ -112,20 +113,21 @@ void student_state(const StudentBlock& b, StudentBlockState& out) {
   const Columns<T>&s = looked_s.columns, &t = looked_t.columns;
   const Range<T> rs = looked_s.range;
   Range<T> rt = looked_t.range;
-  const bool holes = rs.holes() || rt.holes();
+  bool holes = rs.holes() || rt.holes();
   if (rt.high == kApart<T>) rt.high = kNothing<T>;
   if (holes && !b.view.plain()) Columns<T>::mask(t_buffer, b.view, kNothing<T>);  // a class apart is not impossible
   const T m_s = rs.centre(), m_t = rt.centre();
   with_needs(b.power, b.needs, [&](auto p, auto needs) {
     constexpr int P = decltype(p)::value, Needs = decltype(needs)::value;
     constexpr bool can_keep = P > 0;
+    if constexpr (P == 0) holes |= rs.holes(b.inv_tau) || rt.holes(b.inv_tau);  // a temperature below 1
     StudentSums<Lanes<T>> sums;
     if (can_keep && b.kept.teacher) {
-      sums = holes ? student_sums<T, P, Needs, true, can_keep>(b, s, t, m_s, m_t)
-                   : student_sums<T, P, Needs, false, can_keep>(b, s, t, m_s, m_t);
+      sums = holes ? student_sums<T, P, Needs, kHoles, can_keep>(b, s, t, m_s, m_t)
+                   : student_sums<T, P, Needs, kFull, can_keep>(b, s, t, m_s, m_t);
     } else {
-      sums = holes ? student_sums<T, P, Needs, true, false>(b, s, t, m_s, m_t)
-                   : student_sums<T, P, Needs, false, false>(b, s, t, m_s, m_t);
+      sums = holes ? student_sums<T, P, Needs, kHoles, false>(b, s, t, m_s, m_t)
+                   : student_sums<T, P, Needs, kFull, false>(b, s, t, m_s, m_t);
     }
     out = {rt.high,
            rs.high,

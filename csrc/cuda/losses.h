@@ -114,7 +114,7 @@ struct Student {
 
   Terms terms;
 
-  template <int Needs, bool Holes>
+  template <int Needs, int Holes>
   CUDFAST_KERNEL static StudentSums<F> sums_of(const Values& v, R c_s, R c_t, R inv_tau) {
     StudentSums<F> sums{F(0), F(0), F(0), F(0), F(0), F(0), F(0), F(0)};
     CUDFAST_UNROLL
@@ -124,7 +124,7 @@ struct Student {
     return sums;
   }
   // needs: a mask of Needs, the same for all threads.
-  template <bool Holes>
+  template <int Holes>
   CUDFAST_KERNEL static StudentSums<F> sums_of(const Values& v, R c_s, R c_t, R inv_tau, int needs) {
     constexpr int both = kStudentOne | kTeacherOne;
     if (needs & kStudentEntropy) return sums_of<both | kStudentEntropy, Holes>(v, c_s, c_t, inv_tau);
@@ -145,8 +145,8 @@ struct Student {
       part.k = k;
     }
     const R c_s = centred(m_s), c_t = centred(m_t);
-    StudentSums<F> sums = sums_of<false>(v, c_s, c_t, inv_tau, needs);
-    if (broken(scalar(sums.a))) sums = sums_of<true>(v, c_s, c_t, inv_tau, needs);
+    StudentSums<F> sums = sums_of<kFull>(v, c_s, c_t, inv_tau, needs);
+    if (broken(scalar(sums.a))) sums = sums_of<kHoles>(v, c_s, c_t, inv_tau, needs);
     part.z_tau += scalar(sums.z_tau);
     part.s_tau += scalar(sums.s_tau);
     part.a += scalar(sums.a);

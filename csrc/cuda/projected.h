@@ -296,7 +296,7 @@ struct ProjectedKernel : RowKernel<Student<0, kAny, R_>, Staged> {
         StudentSums<F> own{F(0), F(0), F(0), F(0), F(0), F(0), F(0), F(0)};
         each_member(x, th, apart(x, th, row, m, i), [&](int64_t column) {
           const R t = view.rows[1].template load<R>(column), s = view.rows[0].template load<R>(column);
-          cudfast::fold<0, kStudentOne | kTeacherOne, true>(own, F(beta * (t - top)), F(s - c_s), F(inv_tau));
+          cudfast::fold<0, kStudentOne | kTeacherOne, kHoles>(own, F(beta * (t - top)), F(s - c_s), F(inv_tau));
         });
         sums[th].of = {scalar(own.z_tau), scalar(own.s_tau),      scalar(own.a), scalar(own.s_one),
                        scalar(own.z_one), scalar(own.impossible), R(0),          R(0)};

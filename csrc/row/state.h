@@ -99,15 +99,24 @@ struct Exponentials {
   F teacher, student;
 };
 
+// What fold() has to expect. kPadded: lanes in which both logits are -inf. kHoles: logits of -inf anywhere, and
+// quotients of finite logits that overflow, which are no -inf.
+enum Holes : int { kFull, kPadded, kHoles };
+
 // Adds the columns in dt = t - m_t and ds = s - m_s. P is the temperature if that is 1, 2 or 4, else 0; with P > 0,
-// both sums at temperature 1 are computed, whatever the mask. Holes: some logit may be -inf.
-template <int P, int Needs, bool Holes, class F>
+// both sums at temperature 1 are computed, whatever the mask.
+template <int P, int Needs, int Holes, class F>
 CUDFAST_HD inline Exponentials<F> fold(StudentSums<F>& sums, F dt, F ds, F inv_tau) {
   const F x = dt * inv_tau;
   const F w = ds * inv_tau;
   const Exponentials<F> e{exp(x), exp(w)};
   F excess = x - w;
-  if constexpr (Holes) {  // 0 * inf is excluded; x > -inf is false for NaN, which remains in e.teacher
+  if constexpr (Holes == kHoles) {  // x > -inf is false for NaN, which remains in e.teacher
+    const F none = F(kNothing<float>), lowest = F(std::numeric_limits<float>::lowest());
+    excess = select(dt > none, select(ds > none, max(x, lowest) - max(w, lowest), F(0)), F(0));
+    sums.impossible = max(sums.impossible, select(dt > none, select(ds > none, F(0), F(1)), F(0)));
+  } else if constexpr (Holes ==
+                       kPadded) {  // 0 * inf is excluded; x > -inf is false for NaN, which remains in e.teacher
     const F floor = F(kNothing<float>);
     excess = select(x > floor, select(w > floor, excess, F(0)), F(0));
     sums.impossible = max(sums.impossible, select(x > floor, select(w > floor, F(0), F(1)), F(0)));
@@ -124,11 +133,11 @@ CUDFAST_HD inline Exponentials<F> fold(StudentSums<F>& sums, F dt, F ds, F inv_t
     if constexpr ((Needs & kTeacherOne) != 0) sums.z_one = sums.z_one + (one_t = exp(dt));
   }
   if constexpr ((Needs & kTeacherEntropy) != 0) {
-    if constexpr (Holes) dt = select(dt > F(kNothing<float>), dt, F(0));
+    if constexpr (Holes != kFull) dt = select(dt > F(kNothing<float>), dt, F(0));
     sums.e_one = sums.e_one + one_t * dt;
   }
   if constexpr ((Needs & kStudentEntropy) != 0) {
-    if constexpr (Holes) ds = select(ds > F(kNothing<float>), ds, F(0));
+    if constexpr (Holes != kFull) ds = select(ds > F(kNothing<float>), ds, F(0));
     sums.e_s = sums.e_s + one_s * ds;
   }
   return e;

@@ -45,13 +45,18 @@ class StudentSums(NamedTuple):
     e_s: Tensor
 
 
+def finite(quotient: Tensor) -> Tensor:
+    """A quotient of finite numbers, without overflow."""
+    return quotient.clamp(min=torch.finfo(quotient.dtype).min)
+
+
 def student_fold(dt: Tensor, ds: Tensor, inv_tau: Tensor) -> StudentSums:
     """Sums over the last axis of dt = t - m_t and ds = s - m_s (N, V); inv_tau (N, 1)."""
     x, w = dt * inv_tau, ds * inv_tau
     teacher, student = x.exp(), w.exp()
-    both = (x > NOTHING) & (w > NOTHING)
-    excess = torch.where(both, x - w, 0)
-    impossible = ((x > NOTHING) & ~(w > NOTHING)).any(-1)
+    can_t, can_s = dt > NOTHING, ds > NOTHING  # not x and w, which may overflow
+    excess = torch.where(can_t & can_s, finite(x) - finite(w), 0)
+    impossible = (can_t & ~can_s).any(-1)
     return StudentSums(
         teacher.sum(-1),
         student.sum(-1),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .state import NOTHING, StudentState
+from .state import NOTHING, StudentState, finite
 
 
 class Clip(NamedTuple):
@@ -35,11 +35,11 @@ class TargetSums(NamedTuple):
 def replace(state: StudentState, clip: Clip, inv_tau: Tensor) -> TargetSums:
     """The teacher's sums after the clip: two contributions are replaced.                                [replace]"""
     moves = clip.r > 0
-    w_k, w_y = (state.s_k - state.m_s) * inv_tau, (state.s_y - state.m_s) * inv_tau
-    blocked = moves & ((w_k == NOTHING) | (w_y == NOTHING))
+    w_k, w_y = finite((state.s_k - state.m_s) * inv_tau), finite((state.s_y - state.m_s) * inv_tau)
+    blocked = moves & ((state.s_k == NOTHING) | (state.s_y == NOTHING))
     changes = moves & ~blocked
     new_k, new_y = clip.t_k * inv_tau, clip.t_y * inv_tau
-    old_y = (state.t_y - state.m_t) * inv_tau
+    old_y = finite((state.t_y - state.m_t) * inv_tau)
     had_mass = state.t_y > NOTHING
     dz = (new_k.exp() - 1) + new_y.exp()
     da = (new_k.exp() * (new_k - w_k) + w_k) + new_y.exp() * (new_y - w_y)

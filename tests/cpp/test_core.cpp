@@ -44,7 +44,7 @@ StudentState<double> part_of(const std::vector<double>& s, const std::vector<dou
   StudentSums<double> sums{};
   const double c_t = state.m_t == kNothing<double> ? 0 : state.m_t, c_s = state.m_s == kNothing<double> ? 0 : state.m_s;
   for (size_t j = from; j < to; ++j)
-    fold<0, kStudentOne | kTeacherOne | kStudentEntropy, true>(sums, t[j] - c_t, s[j] - c_s, inv_tau);
+    fold<0, kStudentOne | kTeacherOne | kStudentEntropy, kHoles>(sums, t[j] - c_t, s[j] - c_s, inv_tau);
   state.z_tau = sums.z_tau;
   state.s_tau = sums.s_tau;
   state.a = sums.a;
