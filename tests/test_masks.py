@@ -15,13 +15,17 @@ from cudfast import CrossEntropy, ForwardKL, Loss
 LOWEST = torch.finfo(torch.float32).min
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+BACKENDS = ("native", "reference", "triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tau", [1e-4, 0.05, 0.3, 0.9, 2.0])
 @pytest.mark.parametrize("mask", [-1e9, -1e4, LOWEST])
 def test_masked_columns_change_nothing(backend: str, tau: float, mask: float) -> None:
     loss = Loss(0.8 * ForwardKL(tau) + 0.2 * CrossEntropy(), backend=backend)  # type: ignore[arg-type]
     rng = torch.Generator().manual_seed(0)
-    for classes, masked, dtype in itertools.product((7, 37, 5000), (1, 300), (torch.float32, torch.float64)):
+    # 9,000 masked columns are whole blocks, which have no other logits.
+    for classes, masked, dtype in itertools.product((7, 37), (1, 300, 9000), (torch.float32, torch.float64)):
         student = torch.randn(4, masked + classes, generator=rng).to(dtype)
         teacher = 3 * torch.randn(4, masked + classes, generator=rng).to(dtype)
         labels = torch.randint(masked, masked + classes, (4,), generator=rng)
@@ -39,7 +43,7 @@ def test_masked_columns_change_nothing(backend: str, tau: float, mask: float) ->
         assert not student.grad[:, :masked].any()
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_class_that_only_the_student_excludes(backend: str) -> None:
     loss = Loss(ForwardKL(0.5), backend=backend)  # type: ignore[arg-type]
     student, teacher = torch.zeros(2, 40), torch.zeros(2, 40)

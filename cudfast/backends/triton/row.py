@@ -13,6 +13,7 @@ import triton.language as tl
 
 NOTHING = tl.constexpr(float("-inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
+FAR = tl.constexpr(-1e33)
 
 # ---- csrc/row/state.h ----
 
@@ -91,17 +92,20 @@ def below(part, whole):
 
 @triton.jit
 def student_move(z_tau, s_tau, a, s_one, z_one, e_one, e_s, down_t, down_s, base, tau):
-    """Sums relative to larger maxima; tau = 1 if `a` is not yet multiplied by 1 / tau.              [merge-student]"""
+    """Sums relative to larger maxima; tau = 1 if `a` is not yet multiplied by 1 / tau.              [merge-student]
+
+    Distances beyond FAR, those of masked columns, would overflow in products that are then multiplied by 0.
+    """
     teacher = tl.exp2(down_t * base)
     student = tl.exp2(down_s * base)
-    a = teacher * (a + z_tau * ((down_t - down_s) / tau))
+    a = teacher * (a + z_tau * tl.maximum(tl.minimum((down_t - down_s) / tau, -FAR), FAR))
     z_tau = teacher * z_tau
     s_tau = student * s_tau
     one = tl.exp2(down_s * LOG2E)
-    e_s = one * (e_s + s_one * down_s)
+    e_s = one * (e_s + s_one * tl.maximum(down_s, FAR))
     s_one = one * s_one
     one = tl.exp2(down_t * LOG2E)
-    e_one = one * (e_one + z_one * down_t)
+    e_one = one * (e_one + z_one * tl.maximum(down_t, FAR))
     z_one = one * z_one
     return z_tau, s_tau, a, s_one, z_one, e_one, e_s
 
