@@ -91,18 +91,21 @@ def below(part, whole):
 
 @triton.jit
 def student_move(z_tau, s_tau, a, s_one, z_one, e_one, e_s, down_t, down_s, base, tau):
-    """Sums relative to larger maxima; tau = 1 if `a` is not yet multiplied by 1 / tau.              [merge-student]"""
+    """Sums relative to larger maxima; tau = 1 if `a` is not yet multiplied by 1 / tau.              [merge-student]
+
+    Sums are lowered before they are multiplied by a distance, which may be as large as the largest number.
+    """
     teacher = tl.exp2(down_t * base)
     student = tl.exp2(down_s * base)
-    a = teacher * (a + z_tau * ((down_t - down_s) / tau))
     z_tau = teacher * z_tau
+    a = teacher * a + z_tau * tl.where(teacher > 0, (down_t - down_s) / tau, 0.0)
     s_tau = student * s_tau
     one = tl.exp2(down_s * LOG2E)
-    e_s = one * (e_s + s_one * down_s)
     s_one = one * s_one
+    e_s = one * e_s + s_one * down_s
     one = tl.exp2(down_t * LOG2E)
-    e_one = one * (e_one + z_one * down_t)
     z_one = one * z_one
+    e_one = one * e_one + z_one * down_t
     return z_tau, s_tau, a, s_one, z_one, e_one, e_s
 
 
@@ -140,10 +143,20 @@ def teacher_fold(z, e, x):
 def teacher_move(z, e, down, base):
     """e' = e^(m - m') (e + z (m - m')); base: factor of exponents for exp2.                         [merge-teacher]"""
     scale = tl.exp2(down * LOG2E)
-    return scale * z, scale * (e + z * (down * base))
+    z = scale * z
+    return z, scale * e + z * tl.where(scale > 0, down * base, 0.0)
 
 
 # ---- csrc/row/target.h ----
+
+
+LOWEST = tl.constexpr(-1.7976931348623157e308)
+
+
+@triton.jit
+def finite(quotient):
+    """A quotient of finite numbers in f64, without overflow; NaN remains."""
+    return tl.where(quotient < LOWEST, LOWEST, quotient)
 
 
 @triton.jit
@@ -179,15 +192,13 @@ def wclip(u, budget, margin):
 def replace(z_tau, a, impossible, m_t, m_s, s_k, t_y, s_y, r, new_t_k, new_t_y, tau):
     """The teacher's sums after the clip: two contributions are replaced.                                  [replace]"""
     moves = r > 0
-    w_k = (s_k - m_s) / tau
-    w_y = (s_y - m_s) / tau
-    blocked = moves & ((w_k == NOTHING) | (w_y == NOTHING))
-    changes = moves & (w_k > NOTHING) & (w_y > NOTHING)
-    w_k = tl.where(changes, w_k, 0.0)
-    w_y = tl.where(changes, w_y, 0.0)
+    blocked = moves & ((s_k == NOTHING) | (s_y == NOTHING))
+    changes = moves & (s_k > NOTHING) & (s_y > NOTHING)
+    w_k = tl.where(changes, finite((s_k - m_s) / tau), 0.0)
+    w_y = tl.where(changes, finite((s_y - m_s) / tau), 0.0)
     new_k = tl.where(changes, new_t_k / tau, 0.0)
     new_y = tl.where(changes, new_t_y / tau, 0.0)
-    old_y = tl.where(changes & (t_y > NOTHING), (t_y - m_t) / tau, 0.0)
+    old_y = tl.where(changes & (t_y > NOTHING), finite((t_y - m_t) / tau), 0.0)
     mass_k = tl.exp(new_k)
     mass_y = tl.exp(new_y)
     mass_old = tl.where(t_y > NOTHING, tl.exp(old_y), 0.0)
