@@ -279,7 +279,7 @@ class Call(NamedTuple):
             self._launch(
                 student.student_rows, programs,
                 logits, Matrix.of(rows.target), to, self.given, scales, results, columns, float(rows.scalar),
-                P=self.power, ONES=self.ones(statistics), CLIP=self.clips, **flags,
+                P=self.power, ONES=self.ones(statistics), CLIP=self.clip, **flags,
             )  # fmt: skip
 
     def _projected(
@@ -334,14 +334,17 @@ class Call(NamedTuple):
         return int(self.rows.scalar) if self.rows.temperature is None and self.rows.scalar in (1, 2, 4) else 0
 
     @property
-    def clips(self) -> bool:
-        """Whether the target is clipped."""
-        return self.options.distils and isinstance(self.options.calibration, WClip)
+    def clip(self) -> int:
+        """Whether the target is clipped, and whether the state then has a column for m_q: see `row.LEAVES`."""
+        if not (self.options.distils and isinstance(self.options.calibration, WClip)):
+            return 0
+        packed = columns_of(self.rows, self.options)
+        return int((row.LEAVES if "m_q" in packed else row.STAYS).value)
 
     def ones(self, statistics: bool) -> int:
         """Which sums at temperature 1 are needed: see `row.student_fold`."""
         found = row.S_ONE.value if any(kind != terms.FORWARD_KL.value for kind in self.options.kinds) else 0
-        if self.options.entropy:
+        if self.rows.target is not None and "e_s" in columns_of(self.rows, self.options):
             found |= row.E_S.value
         return found | row.S_ONE.value | row.Z_ONE.value if statistics else found
 

@@ -150,6 +150,10 @@ def teacher_move(z, e, down, base):
 # ---- csrc/row/target.h ----
 
 
+# CLIP: no W-Clip; W-Clip; W-Clip in a call whose top-1 may dominate the teacher's sums.
+STAYS = tl.constexpr(1)
+LEAVES = tl.constexpr(2)
+
 LOWEST = tl.constexpr(-1.7976931348623157e308)
 
 
@@ -209,6 +213,42 @@ def replace(z_tau, a, impossible, m_t, m_s, s_k, t_y, s_y, r, new_t_k, new_t_y, 
         tl.where(changes, new_a, a),
         tl.where(blocked, 1.0, impossible),
     )
+
+
+@triton.jit
+def leaves(z_tau, a, s_tau, m_t, m_s, s_k, t_y, s_y, r, new_t_k, new_t_y, tau):
+    """Whether the sums cannot lose the top-1 by subtraction, as it dominates them.                         [leaves]"""
+    z, a, _ = replace(z_tau, a, 0.0, m_t, m_s, s_k, t_y, s_y, r, new_t_k, new_t_y, tau)
+    blocked = (s_k == NOTHING) | (s_y == NOTHING)  # the divergence is infinite
+    w_k = finite((s_k - m_s) / tau)
+    w_y = finite((s_y - m_s) / tau)
+    old_y = finite((t_y - m_t) / tau)
+    left = tl.abs(w_k) + tl.where(t_y > NOTHING, tl.exp(old_y) * tl.abs(old_y - w_y), 0.0)
+    kl = a / z + tl.log(s_tau / z)
+    stays = (z >= z_tau / 8.0) & (blocked | (left <= 8.0 * z * tl.where(kl < 1, 1.0, kl)))
+    return (r > 0) & (stays == 0)
+
+
+@triton.jit
+def recalibrated(rest, m_t, m_s, s_k, s_y, impossible, new_t_k, new_t_y, tau, R: tl.constexpr):
+    """(m_q, z_tau, a, impossible) of the calibrated target, from (m_r, z, a) of the classes besides the top-1 and the
+    label. m_q is rounded to R, in which it is stored.                                                [recalibrated]"""
+    m_r, z, a = rest
+    there = m_r > NOTHING
+    lift = tl.maximum(tl.where(there, m_r - m_t, NOTHING), tl.maximum(new_t_k, new_t_y))
+    m_q = (m_t + lift).to(R).to(tl.float64)
+    down = tl.where(there, finite((m_r - m_q) / tau), 0.0)
+    scale = tl.exp(down)
+    z = scale * z
+    a = scale * a + z * down
+    x_k = finite((new_t_k + (m_t - m_q)) / tau)
+    x_y = finite((new_t_y + (m_t - m_q)) / tau)
+    mass_k = tl.exp(x_k)
+    mass_y = tl.exp(x_y)
+    z += mass_k + mass_y
+    a += mass_k * (x_k - finite((s_k - m_s) / tau))
+    a += mass_y * (x_y - finite((s_y - m_s) / tau))
+    return m_q, z, a, tl.where((s_k == NOTHING) | (s_y == NOTHING), 1.0, impossible)
 
 
 # The exact projection, Eq. 2. Logarithms of masses and entropies are (COUNT,): one per temperature.
