@@ -18,10 +18,8 @@ constexpr T kApart = T(-1e30);
 template <class T>
 struct Range {
   T low, high;
-  // Whether a centred value may be -inf, by the logits or by overflow. NaN needs no check: the sums keep it.
-  bool holes() const { return !(low - high > -std::numeric_limits<T>::max()); }
-  // The same for values that are multiplied by 1 / tau.
-  bool holes(double inv_tau) const {
+  // Whether a centred value times inv_tau may be -inf, by the logits or by overflow. NaN needs no check: sums keep it.
+  bool holes(double inv_tau = 1) const {
     return !((low - high) * static_cast<T>(inv_tau) > -std::numeric_limits<T>::max());
   }
   T centre() const { return high == kNothing<T> ? T(0) : high; }

@@ -115,8 +115,7 @@ CUDFAST_HD inline Exponentials<F> fold(StudentSums<F>& sums, F dt, F ds, F inv_t
     const F none = F(kNothing<float>), lowest = F(std::numeric_limits<float>::lowest());
     excess = select(dt > none, select(ds > none, max(x, lowest) - max(w, lowest), F(0)), F(0));
     sums.impossible = max(sums.impossible, select(dt > none, select(ds > none, F(0), F(1)), F(0)));
-  } else if constexpr (Holes ==
-                       kPadded) {  // 0 * inf is excluded; x > -inf is false for NaN, which remains in e.teacher
+  } else if constexpr (Holes == kPadded) {  // 0 * inf is excluded
     const F floor = F(kNothing<float>);
     excess = select(x > floor, select(w > floor, excess, F(0)), F(0));
     sums.impossible = max(sums.impossible, select(x > floor, select(w > floor, F(0), F(1)), F(0)));
