@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -16,11 +17,21 @@ import torch
 
 from .rows.fields import TEMPERATURES, choice, flag, integer, number
 from .targets.projection import Projection
-from .terms import TERMS, CrossEntropy, Entropy, Focal, ForwardKL, Gate, Term, Weighted
+from .terms import MOST, TERMS, CrossEntropy, Entropy, Focal, ForwardKL, Gate, Piece, Term, Weighted, pieces_of
+from .terms.term import SQUARE, STUDENT_ENTROPY, TEACHER_ENTROPY
 
 Reduction = Literal["none", "sum", "mean"]
 Save = Literal["auto", "state", "gradient"]
 BackendName = Literal["auto", "reference", "native", "triton", "cuda"]
+
+# Values of rows that a call may ask for, with the sums that they read.
+ROW_VALUES = {
+    "student_entropy": STUDENT_ENTROPY,
+    "teacher_entropy": TEACHER_ENTROPY,
+    "lse": 0,
+    "label_log_prob": 0,
+    "brier": SQUARE,
+}
 
 
 @dataclass(frozen=True)
@@ -144,9 +155,12 @@ class RowOptions(LossOptions):
     """What a backend is given: the terms of a loss, and how its rows are treated.
 
     Args:
-        terms: at most 8 terms, each with its name and its coefficient.
+        terms: the terms of a loss, each with its name and its coefficient.
         temperature: tau of the distillation terms.
+        teacher_temperature: the teacher's own temperature; None: tau.
         calibration: `WClip`, `Projection` or None.
+        smooths: the rows of a call have label smoothing of their own.
+        values: names of `ROW_VALUES` that a call asks for besides its terms.
 
     Other fields: see `LossOptions`.
 
@@ -157,25 +171,43 @@ class RowOptions(LossOptions):
 
     terms: tuple[Weighted, ...]
     temperature: float = 1.0
+    teacher_temperature: float | None = None
     calibration: WClip | Projection | None = None
+    smooths: bool = False
+    values: tuple[str, ...] = ()
 
-    kinds: ClassVar[tuple[int, ...]]
-    coefficients: ClassVar[tuple[float, ...]]
+    pieces: ClassVar[tuple[Piece, ...]]  # what the kernels evaluate
+    kinds: ClassVar[tuple[int, ...]]  # of the pieces
+    coefficients: ClassVar[tuple[float, ...]]  # of the pieces
     distils: ClassVar[bool]  # some term needs a teacher
-    entropy: ClassVar[bool]  # some term reads the entropy
     whole: ClassVar[bool]  # some term counts in rows without a label
+    sums: ClassVar[int]  # that some term or value reads: a mask, see terms/term.py
+    leaving: ClassVar[float]  # W-Clip needs care at teacher temperatures below it; 0 without W-Clip
+    smoothed: ClassVar[RowOptions | None]  # the options of a call with smoothing of its own, if that is possible
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._write()
 
     def _derive(self) -> None:
-        of = [weighted.term for weighted in self.terms]
+        pieces = pieces_of(self.terms, self.smooths)
+        of = [piece.term for piece in pieces]
+        sums = 0
+        for needed in (*(term.sums for term in of), *(ROW_VALUES[name] for name in self.values)):
+            sums |= needed
+        clip = self.calibration
+        clips = isinstance(clip, WClip) and clip.budget > 0 and any(term.distils for term in of)
+        object.__setattr__(self, "pieces", pieces)
         object.__setattr__(self, "kinds", tuple(term.kind for term in of))
-        object.__setattr__(self, "coefficients", tuple(weighted.coefficient for weighted in self.terms))
+        object.__setattr__(self, "coefficients", tuple(piece.coefficient * piece.factor for piece in pieces))
         object.__setattr__(self, "distils", any(term.distils for term in of))
-        object.__setattr__(self, "entropy", any(term.reads_entropy for term in of))
         object.__setattr__(self, "whole", any(not term.needs_label for term in of))
+        object.__setattr__(self, "sums", sums)
+        # Where the top-1 keeps less than 1/8 of its tempered mass: (1 - budget)^(1 / tau) < 1/8.
+        object.__setattr__(self, "leaving", -math.log1p(-clip.budget) / math.log(8) if clips else 0.0)
+        two = sum(isinstance(weighted.term, CrossEntropy) for weighted in self.terms)
+        fits = not self.smooths and two > 0 and len(self.terms) + two <= MOST
+        object.__setattr__(self, "smoothed", dataclasses.replace(self, smooths=True) if fits else None)
 
 
 def _with_terms(options: LossOptions, *terms: tuple[float, Term], **fields: Any) -> RowOptions:
@@ -192,6 +224,7 @@ class CUDOptions(LossOptions):
     Args:
         temperature: tau in [1e-4, 1e4]. Default 2.0. 1, 2 and 4 are the fastest: two exponentials per element instead
             of three.
+        teacher_temperature: the teacher's own temperature in [1e-4, 1e4]; None: tau. Default None.
         kd_weight: weight of the distillation term, >= 0. Default 0.8 (paper).
         ce_weight: weight of the cross-entropy term at temperature 1, >= 0. Default 0.2 (paper).
         calibration: `WClip`, `Projection`, or None for plain distillation. Default ``WClip(budget=0.5, margin=0.7)``
@@ -211,6 +244,7 @@ class CUDOptions(LossOptions):
     kd_weight: float = 0.8
     ce_weight: float = 0.2
     calibration: WClip | Projection | None = WClip()
+    teacher_temperature: float | None = None
     unlabeled_index: int | None = -1
 
     rows: ClassVar[RowOptions]
@@ -219,6 +253,8 @@ class CUDOptions(LossOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         number(self, "temperature", *TEMPERATURES)
+        if self.teacher_temperature is not None:
+            number(self, "teacher_temperature", *TEMPERATURES)
         number(self, "kd_weight", 0)
         number(self, "ce_weight", 0)
         if not (self.calibration is None or isinstance(self.calibration, (WClip, Projection))):
@@ -229,8 +265,9 @@ class CUDOptions(LossOptions):
 
     def _derive(self) -> None:
         ce = (self.ce_weight, CrossEntropy())
-        kd = (self.kd_weight, ForwardKL(self.temperature))
-        rows = _with_terms(self, kd, ce, temperature=self.temperature, calibration=self.calibration)
+        kd = (self.kd_weight, ForwardKL(self.temperature, self.teacher_temperature))
+        of_kd = {name: getattr(self, name) for name in ("temperature", "teacher_temperature", "calibration")}
+        rows = _with_terms(self, kd, ce, **of_kd)
         object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "alone", _with_terms(self, ce))
 
@@ -372,6 +409,7 @@ def parse(text: str) -> RowOptions:
     """Inverse of `RowOptions.text`."""
     fields: dict[str, Any] = json.loads(text)
     del fields["kind"]
+    fields["values"] = tuple(fields["values"])
     fields["terms"] = tuple(Weighted(name, coefficient, _term(term)) for name, coefficient, term in fields["terms"])
     if fields["calibration"] is not None:
         fields["calibration"] = WClip(**fields["calibration"])

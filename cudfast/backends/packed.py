@@ -44,10 +44,13 @@ def packed_options(module: ModuleType, options: RowOptions) -> Any:
     """The terms in the compiled module's own type: csrc/row/terms/term.h."""
     clip = options.calibration
     return module.Terms(
-        [(term.kind, coefficient, *term.parameters) for _, coefficient, term in options.terms],
+        [(p.term.kind, c, *p.term.parameters) for p, c in zip(options.pieces, options.coefficients)],
         isinstance(clip, WClip),
         clip.budget if isinstance(clip, WClip) else 0.0,
         clip.margin if isinstance(clip, WClip) else 1.0,
+        options.sums,
+        options.teacher_temperature or 0.0,
+        options.leaving,
     )
 
 

@@ -10,19 +10,25 @@ from torch import Tensor
 from ..options import RowOptions
 from ..reference import (
     NOTHING,
+    Clip,
+    Rest,
     RowGradient,
     RowWeights,
     StudentState,
     TeacherState,
+    clip_of,
     finish,
     first_top1,
+    leaves,
     own_element,
+    recalibrated,
     row_weights,
     student_element,
     student_fold,
     teacher_fold,
+    teacher_inverse,
 )
-from ..rows.call import ENTROPY, STUDENT_COLUMNS, Rows, State, coefficients, columns_of, compute_dtype, vector_dtype
+from ..rows.call import Rows, State, coefficients, columns_of, compute_dtype, recalibrates, vector_dtype
 from ..rows.vectors import check_vectors, divisors_of
 from ..targets.calibration import Projected, project, refuse_relaxed
 
@@ -103,22 +109,45 @@ def _extra(rows: Rows, marks: Marks, dtype: torch.dtype) -> tuple[list[Tensor], 
     return [found.beta, zero, zero, zero, zero, *at, found.moved, found.relaxed.any(-1).to(dtype)], k
 
 
-def _student_state(rows: Rows, marks: Marks, dtype: torch.dtype) -> StudentState:
+def _student_state(rows: Rows, options: RowOptions, marks: Marks, dtype: torch.dtype) -> StudentState:
     s, t = _flat(rows.logits, rows, dtype), _target(rows, marks, dtype)
     m_t, m_s = t.amax(-1), s.amax(-1)
     k = first_top1(t)
-    sums = student_fold(_centre(t, m_t), _centre(s, m_s), _column(1 / temperature_of(rows, dtype)))
-    at_label = [torch.where(marks.labelled, x.gather(-1, marks.column).squeeze(-1), NOTHING) for x in (t, s)]
-    return StudentState._make(
-        (m_t, s.gather(-1, _column(k)).squeeze(-1), m_s, *sums[:5], *at_label, sums.impossible, sums.e_s, k)
+    tau = temperature_of(rows, dtype)
+    inv_t, inv_s = teacher_inverse(tau, options), 1 / tau
+    ds = _centre(s, m_s)
+    sums = student_fold(_centre(t, m_t), ds, _column(inv_t), _column(inv_s), rows.class_weight)
+    t_y, s_y = (torch.where(marks.labelled, x.gather(-1, marks.column).squeeze(-1), NOTHING) for x in (t, s))
+    m_q = torch.full_like(m_t, torch.inf)
+    state = StudentState(
+        m_t=m_t, s_k=s.gather(-1, _column(k)).squeeze(-1), m_s=m_s, t_y=t_y, s_y=s_y, m_q=m_q, k=k, **sums._asdict()
     )
+    if not recalibrates(rows, options):
+        return state
+    clip = clip_of(state, marks.labelled, options)
+    t = without(t, marks.column, k)
+    m_r = t.amax(-1)
+    sums = student_fold(_centre(t, m_r), ds, _column(inv_t), _column(inv_s))
+    return recalibrated_where(state, clip, Rest(m_r, sums.z_tau, sums.a), inv_t, inv_s)
+
+
+def without(t: Tensor, label: Tensor, k: Tensor) -> Tensor:
+    """Teacher logits (N, V) with -inf in the columns of the label (N, 1) and of the top-1 (N,)."""
+    return t.scatter(-1, label, NOTHING).scatter(-1, _column(k), NOTHING)
+
+
+def recalibrated_where(state: StudentState, clip: Clip, rest: Rest, inv_t: Tensor, inv_s: Tensor) -> StudentState:
+    """The states of rows whose top-1 leaves are those of the calibrated target; the others stay as they are."""
+    new, there = recalibrated(state, clip, rest, inv_t, inv_s), leaves(state, clip, inv_t, inv_s)
+    names = ("m_q", "z_tau", "a", "impossible")
+    return state._replace(**{name: torch.where(there, getattr(new, name), getattr(state, name)) for name in names})
 
 
 def _teacher_state(rows: Rows, marks: Marks, dtype: torch.dtype) -> TeacherState:
     s = _flat(rows.logits, rows, dtype)
     m = s.amax(-1)
     s_y = torch.where(marks.labelled, s.gather(-1, marks.column).squeeze(-1), NOTHING)
-    return TeacherState(m, *teacher_fold(_centre(s, m)), s_y)
+    return TeacherState(m_s=m, s_y=s_y, **teacher_fold(_centre(s, m), rows.class_weight)._asdict())
 
 
 def placed(index: Tensor, first: int | Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -150,16 +179,19 @@ def finished_rows(
     c = RowGradient(*map(_column, end.gradient))
     s_one, log_z = _column(state.s_one), _column(end.log_z)
     ds = _flat(rows.logits, rows, dtype) - _column(state.m_s)
+    weights = 1.0 if rows.class_weight is None else rows.class_weight.to(dtype)
     if isinstance(state, StudentState) and options.distils:
-        dt = _centre(_target(rows, marks, dtype), state.m_t)
-        clip = end.target.clip
+        centre, clip = end.target.centre, end.target.clip
+        dt = _centre(_target(rows, marks, dtype), centre)
         clipped = _column(marks.labelled & (clip.r > 0))
         for index, new in ((_column(state.k), clip.t_k), (marks.column, clip.t_y)):
             at, inside = placed(index, first, rows.classes)
-            dt = dt.scatter(-1, at, torch.where(clipped & inside, _column(new), dt.gather(-1, at)))
-        g = student_element(c, dt, ds, _column(1 / tau), s_one, log_z)
+            moved = _column(new + (state.m_t - centre))
+            dt = dt.scatter(-1, at, torch.where(clipped & inside, moved, dt.gather(-1, at)))
+        inv_t, inv_s = _column(teacher_inverse(tau, options)), _column(1 / tau)
+        g = student_element(c, dt, ds, inv_t, inv_s, s_one, log_z, weights)
     else:
-        g = own_element(c, ds, s_one, log_z)
+        g = own_element(c, ds, s_one, log_z, weights)
     at, inside = placed(marks.column, first, rows.classes)
     at_label = torch.where(_column(marks.labelled & (state.s_y > NOTHING)) & inside, _column(end.gradient.label), 0)
     return end.value, torch.where(_column(end.counts), g.scatter_add(-1, at, at_label), 0)
@@ -197,7 +229,7 @@ def row_state(
     marks = mark(rows, options)
     divisors = divisors_of(rows, options)
     upstream = None if gradient is None else torch.ones((), dtype=dtype, device=rows.logits.device)
-    whole = _teacher_state(rows, marks, dtype) if rows.target is None else _student_state(rows, marks, dtype)
+    whole = _teacher_state(rows, marks, dtype) if rows.target is None else _student_state(rows, options, marks, dtype)
     value, g = finished_rows(rows, options, marks, whole, divisors, upstream)
     state = packed(rows, options, whole, divisors)
     if rows.constraints is not None:
@@ -221,9 +253,9 @@ def unpacked(rows: Rows, options: RowOptions, state: State, dtype: torch.dtype) 
     """Inverse of `packed`, of a state in any form."""
     columns = dict(zip(columns_of(rows, options), state.sums.to(dtype).unbind(-1)))
     if rows.target is None:
-        return TeacherState(**columns)
-    of = [columns[name] for name in STUDENT_COLUMNS]
-    return StudentState(*of, e_s=columns.get(ENTROPY), k=state.top1)  # type: ignore[misc]
+        return TeacherState(**{name: columns.get(name) for name in TeacherState._fields})  # type: ignore[arg-type]
+    columns["k"] = state.top1
+    return StudentState(**{name: columns.get(name) for name in StudentState._fields})  # type: ignore[arg-type]
 
 
 def row_gradient(

@@ -27,29 +27,80 @@ def wclip(u: Tensor, budget: float, margin: float) -> Clip:
 
 
 class TargetSums(NamedTuple):
+    """The calibrated target's sums, relative to its reference and to the student's maximum."""
+
     z_tau: Tensor
     a: Tensor
     impossible: Tensor
+    b: Tensor | None
+    missing: Tensor | None
+    centre: Tensor  # (N,) the reference: a logit
 
 
-def replace(state: StudentState, clip: Clip, inv_tau: Tensor) -> TargetSums:
-    """The teacher's sums after the clip: two contributions are replaced.                                [replace]"""
+def replace(state: StudentState, clip: Clip, inv_t: Tensor, inv_s: Tensor) -> TargetSums:
+    """The sums after the clip: two contributions are replaced.                                          [replace]"""
     moves = clip.r > 0
-    w_k, w_y = finite((state.s_k - state.m_s) * inv_tau), finite((state.s_y - state.m_s) * inv_tau)
-    blocked = moves & ((state.s_k == NOTHING) | (state.s_y == NOTHING))
-    changes = moves & ~blocked
-    new_k, new_y = clip.t_k * inv_tau, clip.t_y * inv_tau
-    old_y = finite((state.t_y - state.m_t) * inv_tau)
+    can_k, can_y = state.s_k > NOTHING, state.s_y > NOTHING
+    w_k, w_y = finite((state.s_k - state.m_s) * inv_s), finite((state.s_y - state.m_s) * inv_s)
+    blocked = moves & ~(can_k & can_y)
+    new_k, new_y = finite(clip.t_k * inv_t), finite(clip.t_y * inv_t)
+    old_y = finite((state.t_y - state.m_t) * inv_t)
     had_mass = state.t_y > NOTHING
     dz = (new_k.exp() - 1) + new_y.exp()
     da = (new_k.exp() * (new_k - w_k) + w_k) + new_y.exp() * (new_y - w_y)
     dz = dz - torch.where(had_mass, old_y.exp(), 0)
     da = da - torch.where(had_mass, old_y.exp() * (old_y - w_y), 0)
+    b = missing = None
+    if state.b is not None and state.missing is not None:
+        db = torch.where(can_k, -w_k.exp() * new_k, 0)
+        db = db + torch.where(can_y, w_y.exp() * (torch.where(had_mass, old_y, w_y) - new_y), 0)
+        b = state.b + torch.where(moves, db, 0)
+        missing = state.missing - (moves & can_y & ~had_mass).to(state.missing.dtype)
     return TargetSums(
-        state.z_tau + torch.where(changes, dz, 0),
-        state.a + torch.where(changes, da, 0),
+        state.z_tau + torch.where(moves, dz, 0),
+        state.a + torch.where(moves & ~blocked, da, 0),
         torch.where(blocked, 1, state.impossible),
+        b,
+        missing,
+        state.m_t,
     )
+
+
+class Rest(NamedTuple):
+    """The teacher's sums over all classes but the top-1 and the label."""
+
+    m_t: Tensor  # (N,) maximum
+    z_tau: Tensor  # (N,) relative to it
+    a: Tensor  # (N,) and to the student's maximum of all classes
+
+
+def leaves(state: StudentState, clip: Clip, inv_t: Tensor, inv_s: Tensor) -> Tensor:
+    """(N,) bool: rows whose sums cannot lose the top-1 by subtraction, as it dominates them.              [leaves]"""
+    target = replace(state, clip, inv_t, inv_s)
+    blocked = (state.s_k == NOTHING) | (state.s_y == NOTHING)  # the forward divergence is infinite
+    w_k, w_y = finite((state.s_k - state.m_s) * inv_s), finite((state.s_y - state.m_s) * inv_s)
+    old_y = finite((state.t_y - state.m_t) * inv_t)
+    left = w_k.abs() + torch.where(state.t_y > NOTHING, old_y.exp() * (old_y - w_y).abs(), 0)
+    kl = target.a / target.z_tau + (state.s_tau / target.z_tau).log()
+    stays = (target.z_tau >= state.z_tau / 8) & (blocked | (left <= 8 * target.z_tau * kl.clamp(min=1)))
+    return (clip.r > 0) & ~stays
+
+
+def recalibrated(state: StudentState, clip: Clip, rest: Rest, inv_t: Tensor, inv_s: Tensor) -> StudentState:
+    """The state with the calibrated target's sums, from those of the other classes.                 [recalibrated]"""
+    m_q = state.m_t + torch.maximum(_below(rest.m_t, state.m_t), torch.maximum(clip.t_k, clip.t_y))
+    down = torch.where(rest.m_t == NOTHING, 0, finite((rest.m_t - m_q) * inv_t))
+    scale = down.exp()
+    z, a, impossible = scale * rest.z_tau, scale * (rest.a + rest.z_tau * down), state.impossible
+    for new, s in ((clip.t_k, state.s_k), (clip.t_y, state.s_y)):
+        x, w = finite((new + (state.m_t - m_q)) * inv_t), finite((s - state.m_s) * inv_s)
+        z, a = z + x.exp(), a + x.exp() * (x - w)
+        impossible = torch.where(s > NOTHING, impossible, 1)
+    return state._replace(m_q=m_q, z_tau=z, a=a, impossible=impossible)
+
+
+def _below(m_r: Tensor, m_t: Tensor) -> Tensor:
+    return torch.where(m_r == NOTHING, NOTHING, m_r - m_t)
 
 
 class Masses(NamedTuple):

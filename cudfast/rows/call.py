@@ -11,15 +11,23 @@ from torch import Tensor
 
 from ..classes.sets import ClassSets
 from ..options import RowOptions
+from ..terms.term import REVERSE, SQUARE, STUDENT_ENTROPY, TEACHER_ENTROPY, UNIFORM
 from .layout import row_count
 from .shard import Shard
 
-# Fields of a packed state. Rows without a target have four; rows with one have those of the next line, ENTROPY if a
-# term reads the student's entropy, and PROJECTED_COLUMNS (csrc/projected.h) if the target has constraints. The order is
-# that of csrc/row/state.h; the teacher's top-1 is a separate int64 tensor.
+# Fields of a packed state. Rows without a target have OWN_COLUMNS, rows with one STUDENT_COLUMNS; then those of the sums
+# that the options need, in this order, RECALIBRATED if the call `recalibrates`, and PROJECTED_COLUMNS (csrc/projected.h)
+# if the target has constraints. The order is that of csrc/row/state.h; the teacher's top-1 is a separate int64 tensor.
 OWN_COLUMNS = ("m_s", "s_one", "e_s", "s_y")
 STUDENT_COLUMNS = ("m_t", "s_k", "m_s", "z_tau", "s_tau", "a", "s_one", "z_one", "t_y", "s_y", "impossible")
-ENTROPY = "e_s"
+_OF_SUMS = {
+    STUDENT_ENTROPY: ("e_s",),
+    TEACHER_ENTROPY: ("e_t",),
+    SQUARE: ("s_two",),
+    REVERSE: ("b", "missing"),
+    UNIFORM: ("uniform", "share", "possible"),
+}
+RECALIBRATED = "m_q"
 PROJECTED_COLUMNS = ("beta", "centre", "near", "wrong", "rest", "confidence", "prob", "target", "moved", "relaxed")
 SHARDED_COLUMNS = ("near_centre", "wrong_centre")  # and these, if ranks hold the classes
 
@@ -73,11 +81,12 @@ class Rows(NamedTuple):
     labels: Tensor | None  # (N,) int64
     weight: Tensor | None  # (N,) f64
     temperature: Tensor | None  # (N,) f64
-    coefficients: Tensor | None  # (T, N) or (T, 1) f64 of the terms; None: those of the options
+    coefficients: Tensor | None  # (T, N) or (T, 1) f64 of the pieces of terms; None: those of the options
     scalar: float  # the temperature of all rows, if `temperature` is None
     num_items: float | Tensor | None  # replaces both divisors of reduction="mean"; (2,) f64: one each
     classes: int  # V
     constraints: Constraints | None = None  # of the target, instead of W-Clip
+    class_weight: Tensor | None = None  # (V,) in the compute dtype, of the uniform share of a smoothed cross-entropy
     part: Part | None = None  # if these are some rows of a larger call
 
     @property
@@ -130,12 +139,26 @@ class Backend(Protocol):
 
 def columns_of(rows: Rows, options: RowOptions, *, sharded: bool = False) -> tuple[str, ...]:
     """The fields of a packed state. sharded: other ranks hold more classes."""
-    if rows.target is None:
-        return OWN_COLUMNS
-    found = (*STUDENT_COLUMNS, ENTROPY) if options.entropy else STUDENT_COLUMNS
-    if rows.constraints is None:
+    own = rows.target is None
+    found: tuple[str, ...] = OWN_COLUMNS if own else STUDENT_COLUMNS
+    for sums, names in _OF_SUMS.items():
+        if options.sums & sums and not (own and sums in (STUDENT_ENTROPY, TEACHER_ENTROPY, REVERSE)):
+            found = (*found, *names)
+    if recalibrates(rows, options):
+        found = (*found, RECALIBRATED)
+    if rows.constraints is None or own:
         return found
     return (*found, *PROJECTED_COLUMNS, *SHARDED_COLUMNS) if sharded else (*found, *PROJECTED_COLUMNS)
+
+
+def recalibrates(rows: Rows, options: RowOptions) -> bool:
+    """Whether W-Clip may take a top-1 that dominates the teacher's tempered sums, so that a row's have to be summed
+    again without it."""
+    if options.leaving == 0 or rows.target is None:
+        return False
+    if options.teacher_temperature is not None:
+        return options.teacher_temperature < options.leaving
+    return rows.temperature is not None or rows.scalar < options.leaving
 
 
 def compute_dtype(rows: Rows) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..rows.fields import flag, number
-from .term import Curve, Evaluated, RowValues, Term
+from .term import STUDENT_ENTROPY, Curve, Evaluated, RowValues, Term
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def gate(log_p: Tensor, threshold: float, scale: float, power: float) -> Curve:
     return Curve(value, torch.where(a > 0, slope, 0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Entropy(Term):
     """``H(p)`` in nats at temperature 1, the student's or the only model's; ``w H(p)`` with a gate (Eq. 3).
 
@@ -70,11 +70,11 @@ class Entropy(Term):
 
     Example:
         >>> -0.1 * Entropy()
-        -0.1 * Entropy(gate=None)
+        -0.1 * Entropy()
     """
 
     label: ClassVar[str] = "entropy"
-    reads_entropy: ClassVar[bool] = True
+    sums: ClassVar[int] = STUDENT_ENTROPY
     gate: Gate | None = None
 
     def __post_init__(self) -> None:

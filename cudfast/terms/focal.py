@@ -24,7 +24,7 @@ def focal(log_p: Tensor, gamma: float, alpha: float) -> Curve:
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Focal(Term):
     """``-alpha_y (1 - p_y)^gamma log p_y`` at temperature 1 (Lin et al., Eq. 3 of the paper).
 
@@ -42,7 +42,7 @@ class Focal(Term):
 
     Example:
         >>> Focal(gamma=2.0)
-        Focal(gamma=2.0, alpha=1.0)
+        Focal(gamma=2.0)
     """
 
     kind: ClassVar[int] = 2

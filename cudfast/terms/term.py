@@ -1,11 +1,12 @@
-"""A term of a loss: a function of four values of a row, with its slopes. Sums of terms with coefficients."""
+"""A term of a loss: a function of a few values of a row, with its slopes. Sums of terms with coefficients."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterable
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -15,12 +16,14 @@ MOST = 8  # terms of one loss: csrc/row/terms/term.h
 
 
 class RowValues(NamedTuple):
-    """Values of rows. All but `forward_kl` are of the student at temperature 1, or of the only model."""
+    """Values of rows. All but the divergences are of the student at temperature 1, or of the only model."""
 
     forward_kl: Tensor  # (N,) tau^2 KL(q || p)
+    reverse_kl: Tensor  # (N,) tau^2 KL(p || q)
     log_p: Tensor  # (N,) log p_y
     entropy: Tensor  # (N,) nats
     lse: Tensor  # (N,) log sum exp(s)
+    uniform: Tensor  # (N,) mean of c_j log p_j over the n classes with s_j > -inf
 
 
 class Evaluated(NamedTuple):
@@ -28,9 +31,15 @@ class Evaluated(NamedTuple):
 
     value: Tensor  # (N,)
     forward_kl: Tensor | float = 0.0
+    reverse_kl: Tensor | float = 0.0
     log_p: Tensor | float = 0.0
     entropy: Tensor | float = 0.0
     lse: Tensor | float = 0.0
+    uniform: Tensor | float = 0.0
+
+
+# Sums that only some calls need: a mask. csrc/row/state.h has the same numbers.
+TEACHER_ENTROPY, STUDENT_ENTROPY, REVERSE, UNIFORM, SQUARE = 4, 8, 16, 32, 64
 
 
 class Terms(ABC):
@@ -90,25 +99,42 @@ class Sum(Terms):
         return " + ".join(f"{coefficient:g} * {term!r}" for coefficient, term in self.terms)
 
 
-@dataclass(frozen=True, kw_only=True)
+def _short(value: object) -> str:
+    return f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Term(Terms):
     """One term of a loss. See docs/losses.md for what each is divided by."""
 
     kind: ClassVar[int]  # csrc/row/terms/term.h
     label: ClassVar[str]  # the name of a term that is given none
-    distils: ClassVar[bool] = False  # reads forward_kl, which needs a teacher
+    distils: ClassVar[bool] = False  # reads a divergence, which needs a teacher
     needs_label: ClassVar[bool] = False  # counts in labelled rows only
-    reads_entropy: ClassVar[bool] = False
+    sums: ClassVar[int] = 0  # that the term reads, of the mask above
     name: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.name is not None and (not isinstance(self.name, str) or not self.name.isidentifier()):
             raise ValueError(f"{type(self).__name__}(name={self.name!r}): expected an identifier, or None")
 
+    def __repr__(self) -> str:
+        """The fields that differ from their defaults."""
+        own = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "name" and not self._as_default(f))
+        return f"{type(self).__name__}({', '.join(f'{key}={_short(value)}' for key, value in own)})"
+
+    def _as_default(self, given: Field[Any]) -> bool:
+        value = getattr(self, given.name)
+        return not isinstance(value, Tensor) and bool(value == given.default)
+
     @property
     def parameters(self) -> tuple[float, float, float, float]:
         """The term's own numbers, as the kernels take them."""
         return 0.0, 0.0, 0.0, 0.0
+
+    def pieces(self, smooths: bool) -> tuple[tuple[float, Term], ...]:
+        """What the kernels evaluate for this term, with factors. smooths: rows have smoothing of their own."""
+        return ((1.0, self),)
 
     @abstractmethod
     def evaluate(self, at: RowValues) -> Evaluated:
@@ -124,6 +150,34 @@ class Weighted(NamedTuple):
     name: str
     coefficient: float
     term: Term
+
+
+class Piece(NamedTuple):
+    """What the kernels evaluate: a term, or one of the two that a smoothed cross-entropy consists of."""
+
+    name: str  # of the loss's term
+    coefficient: float  # of the loss's term
+    factor: float  # of this piece of it
+    term: Term
+
+
+def pieces_of(terms: Iterable[Weighted], smooths: bool) -> tuple[Piece, ...]:
+    """All pieces of a loss.
+
+    Raises:
+        ValueError: more than `MOST`.
+    """
+    found = tuple(
+        Piece(name, coefficient, factor, piece)
+        for name, coefficient, term in terms
+        for factor, piece in term.pieces(smooths)
+    )
+    if len(found) > MOST:
+        raise ValueError(
+            f"a loss of {len(found)} terms: expected at most {MOST}, where a cross-entropy with label smoothing counts "
+            "as two"
+        )
+    return found
 
 
 def named(terms: object) -> tuple[Weighted, ...]:

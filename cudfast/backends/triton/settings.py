@@ -27,8 +27,8 @@ def _bits(options: RowOptions) -> tuple[int, ...]:
     unlabeled = options.ignore_index if options.unlabeled_index is None else options.unlabeled_index
     clip = options.calibration if isinstance(options.calibration, WClip) else WClip(0.0, 1.0)
     numbers = [clip.budget, clip.margin]
-    for _, coefficient, term in options.terms:
-        numbers += [coefficient, *term.parameters]
+    for piece, coefficient in zip(options.pieces, options.coefficients):
+        numbers += [coefficient, *piece.term.parameters]
     doubles = struct.pack(f"{len(numbers)}d", *numbers)
     return options.ignore_index, unlabeled, *struct.unpack(f"{len(numbers)}q", doubles)
 
