@@ -13,8 +13,9 @@ from .distributed.dtensors import localized
 from .distributed.group import telling
 from .options import CUDOptions, DUSOptions, RowOptions
 from .rows.arguments import rows_of
-from .rows.call import Call, Rows, State
+from .rows.call import Call
 from .rows.checks import (
+    biased,
     check_call,
     classes_of,
     constraints_of,
@@ -24,6 +25,7 @@ from .rows.checks import (
 from .rows.shard import Shard
 from .rows.tensors import is_dtensor
 from .statistics import (
+    Evaluated,
     RowStatistics,
     StudentStatistics,
     TeacherStatistics,
@@ -43,6 +45,7 @@ def cud_loss(
     *,
     weight: Tensor | None = ...,
     temperature: float | Tensor | None = ...,
+    bias: Tensor | None = ...,
     num_items: float | Tensor | None = ...,
     return_stats: Literal[False] = ...,
     grad_out: Tensor | None = ...,
@@ -57,6 +60,7 @@ def cud_loss(
     *,
     weight: Tensor | None = ...,
     temperature: float | Tensor | None = ...,
+    bias: Tensor | None = ...,
     num_items: float | Tensor | None = ...,
     return_stats: Literal[True],
     grad_out: Tensor | None = ...,
@@ -71,6 +75,7 @@ def cud_loss(
     *,
     weight: Tensor | None = ...,
     temperature: float | Tensor | None = ...,
+    bias: Tensor | None = ...,
     num_items: float | Tensor | None = ...,
     return_stats: bool,
     grad_out: Tensor | None = ...,
@@ -86,6 +91,7 @@ def cud_loss(
     *,
     weight: Tensor | None = None,
     temperature: float | Tensor | None = None,
+    bias: Tensor | None = None,
     num_items: float | Tensor | None = None,
     return_stats: bool = False,
     grad_out: Tensor | None = None,
@@ -99,7 +105,10 @@ def cud_loss(
         labels: (...) integer class indices, `ignore_index` or `unlabeled_index`; None: every row is unlabelled.
         options: the settings of the loss; see `CUDOptions`.
         weight: (...) one weight per row, finite and >= 0, or a bool mask; a row of weight 0 is excluded.
-        temperature: overrides options.temperature: a number, or (...) one value per row, in [1e-4, 1e4].
+        temperature: overrides options.temperature: a number, or (...) one value per row, in [1e-4, 1e4]. It is the
+            teacher's temperature, too, unless options.teacher_temperature is given.
+        bias: (V,) added to the teacher's logits before its calibration: at temperature 1, before the soft targets are
+            tempered. The sum is stored once per call, (..., V).
         num_items: replaces both divisors of reduction="mean" (and divides the other reductions): a number or a tensor
             with one element, as trainers with gradient accumulation pass it. On a CPU, 0 is an error unless every row
             is excluded.
@@ -128,7 +137,7 @@ def cud_loss(
         raise TypeError(f"options: expected CUDOptions, got {type(options).__name__}")
     plain = options.kd_weight == 0 and not return_stats  # cross-entropy needs one matrix and one exponential
     needed = "" if plain else "unless kd_weight=0 and return_stats=False"
-    loss, rows, state, _ = _distilled(
+    loss, found = _distilled(
         student_logits,
         teacher_logits,
         labels,
@@ -140,11 +149,9 @@ def cud_loss(
         statistics=return_stats,
         grad_out=grad_out,
         shard=shard,
+        bias=bias,
     )
-    if not return_stats:
-        return loss
-    assert state is not None
-    return loss, student_statistics(rows, options.rows, state)
+    return (loss, student_statistics(found)) if return_stats else loss
 
 
 def _distilled(
@@ -161,9 +168,11 @@ def _distilled(
     grad_out: Tensor | None,
     shard: Shard | None,
     term_weights: Mapping[str, float | Tensor] | None = None,
-    alpha: Mapping[str, Tensor] | None = None,
-) -> tuple[Tensor, Rows, State | None, Mapping[str, Tensor]]:
-    """The loss of the options' terms, its rows, their states if statistics are needed, and the rows' focal scales.
+    per_class: Mapping[str, Tensor] | None = None,
+    smoothing: float | Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Evaluated]:
+    """The loss of the options' terms, and what its statistics are computed from.
 
     needed: when the teacher may be left out, in words for an error; "": a teacher is checked, but not read.
     """
@@ -177,6 +186,8 @@ def _distilled(
         teacher = None if teacher_logits is None else _teacher_of(teacher_logits, student, shard)
         if teacher is None and needed:
             raise TypeError(f"teacher_logits is None: expected logits (..., V), {needed}")
+        if bias is not None:
+            teacher = biased(teacher, bias)
         classes = classes_of(student, teacher, options.num_classes, ("student_logits", "teacher_logits"), shard)
         flat_labels = labels_of(labels, student, "student_logits")
         constraints = None
@@ -186,7 +197,7 @@ def _distilled(
                 in_all = sets[0].num_classes
                 shard = shard.of_all(in_all)
             constraints = constraints_of(options.calibration, student, in_all, "student_logits")
-        rows, scales, shard = rows_of(
+        rows, options, scales, shard = rows_of(
             student,
             "student_logits",
             teacher if needed else None,
@@ -198,7 +209,8 @@ def _distilled(
             num_items=num_items,
             temperature=temperature,
             term_weights=term_weights,
-            alpha=alpha,
+            per_class=per_class,
+            smoothing=smoothing,
             constraints=constraints,
         )
         call = Call(options, statistics, grad_out, shard)
@@ -206,7 +218,7 @@ def _distilled(
     loss, state = evaluate(rows, call)
     if options.reduction == "none":
         loss = loss.reshape(student.shape[:-1])
-    return loss, rows, state, scales
+    return loss, Evaluated(rows, options, state, scales)
 
 
 def _teacher_of(teacher_logits: Tensor, student: Tensor, shard: Shard | None) -> Tensor:
@@ -242,7 +254,9 @@ def composed_loss(
     weight: Tensor | None = None,
     temperature: float | Tensor | None = None,
     term_weights: Mapping[str, float | Tensor] | None = None,
-    alpha: Mapping[str, Tensor] | None = None,
+    smoothing: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    per_class: Mapping[str, Tensor] | None = None,
     num_items: float | Tensor | None = None,
     return_stats: bool = False,
     grad_out: Tensor | None = None,
@@ -258,7 +272,10 @@ def composed_loss(
         weight: (...) one weight per row, as in `cud_loss`.
         temperature: of the distillation terms, as in `cud_loss`.
         term_weights: names of terms to factors of their coefficients: a number, or a tensor () or (...).
-        alpha: names of focal terms to their scales per class (V,), > 0.
+        smoothing: label smoothing of the cross-entropies, instead of their own: a number or a tensor () or (...) in
+            [0, 1].
+        bias: (V,) added to the teacher's logits before its calibration, as in `cud_loss`.
+        per_class: names of terms to tensors (V,): alpha > 0 of a focal term, class weights >= 0 of a cross-entropy.
         num_items: replaces every divisor of reduction="mean", as in `cud_loss`.
         return_stats: also return `RowStatistics`.
         grad_out: (..., V) memory for the gradient.
@@ -279,7 +296,7 @@ def composed_loss(
         raise TypeError(f"options: expected Loss(...).options, got {type(options).__name__}")
     if labels is None and not options.whole:
         raise TypeError("labels is None: every term of this loss needs a label")
-    loss, rows, state, scales = _distilled(
+    loss, found = _distilled(
         student_logits,
         teacher_logits,
         labels,
@@ -292,12 +309,11 @@ def composed_loss(
         grad_out=grad_out,
         shard=shard,
         term_weights=term_weights,
-        alpha=alpha,
+        per_class=per_class,
+        smoothing=smoothing,
+        bias=bias,
     )
-    if not return_stats:
-        return loss
-    assert state is not None
-    return loss, row_statistics(rows, options, state, scales)
+    return (loss, row_statistics(found)) if return_stats else loss
 
 
 @overload
@@ -390,7 +406,7 @@ def dus_loss(
         classes = classes_of(logits, None, options.num_classes, ("logits", ""), shard)
         flat_labels = labels_of(labels, logits, "logits")
         assert flat_labels is not None
-        rows, _, shard = rows_of(
+        rows, row_options, scales, shard = rows_of(
             logits,
             "logits",
             None,
@@ -400,14 +416,13 @@ def dus_loss(
             shard,
             weight=weight,
             num_items=num_items,
-            alpha=options.scales(alpha),
+            per_class=options.per_class(alpha),
         )
-        call = Call(options.rows, return_stats, grad_out, shard)
+        call = Call(row_options, return_stats, grad_out, shard)
         check_call(rows, "logits", call)
     loss, state = evaluate(rows, call)
     if options.reduction == "none":
         loss = loss.reshape(logits.shape[:-1])
     if not return_stats:
         return loss
-    assert state is not None
-    return loss, teacher_statistics(rows, options.rows, state)
+    return loss, teacher_statistics(Evaluated(rows, row_options, state, scales))

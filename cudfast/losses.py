@@ -71,6 +71,8 @@ class CUDLoss(nn.Module):
     Args:
         temperature: tau in [1e-4, 1e4]. Default 2.0; 1, 2 and 4 are fastest.
         kd_weight, ce_weight: weights of the two terms, >= 0. Default 0.8 and 0.2 (paper).
+        teacher_temperature: the teacher's own temperature in [1e-4, 1e4], of q' alone. Default None: tau.
+        label_smoothing: of the cross-entropy term, in [0, 1], as in `torch.nn.CrossEntropyLoss`. Default 0.
         calibration: `WClip`, `Projection` (the exact target of Eq. 2, in place of q above), or None. Default
             ``WClip(budget=0.5, margin=0.7)`` (paper).
         ignore_index: label of rows that are excluded. Default -100.
@@ -89,7 +91,7 @@ class CUDLoss(nn.Module):
         class_offset: the first class of this rank. Default None: the shards are in the order of the ranks.
 
     Shapes:
-        student_logits (..., V), teacher_logits (..., V), labels (...), weight (...), temperature () or (...);
+        student_logits (..., V), teacher_logits (..., V), labels (...), weight (...), temperature () or (...), bias (V,);
         returns () or (...) for reduction="none". The classes are the last axis, also of (N, C, C) logits; pass logits
         (N, C, L) of nn.CrossEntropyLoss as logits.movedim(1, -1). Logits float32, float64, bfloat16 or float16, also
         mixed; the loss is float32, or float64 if any logits that it uses are float64; the gradient has the student's
@@ -116,6 +118,8 @@ class CUDLoss(nn.Module):
         ce_weight: float = 0.2,
         *,
         calibration: WClip | Projection | None = WClip(),  # noqa: B008 (frozen)
+        teacher_temperature: float | None = None,
+        label_smoothing: float = 0.0,
         ignore_index: int = -100,
         unlabeled_index: int | None = -1,
         reduction: Reduction = "mean",
@@ -134,6 +138,8 @@ class CUDLoss(nn.Module):
             kd_weight=kd_weight,
             ce_weight=ce_weight,
             calibration=calibration,
+            teacher_temperature=teacher_temperature,
+            label_smoothing=label_smoothing,
             ignore_index=ignore_index,
             unlabeled_index=unlabeled_index,
             reduction=reduction,
@@ -152,6 +158,7 @@ class CUDLoss(nn.Module):
         *,
         weight: Tensor | None = None,
         temperature: float | Tensor | None = None,
+        bias: Tensor | None = None,
         num_items: float | Tensor | None = None,
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, StudentStatistics]:
@@ -163,6 +170,7 @@ class CUDLoss(nn.Module):
             self.options,
             weight=weight,
             temperature=temperature,
+            bias=bias,
             num_items=num_items,
             return_stats=return_stats,
             shard=self.shard,

@@ -187,7 +187,12 @@ class RowOptions(LossOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.values:
+            if name not in ROW_VALUES:
+                raise ValueError(f"values={self.values!r}: expected names of {', '.join(ROW_VALUES)}")
         self._write()
+        if "teacher_entropy" in self.values and not self.distils:
+            raise ValueError("values: teacher_entropy in a loss without a distillation term, which reads no teacher")
 
     def _derive(self) -> None:
         pieces = pieces_of(self.terms, self.smooths)
@@ -227,6 +232,7 @@ class CUDOptions(LossOptions):
         teacher_temperature: the teacher's own temperature in [1e-4, 1e4]; None: tau. Default None.
         kd_weight: weight of the distillation term, >= 0. Default 0.8 (paper).
         ce_weight: weight of the cross-entropy term at temperature 1, >= 0. Default 0.2 (paper).
+        label_smoothing: of the cross-entropy term, in [0, 1]; see `CrossEntropy`. Default 0.
         calibration: `WClip`, `Projection`, or None for plain distillation. Default ``WClip(budget=0.5, margin=0.7)``
             (paper).
 
@@ -245,6 +251,7 @@ class CUDOptions(LossOptions):
     ce_weight: float = 0.2
     calibration: WClip | Projection | None = WClip()
     teacher_temperature: float | None = None
+    label_smoothing: float = 0.0
     unlabeled_index: int | None = -1
 
     rows: ClassVar[RowOptions]
@@ -257,6 +264,7 @@ class CUDOptions(LossOptions):
             number(self, "teacher_temperature", *TEMPERATURES)
         number(self, "kd_weight", 0)
         number(self, "ce_weight", 0)
+        number(self, "label_smoothing", 0, 1)
         if not (self.calibration is None or isinstance(self.calibration, (WClip, Projection))):
             raise TypeError(
                 f"calibration={self.calibration!r}: expected WClip(budget, margin), Projection(...) or None"
@@ -264,7 +272,7 @@ class CUDOptions(LossOptions):
         self._write()
 
     def _derive(self) -> None:
-        ce = (self.ce_weight, CrossEntropy())
+        ce = (self.ce_weight, CrossEntropy(self.label_smoothing))
         kd = (self.kd_weight, ForwardKL(self.temperature, self.teacher_temperature))
         of_kd = {name: getattr(self, name) for name in ("temperature", "teacher_temperature", "calibration")}
         rows = _with_terms(self, kd, ce, **of_kd)
@@ -332,7 +340,7 @@ class DUSOptions(LossOptions):
         )
         object.__setattr__(self, "rows", rows)
 
-    def scales(self, alpha: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def per_class(self, alpha: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """The focal scale per class (V,) of a call under the name of its term, if there is that term."""
         return {Focal.label: alpha} if alpha is not None and self.focal_weight > 0 else {}
 

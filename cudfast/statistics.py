@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from . import reference
 from .backends import reference as reference_rows
 from .options import RowOptions, WClip
 from .rows.call import Rows, State, columns_of
+from .rows.coefficients import Scales
 from .rows.vectors import masks
 
 
@@ -48,30 +49,77 @@ class RowStatistics(NamedTuple):
     """
 
     terms: dict[str, Tensor]  #: the unweighted value of each term, by its name; 0 in rows that it does not count in
+    values: dict[str, Tensor]  #: the values that the loss was asked for, by their names; NaN where there is none
 
 
-def row_statistics(rows: Rows, options: RowOptions, packed: State, scales: Mapping[str, Tensor]) -> RowStatistics:
-    """The statistics of rows from the states of the first sweep. scales: (N,) focal scales of terms, by their names."""
-    dtype = packed.sums.dtype
-    state = reference_rows.unpacked(rows, options, packed._replace(sums=packed.sums.detach()), dtype)
+class Evaluated(NamedTuple):
+    """A call after its first sweep."""
+
+    rows: Rows
+    options: RowOptions  # of its rows
+    packed: State | None  # None if no statistics are needed
+    scales: Scales
+
+    def state(self) -> reference.StudentState | reference.TeacherState:
+        """The row states."""
+        assert self.packed is not None
+        sums = self.packed.sums.detach()
+        return reference_rows.unpacked(self.rows, self.options, self.packed._replace(sums=sums), sums.dtype)
+
+
+def row_statistics(call: Evaluated) -> RowStatistics:
+    """The statistics of rows from the states of the first sweep."""
+    rows, options, state = call.rows, call.options, call.state()
+    dtype = state.m_s.dtype
     counts, labelled = masks(rows, options)
     tau = reference_rows.temperature_of(rows, dtype)
     at = reference.values_of(state, reference.distil(state, labelled, tau, options))
     shape = rows.logits.shape[:-1]
-    found = {}
-    for name, _, term in options.terms:
-        value = term.evaluate(at).value
-        if name in scales:
-            value = value * scales[name].to(dtype)
-        found[name] = torch.where(labelled if term.needs_label else counts, value, 0).reshape(shape)
-    return RowStatistics(found)
+    found: dict[str, Tensor] = {}
+    for piece, scale in zip(options.pieces, call.scales):
+        value = piece.term.evaluate(at).value
+        weight = value.new_full((1,), piece.factor) if scale is None else piece.factor * scale.to(dtype)
+        inside = (labelled if piece.term.needs_label else counts) & (weight != 0)
+        value = torch.where(inside, weight * value, 0).reshape(shape)
+        found[piece.name] = found[piece.name] + value if piece.name in found else value
+    values = {name: _VALUES[name](state) for name in options.values}
+    for name, value in values.items():
+        mask = labelled if name in ("label_log_prob", "brier") else counts
+        values[name] = torch.where(mask, value, torch.nan).reshape(shape)
+    return RowStatistics(found, values)
 
 
-def student_statistics(rows: Rows, options: RowOptions, packed: State) -> StudentStatistics:
-    """The statistics of rows from the states of the first sweep."""
-    columns = dict(zip(columns_of(rows, options), packed.sums.detach().unbind(-1)))
-    state = reference_rows.unpacked(rows, options, packed._replace(sums=packed.sums.detach()), packed.sums.dtype)
+def _brier(state: reference.StudentState | reference.TeacherState) -> Tensor:
+    """sum_j (p_j - 1[j = y])^2 = S2 / S1^2 - 2 p_y + 1"""
+    assert state.s_two is not None
+    return state.s_two / state.s_one**2 - 2 * (-reference.nll_of(state)).exp() + 1
+
+
+def _entropy(z: Tensor, e: Tensor | None) -> Tensor:
+    assert e is not None
+    return z.log() - e / z
+
+
+def _teacher_entropy(state: reference.StudentState | reference.TeacherState) -> Tensor:
     assert isinstance(state, reference.StudentState)
+    return _entropy(state.z_one, state.e_t)
+
+
+_VALUES: dict[str, Callable[[reference.StudentState | reference.TeacherState], Tensor]] = {
+    "student_entropy": lambda state: _entropy(state.s_one, state.e_s),
+    "teacher_entropy": _teacher_entropy,
+    "lse": lambda state: state.m_s + state.s_one.log(),
+    "label_log_prob": lambda state: -reference.nll_of(state),
+    "brier": _brier,
+}
+
+
+def student_statistics(call: Evaluated) -> StudentStatistics:
+    """The statistics of rows from the states of the first sweep."""
+    rows, options, packed, state = call.rows, call.options, call.packed, call.state()
+    assert packed is not None
+    assert isinstance(state, reference.StudentState)
+    columns = dict(zip(columns_of(rows, options), packed.sums.detach().unbind(-1)))
     counts, labelled = masks(rows, options)
     shape = rows.logits.shape[:-1]
 
@@ -102,12 +150,12 @@ def student_statistics(rows: Rows, options: RowOptions, packed: State) -> Studen
     )
 
 
-def teacher_statistics(rows: Rows, options: RowOptions, packed: State) -> TeacherStatistics:
+def teacher_statistics(call: Evaluated) -> TeacherStatistics:
     """The statistics of rows from the states of the first sweep."""
-    state = reference_rows.unpacked(rows, options, packed._replace(sums=packed.sums.detach()), packed.sums.dtype)
+    state = call.state()
     assert isinstance(state, reference.TeacherState)
-    _, labelled = masks(rows, options)
-    shape = rows.logits.shape[:-1]
+    _, labelled = masks(call.rows, call.options)
+    shape = call.rows.logits.shape[:-1]
 
     def where(value: Tensor) -> Tensor:
         return torch.where(labelled, value, torch.nan).reshape(shape)

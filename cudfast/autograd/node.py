@@ -37,6 +37,12 @@ def _wrote(rows: Rows, call: Call, gradient: Tensor) -> None:
         torch.autograd.graph.increment_version(gradient)
 
 
+def _tensors(rows: Rows) -> tuple[Tensor | None, ...]:
+    """The tensors of rows besides their constraints, in the order in which they are saved."""
+    vectors = rows.labels, rows.weight, rows.temperature, rows.coefficients
+    return rows.logits, rows.target, *vectors, rows.class_weight
+
+
 # The node's arguments besides the logits, in one tuple: each argument of `apply` costs a third of a microsecond. The
 # list receives the state if the caller needs it.
 _Work = tuple[Rows, Call, Backend, list[State] | None]
@@ -65,12 +71,12 @@ class _Loss(torch.autograd.Function):
         if gradient is None:
             assert state is not None
             ctx.made, ctx.spent = None, False
-            save(ctx, logits, rows.target, rows.labels, rows.weight, rows.temperature, rows.coefficients, *state)
+            save(ctx, *_tensors(rows), *state)
         else:
             _wrote(rows, call, gradient)
             ctx.made, ctx.spent = (gradient, gradient._version), options.inplace
             if not options.inplace:
-                save(ctx, logits, rows.target, rows.labels, rows.weight, rows.temperature, rows.coefficients)
+                save(ctx, *_tensors(rows))
         ctx.set_materialize_grads(False)
         return loss
 
@@ -119,8 +125,8 @@ class _Loss(torch.autograd.Function):
         backend: Backend
         call, backend, *rest = ctx.plain
         options = call.options
-        logits, target, labels, weight, temperature, coefficients, *states = saved(ctx)
-        rows = Rows(logits, target, labels, weight, temperature, coefficients, *rest)
+        logits, target, labels, weight, temperature, coefficients, class_weight, *states = saved(ctx)
+        rows = Rows(logits, target, labels, weight, temperature, coefficients, *rest, class_weight)
         state: State | None = State(*states) if states else None
         if state is None:
             _, state = backend.row_state(rows, options, statistics=False, keep=True, gradient=None)
@@ -136,7 +142,7 @@ class _Loss(torch.autograd.Function):
 def evaluate(rows: Rows, call: Call) -> tuple[Tensor, State | None]:
     """The loss () or (N,), differentiable if gradients are required, and the state if statistics are."""
     options = call.options
-    if not direct(rows.logits, rows.target, rows.labels, rows.weight, rows.temperature, rows.coefficients):
+    if not direct(*_tensors(rows)):
         return evaluate_op(rows, call)
     backend = backend_of(options, rows.logits.device, call.shard)
     reads_state = call.statistics or options.check_finite

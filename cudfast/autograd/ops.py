@@ -36,6 +36,7 @@ def row_state_op(
     weight: Tensor | None,
     temperature: Tensor | None,
     coefficients: Tensor,
+    class_weight: Tensor | None,
     num_items: Tensor | None,
     constraints: list[Tensor],
     scalar: float,
@@ -47,7 +48,7 @@ def row_state_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """First sweep: loss () or (N,), states (N, columns), top-1 (N,), divisors (2,), or (3,) for a shard."""
     bounds = Constraints.unpacked(constraints, flags)
-    rows = Rows(logits, target, labels, weight, temperature, coefficients, scalar, num_items, classes, bounds)
+    rows = Rows(logits, target, labels, weight, temperature, coefficients, scalar, num_items, classes, bounds, class_weight)
     parsed = parse(options)
     check_items(rows, parsed)
     backend = backend_of(parsed, logits.device, Shard.parsed(shard))
@@ -66,6 +67,7 @@ def _(
     weight: Tensor | None,
     temperature: Tensor | None,
     coefficients: Tensor,
+    class_weight: Tensor | None,
     num_items: Tensor | None,
     constraints: list[Tensor],
     scalar: float,
@@ -76,7 +78,7 @@ def _(
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bounds = Constraints.unpacked(constraints, flags)
-    rows = Rows(logits, target, labels, weight, temperature, coefficients, scalar, num_items, classes, bounds)
+    rows = Rows(logits, target, labels, weight, temperature, coefficients, scalar, num_items, classes, bounds, class_weight)
     parsed = parse(options)
     dtype = compute_dtype(rows)
     columns = columns_of(rows, parsed, sharded=bool(shard))
@@ -97,6 +99,7 @@ def row_gradient_op(
     weight: Tensor | None,
     temperature: Tensor | None,
     coefficients: Tensor,
+    class_weight: Tensor | None,
     constraints: list[Tensor],
     scalar: float,
     classes: int,
@@ -110,7 +113,7 @@ def row_gradient_op(
 ) -> Tensor:
     """Second sweep: the gradient (..., >= V) for `upstream` () or (N,)."""
     bounds = Constraints.unpacked(constraints, flags)
-    rows = Rows(logits, target, labels, weight, temperature, coefficients, scalar, None, classes, bounds)
+    rows = Rows(logits, target, labels, weight, temperature, coefficients, scalar, None, classes, bounds, class_weight)
     parsed = parse(options)
     backend = backend_of(parsed, logits.device, Shard.parsed(shard))
     gradient = gradient_like(logits)
@@ -126,6 +129,7 @@ def _(
     weight: Tensor | None,
     temperature: Tensor | None,
     coefficients: Tensor,
+    class_weight: Tensor | None,
     constraints: list[Tensor],
     scalar: float,
     classes: int,
@@ -149,13 +153,14 @@ class _Tensors(NamedTuple):
     weight: Tensor | None
     temperature: Tensor | None
     coefficients: Tensor
+    class_weight: Tensor | None
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, labels, weight, temperature, coefficients, _, constraints, *plain, _ = inputs
+    *tensors, _, constraints, scalar, classes, options, flags, shard, _ = inputs
     _, *state = output
-    ctx.plain = plain
-    save(ctx, logits, target, labels, weight, temperature, coefficients, *state, *constraints)
+    ctx.plain = scalar, classes, options, flags, shard
+    save(ctx, *tensors, *state, *constraints)
     ctx.set_materialize_grads(False)
 
 
@@ -164,7 +169,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any
     gradient = None
     if upstream is not None:
         gradient = row_gradient_op(*tensors, constraints, *ctx.plain, *state, upstream)
-    return (gradient, *(None,) * 6, [None] * len(constraints), *(None,) * 6)
+    return (gradient, *(None,) * 7, [None] * len(constraints), *(None,) * 6)
 
 
 row_state_op.register_autograd(_backward, setup_context=_setup)
@@ -191,6 +196,7 @@ def evaluate_op(rows: Rows, call: Call) -> tuple[Tensor, State]:
         rows.weight,
         rows.temperature,
         coefficients(rows, call.options),
+        rows.class_weight,
         items_tensor(rows),
         constraints,
         rows.scalar,

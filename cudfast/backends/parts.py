@@ -15,11 +15,28 @@ import torch
 from torch import Tensor
 
 from ..options import RowOptions
-from ..reference import NOTHING, StudentState, TeacherState, student_merge, teacher_merge
-from ..rows.call import Backend, Rows, State, columns_of, compute_dtype, vector_dtype
-from .reference import Marks, Whole, finished_rows, packed, placed, unpacked
+from ..reference import (
+    NOTHING,
+    Rest,
+    StudentState,
+    TeacherState,
+    clip_of,
+    leaves,
+    student_merge,
+    teacher_inverse,
+    teacher_merge,
+)
+from ..rows.call import RECALIBRATED, Backend, Rows, State, columns_of, compute_dtype, recalibrates, vector_dtype
+from .reference import Marks, Whole, finished_rows, packed, placed, recalibrated_where, unpacked
 
 _LOGITS = ("m_t", "s_k", "m_s", "t_y", "s_y")  # columns of a state that are logits, not sums
+
+
+def weights_of(rows: Rows, first: int | Tensor, width: int) -> Tensor | None:
+    """The weights of the classes [first, first + width)."""
+    if rows.class_weight is None:
+        return None
+    return rows.class_weight[int(first) : int(first) + width]
 
 
 class Span(NamedTuple):
@@ -38,12 +55,19 @@ def _of_part(options: RowOptions) -> RowOptions:
     )
 
 
-def inverse_temperature(rows: Rows) -> Tensor:
-    """1 / tau of the rows, () or (N,)."""
-    if rows.temperature is not None:
-        return 1 / rows.temperature
-    device = rows.logits.device
-    return torch.tensor(1 / rows.scalar, dtype=vector_dtype(device), device=device)
+class Inverse(NamedTuple):
+    """Inverse temperatures of rows, () or (N,)."""
+
+    teacher: Tensor
+    student: Tensor
+
+
+def inverse_temperatures(rows: Rows, options: RowOptions) -> Inverse:
+    """1 / tau_t and 1 / tau of the rows."""
+    tau = rows.temperature
+    if tau is None:
+        tau = torch.tensor(rows.scalar, dtype=vector_dtype(rows.logits.device), device=rows.logits.device)
+    return Inverse(teacher_inverse(tau, options), 1 / tau)
 
 
 def swept(rows: Rows, options: RowOptions, backend: Backend) -> State:
@@ -59,8 +83,9 @@ def swept(rows: Rows, options: RowOptions, backend: Backend) -> State:
 def _nothing(rows: Rows, options: RowOptions) -> State:
     """The state of a part without classes."""
     device = rows.logits.device
+    empty = dict.fromkeys(_LOGITS, NOTHING) | {RECALIBRATED: torch.inf}
     row = torch.tensor(
-        [NOTHING if column in _LOGITS else 0 for column in columns_of(rows, options)],
+        [empty.get(column, 0) for column in columns_of(rows, options)],
         dtype=compute_dtype(rows),
         device=device,
     )
@@ -88,11 +113,46 @@ def state_of(span: Span, options: RowOptions, marks: Marks, swept: State) -> Who
     return found._replace(t_y=label(rows.target), s_y=label(rows.logits), k=found.k + first)
 
 
-def merge(left: Whole, right: Whole, inv_tau: Tensor) -> Whole:
+def merge(left: Whole, right: Whole, inverse: Inverse) -> Whole:
     """The state of two disjoint parts together."""
     if isinstance(left, StudentState):
-        return student_merge(left, cast(StudentState, right), inv_tau)
+        return student_merge(left, cast(StudentState, right), *inverse)
     return teacher_merge(left, cast(TeacherState, right))
+
+
+def leaving(rows: Rows, options: RowOptions, marks: Marks, whole: Whole) -> Tensor | None:
+    """(N,) bool: the rows whose sums have to be computed again without the top-1; None if there can be none."""
+    if not recalibrates(rows, options):
+        return None
+    assert isinstance(whole, StudentState)
+    return leaves(whole, clip_of(whole, marks.labelled, options), *inverse_temperatures(rows, options))
+
+
+def rest_of(
+    span: Span, options: RowOptions, marks: Marks, k: Tensor, backend: Backend, *, overwrites: bool = False
+) -> Whole:
+    """One part's state without the teacher's logits of its top-1 k (N,) and of the label.
+
+    overwrites: the teacher's logits are a buffer, so they need no copy.
+    """
+    rows, first = span
+    assert rows.target is not None
+    if rows.classes:
+        target = rows.target if overwrites else rows.target.clone()
+        for index in (k.unsqueeze(-1), marks.column):
+            at, inside = (x.reshape(*target.shape[:-1], 1) for x in placed(index, first, rows.classes))
+            target.scatter_(-1, at, torch.where(inside, NOTHING, target.gather(-1, at)))
+        rows = rows._replace(target=target)
+    return state_of(Span(rows, first), options, marks, swept(rows, options, backend))
+
+
+def with_rest(rows: Rows, options: RowOptions, marks: Marks, whole: Whole, rest: Whole) -> Whole:
+    """The state of rows, calibrated where the top-1 leaves; rest: the merged states that `rest_of` made."""
+    assert isinstance(whole, StudentState)
+    assert isinstance(rest, StudentState)
+    clip = clip_of(whole, marks.labelled, options)
+    without_top1 = Rest(rest.m_t, rest.z_tau, rest.a)
+    return recalibrated_where(whole, clip, without_top1, *inverse_temperatures(rows, options))
 
 
 def finished(
@@ -121,7 +181,10 @@ def write_gradient(
     wide = vector_dtype(upstream.device)
     whole = unpacked(rows, options, state, wide)
     edge = rows._replace(
-        logits=rows.logits[..., :1], target=None if rows.target is None else rows.target[..., :1], classes=1
+        logits=rows.logits[..., :1],
+        target=None if rows.target is None else rows.target[..., :1],
+        class_weight=None if rows.class_weight is None else rows.class_weight[:1],
+        classes=1,
     )
     _, column = finished_rows(edge, options, marks, whole, state.divisors, upstream.to(wide), first)
     assert column is not None

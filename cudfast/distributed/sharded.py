@@ -14,8 +14,21 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.parts import Span, finished, inverse_temperature, merge, state_of, swept, write_gradient
-from ..backends.reference import Whole, mark
+from ..backends.parts import (
+    Inverse,
+    Span,
+    finished,
+    inverse_temperatures,
+    leaving,
+    merge,
+    rest_of,
+    state_of,
+    swept,
+    weights_of,
+    with_rest,
+    write_gradient,
+)
+from ..backends.reference import Marks, Whole, mark
 from ..options import RowOptions
 from ..reference import StudentState
 from ..rows.call import Backend, Rows, State, compute_dtype, vector_dtype
@@ -51,6 +64,9 @@ class Sharded:
             layout = agreement.wait()
             rows = cut(rows, options, layout.first)
         marks, asked, found = mark(rows, options), rows, None
+        if rows.class_weight is not None:
+            layout = layout or agreement.wait()
+            rows = rows._replace(class_weight=weights_of(rows, layout.first, rows.classes))
         if rows.constraints is not None:
             assert layout is not None
             check(rows, options, layout)
@@ -60,8 +76,19 @@ class Sharded:
         if layout is None:
             layout = agreement.wait()
             check(rows, options, layout)
-        mine = state_of(Span(rows, layout.first), plain, marks, packed)
-        whole = merged(self._shard.process_group, mine, compute_dtype(rows), inverse_temperature(rows), top1=not found)
+        span, group, inverse = Span(rows, layout.first), self._shard.process_group, inverse_temperatures(rows, plain)
+        mine = state_of(span, plain, marks, packed)
+        whole = merged(group, mine, compute_dtype(rows), inverse, top1=not found)
+        if some_leave(group, rows, plain, marks, whole):
+            assert isinstance(whole, StudentState)
+            rest = merged(
+                group,
+                rest_of(span, plain, marks, whole.k, self._inner),
+                compute_dtype(rows),
+                inverse,
+                top1=False,
+            )
+            whole = with_rest(rows, plain, marks, whole, rest)
         whole = refused(rows, options, layout, whole)
         divisors = divisors_of(rows, options)
         losses, state = finished(rows, plain, marks, whole, divisors, compute_dtype(rows))
@@ -90,6 +117,7 @@ class Sharded:
         if rows.classes == 0:
             gradient.zero_()
             return
+        rows = rows._replace(class_weight=weights_of(rows, first, rows.classes))
         marks = mark(rows, options)
         state = state._replace(divisors=state.divisors[:2])
         if rows.constraints is not None:
@@ -121,16 +149,39 @@ def agreed(shard: Shard, rows: Rows, options: RowOptions) -> int:
 
 
 def over_ranks(
-    shard: Shard, chunks: list[Whole], rows: Rows, options: RowOptions, dtype: torch.dtype
+    shard: Shard,
+    chunks: list[Whole],
+    rest: Callable[[Tensor], list[Whole]],
+    rows: Rows,
+    options: RowOptions,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, State]:
-    """Losses (N,) and packed states of rows, from the states of this rank's classes in chunks of rows."""
-    mine = _each(lambda *parts: torch.cat(parts), *chunks)
-    whole = merged(shard.process_group, mine, dtype, inverse_temperature(rows), top1=True)
+    """Losses (N,) and packed states of rows, from the states of this rank's classes in chunks of rows.
+
+    rest: the same states without the teacher's top-1 (N,) and the label, which few calls need.
+    """
+    group, marks, inverse = shard.process_group, mark(rows, options), inverse_temperatures(rows, options)
+
+    def all_ranks(chunks: list[Whole], *, top1: bool) -> Whole:
+        return merged(group, _each(lambda *parts: torch.cat(parts), *chunks), dtype, inverse, top1=top1)
+
+    whole = all_ranks(chunks, top1=True)
+    if some_leave(group, rows, options, marks, whole):
+        assert isinstance(whole, StudentState)
+        whole = with_rest(rows, options, marks, whole, all_ranks(rest(whole.k), top1=False))
     assert isinstance(rows.num_items, Tensor)
-    return finished(rows, options, mark(rows, options), whole, rows.num_items, dtype)
+    return finished(rows, options, marks, whole, rows.num_items, dtype)
 
 
-def merged(group: Any, mine: Whole, dtype: torch.dtype, inv_tau: Tensor, *, top1: bool) -> Whole:
+def some_leave(group: Any, rows: Rows, options: RowOptions, marks: Marks, whole: Whole) -> bool:
+    """Whether some row's sums have to be computed again without the top-1. Ranks whose rounding differs still agree."""
+    there = leaving(rows, options, marks, whole)
+    if there is None:
+        return False
+    return bool(gather(group, there.any().to(torch.uint8).reshape(1, 1)).any())
+
+
+def merged(group: Any, mine: Whole, dtype: torch.dtype, inverse: Inverse, *, top1: bool) -> Whole:
     """The state of all ranks' classes, from one exchange in `dtype`. Without `top1`, the teacher's is not sent."""
     names = [name for name, x in zip(mine._fields, mine) if x is not None and name != "k"]
     columns = torch.stack([getattr(mine, name) for name in names], -1)
@@ -142,7 +193,7 @@ def merged(group: Any, mine: Whole, dtype: torch.dtype, inv_tau: Tensor, *, top1
         none = torch.zeros(found.shape[:2], dtype=torch.int64, device=found.device)
         parts = parts._replace(k=none if k is None else k)
     while (count := len(parts.m_s)) > 1:  # neighbours first: their sums have similar size
-        pairs = merge(_ranks(parts, 0, count - 1, 2), _ranks(parts, 1, count, 2), inv_tau)
+        pairs = merge(_ranks(parts, 0, count - 1, 2), _ranks(parts, 1, count, 2), inverse)
         last = _ranks(parts, count - count % 2, count, 1)
         parts = _each(lambda a, b: torch.cat([a, b]), pairs, last)
     return _each(lambda x: x[0], parts)
@@ -189,7 +240,8 @@ def given_to(rows: Rows, options: RowOptions) -> dict[str, Any]:
         "labels": _digest(rows.labels),
         "weight": _digest(rows.weight),
         "temperature": rows.scalar if rows.temperature is None else _digest(rows.temperature),
-        "term_weights or alpha": _digest(rows.coefficients),
+        "term_weights, smoothing or values per class": _digest(rows.coefficients),
+        "class_weight": _digest(rows.class_weight),
         "num_items": _digest(items) if isinstance(items, Tensor) else items,
         "projection": _constraints(rows),
         **_fields(options),

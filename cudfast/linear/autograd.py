@@ -141,6 +141,7 @@ def linear_state_op(
     row_weight: Tensor | None,
     temperature: Tensor | None,
     coefficients: Tensor | None,
+    class_weight: Tensor | None,
     num_items: Tensor | None,
     constraints: list[Tensor],
     scalar: float,
@@ -154,7 +155,8 @@ def linear_state_op(
     """Loss () or (N,); states (N, columns), top-1 (N,) and divisors (2,); gradients of hidden, weight and bias for an
     upstream gradient of 1, (0,) if they are not needed or are computed in backward."""
     x = Tensors(
-        hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, temperature, coefficients
+        hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, temperature, coefficients,
+        class_weight,
     )
     p = _problem(x, scalar, num_items, classes, constraints, options, flags, linear)
     check_items(p.rows, p.options)
@@ -187,6 +189,7 @@ def _(
     row_weight: Tensor | None,
     temperature: Tensor | None,
     coefficients: Tensor | None,
+    class_weight: Tensor | None,
     num_items: Tensor | None,
     constraints: list[Tensor],
     scalar: float,
@@ -198,7 +201,8 @@ def _(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = Tensors(
-        hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, temperature, coefficients
+        hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, temperature, coefficients,
+        class_weight,
     )
     p = _problem(x, scalar, num_items, classes, constraints, options, flags, linear)
     dtype = compute_dtype(p.rows)
@@ -225,6 +229,7 @@ def linear_gradient_op(
     row_weight: Tensor | None,
     temperature: Tensor | None,
     coefficients: Tensor | None,
+    class_weight: Tensor | None,
     constraints: list[Tensor],
     scalar: float,
     classes: int,
@@ -239,7 +244,8 @@ def linear_gradient_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias for `upstream` () or (N,), (0,) if they are not needed."""
     x = Tensors(
-        hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, temperature, coefficients
+        hidden, weight, bias, target, teacher_weight, teacher_bias, labels, row_weight, temperature, coefficients,
+        class_weight,
     )
     p = _problem(x, scalar, None, classes, constraints, options, flags, linear)
     found = sweep(p, Needs(*needs), statistics=False, state=State(sums, top1, divisors), upstream=_flat(upstream))
@@ -259,6 +265,7 @@ def _(
     row_weight: Tensor | None,
     temperature: Tensor | None,
     coefficients: Tensor | None,
+    class_weight: Tensor | None,
     constraints: list[Tensor],
     scalar: float,
     classes: int,
@@ -299,7 +306,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any
             tensors, state, constraints = grouped(saved(ctx), Tensors, State)
             gradients = list(linear_gradient_op(*tensors, constraints, *ctx.plain, *state, upstream))
         found = [g if needed else None for g, needed in zip(gradients, needs)]
-    return (*found, *(None,) * 8, [None] * ctx.bounds, *(None,) * 7)
+    return (*found, *(None,) * 9, [None] * ctx.bounds, *(None,) * 7)
 
 
 linear_state_op.register_autograd(_backward, setup_context=_setup)

@@ -11,8 +11,9 @@ from ..distributed.group import telling
 from ..distributed.heads import spread, spread_teacher
 from ..options import LinearOptions, LossOptions, RowOptions
 from ..rows.arguments import rows_of
-from ..rows.call import Call, Rows, State
+from ..rows.call import Call, State
 from ..rows.checks import (
+    biased,
     check_call,
     check_mode,
     classes_of,
@@ -22,6 +23,7 @@ from ..rows.checks import (
 )
 from ..rows.shard import Shard
 from ..rows.tensors import is_dtensor
+from ..statistics import Evaluated
 from ..targets.projection import Projection
 from .autograd import evaluate
 from .checks import Layer, autocast, check_alike, check_frozen, hidden_of, layer_of
@@ -90,6 +92,22 @@ def _teacher(
     return found, layer
 
 
+def _biased(
+    target: Tensor | None, layer: Layer | None, bias: Tensor, linear: LinearOptions
+) -> tuple[Tensor | None, Layer | None]:
+    """The teacher with a bias (V,) of its logits: a part of its layer's bias, which is multiplied by the scale."""
+    if target is None or layer is None:
+        return biased(target, bias), None
+    if linear.teacher_softcap is not None:
+        raise ValueError(
+            "bias was given with a soft cap of the teacher: it is added to logits that are final, so pass "
+            "teacher_logits instead of teacher_hidden"
+        )
+    weight, own = layer
+    added = biased(weight.new_zeros(()).expand(weight.shape[:1]), bias) / linear.teacher_scale
+    return target, (weight, added if own is None else own + added)
+
+
 def distilled(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -108,9 +126,11 @@ def distilled(
     sequence_sharded: bool,
     statistics: bool,
     term_weights: Mapping[str, float | Tensor] | None = None,
-    alpha: Mapping[str, Tensor] | None = None,
-) -> tuple[Tensor, Rows, State, Mapping[str, Tensor]]:
-    """The loss of the options' terms, its rows, their states, and the rows' focal scales.
+    per_class: Mapping[str, Tensor] | None = None,
+    smoothing: float | Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Evaluated]:
+    """The loss of the options' terms, and what its statistics are computed from.
 
     needed: when the teacher may be left out, in words for an error; "": a teacher is checked, but not read.
     """
@@ -135,6 +155,8 @@ def distilled(
         student = layer_of(autocast(student_weight), autocast(student_bias), hidden, names, empty=shard is not None)
         given = (teacher_hidden, teacher_weight, teacher_bias)
         target, layer = _teacher(given, teacher_logits, linear, hidden, needed, shard, sequence_sharded)
+        if bias is not None:
+            target, layer = _biased(target, layer, bias, linear)
         other, other_name = (target, "teacher_logits") if layer is None else (layer[0].t(), "teacher_weight")
         classes = classes_of(student[0].t(), other, options.num_classes, ("student_weight", other_name), shard)
         flat_labels = labels_of(labels, hidden, "student_hidden")
@@ -145,7 +167,7 @@ def distilled(
                     "calibration=Projection(...) over a process group needs this rank's logits all at once: use CUDLoss"
                 )
             constraints = constraints_of(options.calibration, hidden, classes, "student_weight")
-        rows, scales, shard = rows_of(
+        rows, options, scales, shard = rows_of(
             hidden,
             "student_hidden",
             target if needed else None,
@@ -157,11 +179,12 @@ def distilled(
             num_items=num_items,
             temperature=temperature,
             term_weights=term_weights,
-            alpha=alpha,
+            per_class=per_class,
+            smoothing=smoothing,
             constraints=constraints,
         )
     loss, state = evaluated(problem(rows, student, layer if needed else None, options, linear, shard), statistics)
-    return loss, rows, state, scales
+    return loss, Evaluated(rows, options, state, scales)
 
 
 def evaluated(p: Problem, statistics: bool) -> tuple[Tensor, State]:

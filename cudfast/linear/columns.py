@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..backends.parts import Span, finished, inverse_temperature, merge, state_of, swept, write_gradient
+from ..backends.parts import (
+    Span,
+    finished,
+    inverse_temperatures,
+    leaving,
+    merge,
+    rest_of,
+    state_of,
+    swept,
+    weights_of,
+    with_rest,
+    write_gradient,
+)
 from ..backends.reference import Whole, mark
 from ..options import RowOptions
-from ..rows.call import Backend, Rows, State, compute_dtype
+from ..reference import StudentState
+from ..rows.call import Backend, Rows, State
 
 
 class Filled(NamedTuple):
@@ -20,6 +34,7 @@ class Filled(NamedTuple):
     student: Tensor  # (R, C)
     teacher: Tensor | None  # (R, C)
     gradient: Tensor  # (R, C) for the student's gradient: the logits' memory, unless they are needed after the loss
+    owns_teacher: bool  # the teacher's logits are a buffer of the call
 
 
 class Work(NamedTuple):
@@ -37,28 +52,49 @@ class Work(NamedTuple):
         for first in range(0, max(1, self.rows.classes), self.step):  # a rank may have no classes
             last = min(first + self.step, self.rows.classes)
             filled = self.fill(first, last)
-            part = self.rows._replace(logits=filled.student, target=filled.teacher, classes=last - first)
+            part = self.rows._replace(
+                logits=filled.student,
+                target=filled.teacher,
+                classes=last - first,
+                class_weight=weights_of(self.rows, self.offset + first, last - first),
+            )
             yield filled, Span(part, self.offset + first)
 
 
-def part_state(work: Work) -> tuple[Whole, torch.dtype]:
-    """State of rows whose tiles are summed one after another, and the compute dtype."""
-    rows, options = work.rows, work.options
-    marks, inv_tau = mark(rows, options), inverse_temperature(rows)
-    whole: Whole | None = None
-    for _, span in work.tiles():
-        new = state_of(span, options, marks, swept(span.rows, options, work.backend))
-        whole = new if whole is None else merge(whole, new, inv_tau)
-        dtype = compute_dtype(span.rows)
-    assert whole is not None
-    return whole, dtype
+def part_state(work: Work) -> Whole:
+    """State of rows whose tiles are summed one after another."""
+    marks = mark(work.rows, work.options)
+
+    def state(filled: Filled, span: Span) -> Whole:
+        return state_of(span, work.options, marks, swept(span.rows, work.options, work.backend))
+
+    return _summed(work, state)
 
 
-def merged_state(work: Work) -> tuple[Tensor, State]:
-    """Losses (R,) and states of rows, from all of their tiles."""
-    whole, dtype = part_state(work)
-    rows = work.rows
-    return finished(rows, work.options, mark(rows, work.options), whole, cast(Tensor, rows.num_items), dtype)
+def part_rest(work: Work, k: Tensor) -> Whole:
+    """The same without the teacher's logits of its top-1 k (R,) and of the label."""
+    marks = mark(work.rows, work.options)
+
+    def state(filled: Filled, span: Span) -> Whole:
+        return rest_of(span, work.options, marks, k, work.backend, overwrites=filled.owns_teacher)
+
+    return _summed(work, state)
+
+
+def _summed(work: Work, state: Callable[[Filled, Span], Whole]) -> Whole:
+    inverse = inverse_temperatures(work.rows, work.options)
+    return functools.reduce(lambda a, b: merge(a, b, inverse), (state(*tile) for tile in work.tiles()))
+
+
+def merged_state(work: Work, dtype: torch.dtype) -> tuple[Tensor, State]:
+    """Losses (R,) and states of rows in the compute dtype, from all of their tiles."""
+    rows, options, whole = work.rows, work.options, part_state(work)
+    marks = mark(rows, options)
+    there = leaving(rows, options, marks, whole)
+    if there is not None and bool(there.any()):
+        assert isinstance(whole, StudentState)
+        whole = with_rest(rows, options, marks, whole, part_rest(work, whole.k))
+    return finished(rows, options, marks, whole, cast(Tensor, rows.num_items), dtype)
 
 
 def gradients(work: Work, state: State, upstream: Tensor) -> Iterator[tuple[int, Filled]]:

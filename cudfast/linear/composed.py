@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -24,14 +24,14 @@ class FusedLinearLoss(TermLoss):
     """`Loss` from the last hidden states and the class weights, without storing the logits of all rows.
 
     Args:
-        terms, calibration, ignore_index, unlabeled_index, reduction, num_classes, backend, check_finite: as in `Loss`.
+        terms, calibration, ignore_index, unlabeled_index, values, reduction, num_classes, backend, check_finite: as in `Loss`.
         save, memory_budget, accumulate_dtype, student_logit_scale, student_logit_softcap, teacher_logit_scale,
             teacher_logit_softcap, process_group, class_offset, sequence_sharded: as in `FusedLinearCUDLoss`.
 
     Shapes:
         student_hidden (..., Ds), student_weight (V, Ds), labels (...), student_bias (V,), teacher_hidden (..., Dt),
-        teacher_weight (V, Dt), teacher_bias (V,) or teacher_logits (..., V), weight (...), temperature () or (...);
-        returns () or (...) for reduction="none".
+        teacher_weight (V, Dt), teacher_bias (V,) or teacher_logits (..., V), weight (...), temperature () or (...),
+        smoothing () or (...), bias (V,); returns () or (...) for reduction="none".
 
     Raises:
         TypeError, ValueError, RuntimeError: see `cudfast.Loss` and `cudfast.linear.fused_linear_loss`.
@@ -53,6 +53,7 @@ class FusedLinearLoss(TermLoss):
         calibration: WClip | Projection | None = None,
         ignore_index: int = -100,
         unlabeled_index: int | Literal["auto"] | None = "auto",
+        values: Sequence[str] = (),
         reduction: Reduction = "mean",
         num_classes: int | None = None,
         save: Save = "auto",
@@ -76,6 +77,7 @@ class FusedLinearLoss(TermLoss):
                 terms,
                 calibration,
                 unlabeled_index,
+                values=values,
                 ignore_index=ignore_index,
                 reduction=reduction,
                 num_classes=num_classes,
@@ -107,6 +109,8 @@ class FusedLinearLoss(TermLoss):
         weight: Tensor | None = None,
         temperature: float | Tensor | None = None,
         term_weights: Mapping[str, float | Tensor] | None = None,
+        smoothing: float | Tensor | None = None,
+        bias: Tensor | None = None,
         num_items: float | Tensor | None = None,
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, RowStatistics]:
@@ -125,7 +129,9 @@ class FusedLinearLoss(TermLoss):
             weight=weight,
             temperature=temperature,
             term_weights=term_weights,
-            alpha=self.alpha,
+            smoothing=smoothing,
+            bias=bias,
+            per_class=self.per_class,
             num_items=num_items,
             return_stats=return_stats,
             shard=self.shard,

@@ -19,6 +19,7 @@ from ..rows.checks import (
 from ..rows.shard import Shard
 from ..rows.tensors import is_dtensor
 from ..statistics import (
+    Evaluated,
     RowStatistics,
     StudentStatistics,
     TeacherStatistics,
@@ -46,6 +47,7 @@ def fused_linear_cud_loss(
     teacher_logits: Tensor | None = ...,
     weight: Tensor | None = ...,
     temperature: float | Tensor | None = ...,
+    bias: Tensor | None = ...,
     num_items: float | Tensor | None = ...,
     shard: Shard | None = ...,
     sequence_sharded: bool = ...,
@@ -66,6 +68,7 @@ def fused_linear_cud_loss(
     teacher_logits: Tensor | None = ...,
     weight: Tensor | None = ...,
     temperature: float | Tensor | None = ...,
+    bias: Tensor | None = ...,
     num_items: float | Tensor | None = ...,
     shard: Shard | None = ...,
     sequence_sharded: bool = ...,
@@ -87,6 +90,7 @@ def fused_linear_cud_loss(
     teacher_logits: Tensor | None = None,
     weight: Tensor | None = None,
     temperature: float | Tensor | None = None,
+    bias: Tensor | None = None,
     num_items: float | Tensor | None = None,
     shard: Shard | None = None,
     sequence_sharded: bool = False,
@@ -107,6 +111,8 @@ def fused_linear_cud_loss(
         teacher_logits: (..., V) instead of these three. If kd_weight is 0, the teacher may be omitted.
         weight: (...) one weight per row, as in `cud_loss`.
         temperature: overrides options.temperature, as in `cud_loss`.
+        bias: (V,) added to the teacher's logits at temperature 1, as in `cud_loss`. It becomes a part of teacher_bias, so
+            it costs no memory with teacher_hidden; it cannot be combined with a soft cap of the teacher.
         num_items: replaces both divisors, as in `cud_loss`.
         shard: `cudfast.distributed.Shard.of(group)` if the classes are sharded over a process group; weights, biases
             and teacher_logits are then this rank's shards. See `cudfast.FusedLinearCUDLoss`.
@@ -133,7 +139,7 @@ def fused_linear_cud_loss(
     check_options(options, CUDOptions, linear)
     plain = options.kd_weight == 0 and not return_stats
     needed = "" if plain else "unless kd_weight=0 and return_stats=False"
-    loss, rows, state, _ = distilled(
+    loss, found = distilled(
         student_hidden,
         student_weight,
         labels,
@@ -149,10 +155,9 @@ def fused_linear_cud_loss(
         shard=shard,
         sequence_sharded=sequence_sharded,
         statistics=return_stats,
+        bias=bias,
     )
-    if not return_stats:
-        return loss
-    return loss, student_statistics(rows, options.rows, state)
+    return (loss, student_statistics(found)) if return_stats else loss
 
 
 def fused_linear_loss(
@@ -170,7 +175,9 @@ def fused_linear_loss(
     weight: Tensor | None = None,
     temperature: float | Tensor | None = None,
     term_weights: Mapping[str, float | Tensor] | None = None,
-    alpha: Mapping[str, Tensor] | None = None,
+    smoothing: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    per_class: Mapping[str, Tensor] | None = None,
     num_items: float | Tensor | None = None,
     shard: Shard | None = None,
     sequence_sharded: bool = False,
@@ -192,7 +199,9 @@ def fused_linear_loss(
         weight: (...) one weight per row.
         temperature: of the distillation terms.
         term_weights: as in `cudfast.functional.composed_loss`.
-        alpha: as in `cudfast.functional.composed_loss`.
+        smoothing: as in `cudfast.functional.composed_loss`.
+        bias: as in `fused_linear_cud_loss`.
+        per_class: as in `cudfast.functional.composed_loss`.
         num_items: replaces every divisor.
         shard: as in `fused_linear_cud_loss`.
         sequence_sharded: as in `fused_linear_cud_loss`.
@@ -214,7 +223,7 @@ def fused_linear_loss(
     check_options(options, RowOptions, linear)
     if labels is None and not options.whole:
         raise TypeError("labels is None: every term of this loss needs a label")
-    loss, rows, state, scales = distilled(
+    loss, found = distilled(
         student_hidden,
         student_weight,
         labels,
@@ -231,11 +240,11 @@ def fused_linear_loss(
         sequence_sharded=sequence_sharded,
         statistics=return_stats,
         term_weights=term_weights,
-        alpha=alpha,
+        per_class=per_class,
+        smoothing=smoothing,
+        bias=bias,
     )
-    if not return_stats:
-        return loss
-    return loss, row_statistics(rows, options, state, scales)
+    return (loss, row_statistics(found)) if return_stats else loss
 
 
 @overload
@@ -336,7 +345,7 @@ def fused_linear_dus_loss(
         classes = classes_of(layer[0].t(), None, options.num_classes, ("head_weight", ""), shard)
         flat_labels = labels_of(labels, hidden, "hidden")
         assert flat_labels is not None
-        rows, _, shard = rows_of(
+        rows, row_options, scales, shard = rows_of(
             hidden,
             "hidden",
             None,
@@ -346,9 +355,9 @@ def fused_linear_dus_loss(
             shard,
             weight=weight,
             num_items=num_items,
-            alpha=options.scales(alpha),
+            per_class=options.per_class(alpha),
         )
-    loss, state = evaluated(problem(rows, layer, None, options.rows, linear, shard), return_stats)
+    loss, state = evaluated(problem(rows, layer, None, row_options, linear, shard), return_stats)
     if not return_stats:
         return loss
-    return loss, teacher_statistics(rows, options.rows, state)
+    return loss, teacher_statistics(Evaluated(rows, row_options, state, scales))

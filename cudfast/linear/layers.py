@@ -120,6 +120,7 @@ class Tensors(NamedTuple):
     row_weight: Tensor | None
     temperature: Tensor | None
     coefficients: Tensor | None
+    class_weight: Tensor | None
 
 
 def tensors_of(p: Problem) -> Tensors:
@@ -136,6 +137,7 @@ def tensors_of(p: Problem) -> Tensors:
         rows.weight,
         rows.temperature,
         rows.coefficients,
+        rows.class_weight,
     )
 
 
@@ -162,6 +164,7 @@ def problem_of(
             num_items,
             classes,
             constraints,
+            x.class_weight,
         ),
         (x.weight, x.bias),
         None if x.teacher_weight is None else (x.teacher_weight, x.teacher_bias),

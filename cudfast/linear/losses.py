@@ -26,8 +26,8 @@ class FusedLinearCUDLoss(nn.Module):
     for very large V, tiles of classes) are processed in buffers that fit `memory_budget`; ignored rows are skipped.
 
     Args:
-        temperature, kd_weight, ce_weight, calibration, ignore_index, unlabeled_index, reduction, num_classes, backend,
-            check_finite: as in `CUDLoss`.
+        temperature, kd_weight, ce_weight, calibration, teacher_temperature, label_smoothing, ignore_index,
+            unlabeled_index, reduction, num_classes, backend, check_finite: as in `CUDLoss`.
         save: "gradient": the gradients are computed in forward, with four products. "state": in backward, with six
             products; only the row states are saved. "auto": "gradient" for scalar reductions, "state" for
             reduction="none" and for float16.
@@ -45,8 +45,8 @@ class FusedLinearCUDLoss(nn.Module):
 
     Shapes:
         student_hidden (..., Ds), student_weight (V, Ds), labels (...), student_bias (V,), teacher_hidden (..., Dt),
-        teacher_weight (V, Dt), teacher_bias (V,) or teacher_logits (..., V), weight (...), temperature () or (...);
-        returns () or (...) for reduction="none".
+        teacher_weight (V, Dt), teacher_bias (V,) or teacher_logits (..., V), weight (...), temperature () or (...),
+        bias (V,); returns () or (...) for reduction="none".
 
     Raises:
         TypeError, ValueError, RuntimeError: see `cudfast.linear.fused_linear_cud_loss`.
@@ -71,6 +71,8 @@ class FusedLinearCUDLoss(nn.Module):
         ce_weight: float = 0.2,
         *,
         calibration: WClip | Projection | None = WClip(),  # noqa: B008 (frozen)
+        teacher_temperature: float | None = None,
+        label_smoothing: float = 0.0,
         ignore_index: int = -100,
         unlabeled_index: int | None = -1,
         reduction: Reduction = "mean",
@@ -96,6 +98,8 @@ class FusedLinearCUDLoss(nn.Module):
             kd_weight=kd_weight,
             ce_weight=ce_weight,
             calibration=calibration,
+            teacher_temperature=teacher_temperature,
+            label_smoothing=label_smoothing,
             ignore_index=ignore_index,
             unlabeled_index=unlabeled_index,
             reduction=reduction,
@@ -126,6 +130,7 @@ class FusedLinearCUDLoss(nn.Module):
         teacher_logits: Tensor | None = None,
         weight: Tensor | None = None,
         temperature: float | Tensor | None = None,
+        bias: Tensor | None = None,
         num_items: float | Tensor | None = None,
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, StudentStatistics]:
@@ -143,6 +148,7 @@ class FusedLinearCUDLoss(nn.Module):
             teacher_logits=teacher_logits,
             weight=weight,
             temperature=temperature,
+            bias=bias,
             num_items=num_items,
             return_stats=return_stats,
             shard=self.shard,

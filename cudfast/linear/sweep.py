@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -20,14 +20,15 @@ from torch import Tensor
 
 from .. import backends
 from ..autograd.memory import empty
+from ..backends.reference import Whole
 from ..distributed.group import telling
 from ..distributed.sharded import agreed, cut, over_ranks
 from ..options import RowOptions
-from ..rows.call import Backend, State, columns_of, compute_dtype
+from ..rows.call import Backend, State, columns_of, compute_dtype, recalibrates
 from ..rows.vectors import check_finite, check_vectors, divisors_of, masks
 from . import tiles
 from .chunks import Chunk, chunks, flat
-from .columns import Filled, Work, gradients, merged_state, part_state
+from .columns import Filled, Work, gradients, merged_state, part_rest, part_state
 from .gradients import Found, Gradients
 from .layers import Needs, Problem
 
@@ -54,8 +55,9 @@ def cost(p: Problem, needs: Needs, backend: Backend, *, compacted: bool) -> tile
     """The memory that a tile needs."""
     weight, target = p.student.weight, p.rows.target
     logit = sum(head.dtype.itemsize for head in p.heads)
-    if p.teacher is None and target is not None and (compacted or flat(target) is None):
-        logit += target.dtype.itemsize
+    if p.teacher is None and target is not None:
+        copies = int(compacted or flat(target) is None) + int(recalibrates(p.rows, p.options))
+        logit += copies * target.dtype.itemsize
     if p.student.softcap is not None and any(needs):
         logit += p.student.dtype.itemsize
     by_torch = backend is backends.load("reference")
@@ -95,7 +97,7 @@ class _Buffers:
         if self._p.teacher is not None and self._teacher is not None and other is not None:
             teacher = view(self._teacher)
             self._p.teacher.logits(other, first, teacher)
-        return Filled(student, teacher, view(self._gradient))
+        return Filled(student, teacher, view(self._gradient), self._teacher is not None)
 
 
 def _hidden(chunk: Chunk, p: Problem) -> tuple[Tensor, Tensor | None]:
@@ -121,13 +123,20 @@ def _no_gradients(p: Problem, needs: Needs) -> Found:
 
 
 def _chunk(
-    work: Work, packed: State | None, upstream: Tensor, *, cut: bool, statistics: bool, wanted: bool
+    work: Work,
+    packed: State | None,
+    upstream: Tensor,
+    dtype: torch.dtype,
+    *,
+    cut: bool,
+    statistics: bool,
+    wanted: bool,
 ) -> tuple[Tensor | None, State, Iterable[tuple[int, Filled]]]:
     """Losses (R,) unless the states are given, states, and the tiles with their gradients if those are needed."""
     loss = None
     if cut:
         if packed is None:
-            loss, packed = merged_state(work)
+            loss, packed = merged_state(work, dtype)
         return loss, packed, gradients(work, packed, upstream) if wanted else ()
     filled = work.fill(0, work.rows.classes)
     rows = work.rows._replace(logits=filled.student, target=filled.teacher)
@@ -203,13 +212,20 @@ def sweep(
     with torch.autocast(device.type, enabled=False):
         if p.shard is not None and given is None:
             if count:
-                parts = [part_state(work_of(chunk)[1])[0] for chunk in chunks(count, index, tile.rows)]
                 every = Chunk(0, count, index)
                 none = rows.logits.new_empty((count, 0))
                 all_rows = every.rows(rows, divisors)._replace(
                     logits=none, target=None if rows.target is None else none
                 )
-                keep(every, *over_ranks(p.shard, parts, all_rows, options, dtype))
+
+                def states(of: Callable[[Chunk, Work], Whole]) -> list[Whole]:
+                    return [of(chunk, work_of(chunk)[1]) for chunk in chunks(count, index, tile.rows)]
+
+                def rest(k: Tensor) -> list[Whole]:
+                    return states(lambda chunk, work: part_rest(work, k[chunk.begin : chunk.end]))
+
+                parts = states(lambda _, work: part_state(work))
+                keep(every, *over_ranks(p.shard, parts, rest, all_rows, options, dtype))
                 if options.check_finite:
                     check_finite(rows, options, kept)
             given = state = state._replace(divisors=torch.cat([divisors, divisors.new_tensor([first])]))
@@ -219,7 +235,9 @@ def sweep(
             hidden, work = work_of(chunk)
             above = chunk.vector(upstream) if upstream.dim() else upstream
             before = None if given is None else _packed(chunk, given)
-            loss, packed, tiles_here = _chunk(work, before, above, cut=parted, statistics=statistics, wanted=any(needs))
+            loss, packed, tiles_here = _chunk(
+                work, before, above, dtype, cut=parted, statistics=statistics, wanted=any(needs)
+            )
             if loss is not None:
                 keep(chunk, loss, packed)
                 if options.check_finite:

@@ -120,6 +120,25 @@ def vector_of(vector: Tensor, name: str, logits: Tensor, logits_name: str) -> Te
     return vector.reshape(-1).to(vector_dtype(logits.device)).contiguous()
 
 
+def biased(logits: Tensor | None, bias: object) -> Tensor:
+    """The teacher's logits plus a bias (V,), in the wider dtype of both."""
+    if logits is None:
+        raise TypeError("bias was given without a teacher: it is added to the teacher's logits")
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias: expected a torch.Tensor (V,) of the teacher's classes, got {type(bias).__name__}")
+    bias = local(bias, "bias")
+    if bias.shape != logits.shape[-1:] or bias.dtype not in DTYPES:
+        raise ValueError(
+            f"bias is {bias.dtype} {tuple(bias.shape)}: expected floating point ({logits.shape[-1]},), one value for "
+            "each of the teacher's classes"
+        )
+    if bias.requires_grad and torch.is_grad_enabled():
+        raise ValueError("bias requires grad, and no gradient flows to the teacher: pass bias.detach()")
+    if bias.device != logits.device:
+        raise ValueError(f"bias is on {bias.device} and the teacher's logits on {logits.device}: move them together")
+    return logits + bias
+
+
 def weight_of(weight: object, logits: Tensor, name: str) -> Tensor | None:
     if weight is None:
         return None

@@ -78,7 +78,7 @@ def refuse_value(rows: Rows, options: RowOptions, name: str, row: int, value: fl
     term, row = divmod(row, rows.coefficients.shape[1])
     where = f"[{row_name(rows, row)}]" if rows.coefficients.shape[1] > 1 else ""
     return ValueError(
-        f"term_weights[{options.terms[term].name!r}]{where} gives a coefficient of {value}: expected finite numbers"
+        f"term_weights[{options.pieces[term].name!r}]{where} gives a coefficient of {value}: expected finite numbers"
     )
 
 

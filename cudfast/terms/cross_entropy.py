@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from ..rows.fields import number
 from .term import UNIFORM, Evaluated, RowValues, Term
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Uniform(Term):
     """``-(1/n) sum_j c_j log p_j`` over the n classes with s_j > -inf: the share of the uniform distribution in a
     smoothed cross-entropy."""
@@ -53,6 +53,7 @@ class CrossEntropy(Term):
     kind: ClassVar[int] = 1
     label: ClassVar[str] = "cross_entropy"
     needs_label: ClassVar[bool] = True
+    per_class: ClassVar[str] = "class_weight"
     label_smoothing: float = 0.0
     class_weight: Tensor | None = None
 
@@ -67,17 +68,10 @@ class CrossEntropy(Term):
         if c.dim() != 1 or not c.dtype.is_floating_point:
             raise ValueError(f"class_weight is {c.dtype} {tuple(c.shape)}: expected floating point (V,)")
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, CrossEntropy):
-            return NotImplemented
-        return self is other or self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    @property
-    def _key(self) -> tuple[object, ...]:
-        return self.name, self.label_smoothing, None if self.class_weight is None else id(self.class_weight)
+    def split(self) -> tuple[Term, Tensor | None]:
+        if self.class_weight is None:
+            return self, None
+        return replace(self, class_weight=None), self.class_weight.detach()
 
     def pieces(self, smooths: bool) -> tuple[tuple[float, Term], ...]:
         plain = CrossEntropy(name=self.name)

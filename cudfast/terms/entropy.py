@@ -52,7 +52,7 @@ def gate(log_p: Tensor, threshold: float, scale: float, power: float) -> Curve:
     return Curve(value, torch.where(a > 0, slope, 0))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Entropy(Term):
     """``H(p)`` in nats at temperature 1, the student's or the only model's; ``w H(p)`` with a gate (Eq. 3).
 

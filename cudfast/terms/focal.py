@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -48,6 +48,7 @@ class Focal(Term):
     kind: ClassVar[int] = 2
     label: ClassVar[str] = "focal"
     needs_label: ClassVar[bool] = True
+    per_class: ClassVar[str] = "alpha"
     gamma: float = 10.0
     alpha: float | Tensor = 1.0
 
@@ -60,18 +61,10 @@ class Focal(Term):
             object.__setattr__(self, "alpha", float(self.alpha))
             number(self, "alpha", 0, open_low=True)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Focal):
-            return NotImplemented
-        return self is other or self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    @property
-    def _key(self) -> tuple[object, ...]:
-        alpha = ("per class", id(self.alpha)) if isinstance(self.alpha, Tensor) else self.alpha
-        return self.name, self.gamma, alpha
+    def split(self) -> tuple[Term, Tensor | None]:
+        if not isinstance(self.alpha, Tensor):
+            return self, None
+        return replace(self, alpha=1.0), self.alpha.detach()
 
     @property
     def parameters(self) -> tuple[float, float, float, float]:

@@ -9,7 +9,7 @@ from ..rows.fields import TEMPERATURES, number
 from .term import Evaluated, RowValues, Term
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ForwardKL(Term):
     """``tau^2 KL(q || p)``: from the calibrated teacher q to the student p, both at temperature tau (Eq. 9).
 

@@ -9,7 +9,7 @@ from .forward_kl import ForwardKL
 from .term import REVERSE, Evaluated, RowValues
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ReverseKL(ForwardKL):
     """``tau^2 KL(p || q)``: from the student p to the calibrated teacher q, both tempered as in `ForwardKL`.
 

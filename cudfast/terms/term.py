@@ -103,20 +103,32 @@ def _short(value: object) -> str:
     return f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Term(Terms):
-    """One term of a loss. See docs/losses.md for what each is divided by."""
+    """One term of a loss. See docs/losses.md for what each is divided by. Terms with the same tensors are equal."""
 
     kind: ClassVar[int]  # csrc/row/terms/term.h
     label: ClassVar[str]  # the name of a term that is given none
     distils: ClassVar[bool] = False  # reads a divergence, which needs a teacher
     needs_label: ClassVar[bool] = False  # counts in labelled rows only
+    per_class: ClassVar[str] = ""  # the field that may be a tensor (V,)
     sums: ClassVar[int] = 0  # that the term reads, of the mask above
     name: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.name is not None and (not isinstance(self.name, str) or not self.name.isidentifier()):
             raise ValueError(f"{type(self).__name__}(name={self.name!r}): expected an identifier, or None")
+
+    def __eq__(self, other: object) -> bool:
+        return self._key == other._key if isinstance(other, Term) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[object, ...]:
+        values = (getattr(self, f.name) for f in fields(self))
+        return type(self), *(("tensor", id(value)) if isinstance(value, Tensor) else value for value in values)
 
     def __repr__(self) -> str:
         """The fields that differ from their defaults."""
@@ -131,6 +143,10 @@ class Term(Terms):
     def parameters(self) -> tuple[float, float, float, float]:
         """The term's own numbers, as the kernels take them."""
         return 0.0, 0.0, 0.0, 0.0
+
+    def split(self) -> tuple[Term, Tensor | None]:
+        """The term without its tensor of one value per class, and that tensor."""
+        return self, None
 
     def pieces(self, smooths: bool) -> tuple[tuple[float, Term], ...]:
         """What the kernels evaluate for this term, with factors. smooths: rows have smoothing of their own."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 from .term import Evaluated, RowValues, Term
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ZLoss(Term):
     """``(log sum_j e^(s_j))^2`` at temperature 1, which keeps logits from drifting (z-loss).
 
