@@ -8,6 +8,7 @@
 #include "cpu/sweeps.h"
 #include "launch.h"
 #include "python.h"
+#include "finish.h"
 #include "row/element.h"
 #include "row/search.h"
 
@@ -96,6 +97,8 @@ struct Memory {
 
 using Numbers = std::vector<double>;
 
+constexpr int kEverySum = kStudentOne | kTeacherOne | kTeacherEntropy | kStudentEntropy | kReverse | kUniform | kSquare;
+
 StudentState<double> student(const Numbers& v) {
   return {v.at(0),
           v.at(1),
@@ -129,53 +132,102 @@ Numbers numbers(const StudentState<double>& s) {
 TeacherState<double> teacher(const Numbers& v) { return {v.at(0), v.at(1), v.at(2), v.at(3)}; }
 Numbers numbers(const TeacherState<double>& s) { return {s.m_s, s.s_one, s.e_s, s.s_y}; }
 
-constexpr int kAllSums = kStudentOne | kTeacherOne | kTeacherEntropy | kStudentEntropy;
+// All fields of a state, in the order of a packed one's columns.
+ExtendedState<double> extended_student(const Numbers& v) {
+  ExtendedState<double> s;
+  size_t i = 0;
+  each_column(s, kEverySum, true, [&](double& field) { field = v.at(i++); });
+  s.k = static_cast<int64_t>(v.at(i));
+  return s;
+}
+Numbers numbers(ExtendedState<double> s) {
+  Numbers v;
+  each_column(s, kEverySum, true, [&](double& field) { v.push_back(field); });
+  v.push_back(static_cast<double>(s.k));
+  return v;
+}
+ExtendedTeacherState<double> extended_teacher(const Numbers& v) {
+  ExtendedTeacherState<double> s;
+  size_t i = 0;
+  each_column(s, kEverySum, false, [&](double& field) { field = v.at(i++); });
+  return s;
+}
+Numbers numbers(ExtendedTeacherState<double> s) {
+  Numbers v;
+  each_column(s, kEverySum, false, [&](double& field) { v.push_back(field); });
+  return v;
+}
 
-template <class State>
-Numbers finished(const State& state, bool labelled, double tau, const Terms& terms, double share_rows,
-                 double share_labelled, const Numbers& own) {
+template <class End, class State>
+End finished(const State& state, bool labelled, double tau, const Terms& terms, double share_rows,
+             double share_labelled, const Numbers& own) {
   const Coefficients coefficients{own.empty() ? nullptr : own.data(), 1};
-  RowEnd<double> end;
+  End end;
   finish(state, labelled, tau, terms, {share_rows, share_labelled}, coefficients, 1.0, end);
-  const RowGradient<double>& c = end.gradient;
+  return end;
+}
+template <class End>
+Numbers numbers_of(const End& end) {
+  const auto& c = end.gradient;
   return {end.value, end.target.z_tau, end.target.impossible ? 1.0 : 0.0, c.student_tau, c.teacher_tau, c.one,
           c.log,     c.label};
 }
-
-template <class Sums>
-Sums folded(Sums sums, const Numbers& a, const Numbers& b, double inv_tau) {
-  for (size_t i = 0; i < a.size(); ++i) {
-    if constexpr (sizeof(Sums) == sizeof(TeacherSums<double>)) {
-      fold<true>(sums, a.at(i));
-    } else {
-      fold<0, kAllSums, kHoles>(sums, a.at(i), b.at(i), inv_tau);
-    }
-  }
-  return sums;
+template <class... Given>
+Numbers extended_numbers(const Given&... given) {
+  const auto end = finished<ExtendedEnd<double>>(given...);
+  Numbers found = numbers_of(end);
+  for (const double value : {end.gradient.reverse, end.gradient.uniform}) found.push_back(value);
+  return found;
 }
 
 void define_row(py::module_ row) {
-  row.def("student_fold", [](const Numbers& dt, const Numbers& ds, double inv_tau) {
-    const auto s = folded(StudentSums<double>{}, dt, ds, inv_tau);
-    return Numbers{s.z_tau, s.s_tau, s.a, s.s_one, s.z_one, s.impossible, s.e_one, s.e_s};
+  row.def("student_fold", [](const Numbers& dt, const Numbers& ds, double inv_t, double inv_s, double weight) {
+    StudentSums<double> s{};
+    ExtendedSums<double> more{};
+    for (size_t i = 0; i < dt.size(); ++i) {
+      fold<0, kEverySum, kHoles>(s, more, dt.at(i), ds.at(i), inv_t, inv_s, weight);
+    }
+    return Numbers{s.z_tau, s.s_tau,    s.a,    s.s_one,      s.z_one,      s.impossible, s.e_s,
+                   s.e_one, more.s_two, more.b, more.missing, more.uniform, more.share,   more.possible};
   });
   row.def("student_merge", [](const Numbers& left, const Numbers& right, double inv_tau) {
     return numbers(merge(student(left), student(right), inv_tau));
   });
-  row.def("teacher_fold", [](const Numbers& x) {
-    const auto s = folded(TeacherSums<double>{}, x, {}, 1.0);
-    return Numbers{s.s_one, s.e_s};
+  row.def("extended_merge", [](const Numbers& left, const Numbers& right, double inv_t, double inv_s) {
+    return numbers(merge(extended_student(left), extended_student(right), Inverse<double>{inv_t, inv_s}));
+  });
+  row.def("teacher_fold", [](const Numbers& x, double weight) {
+    TeacherSums<double> s{};
+    ExtendedSums<double> more{};
+    for (const double value : x) {
+      fold<true>(s, value);
+      fold_own<kUniform | kSquare>(more, value, std::exp(value), weight);
+    }
+    return Numbers{s.s_one, s.e_s, more.s_two, more.uniform, more.share, more.possible};
   });
   row.def("teacher_merge",
           [](const Numbers& left, const Numbers& right) { return numbers(merge(teacher(left), teacher(right))); });
+  row.def("extended_teacher_merge", [](const Numbers& left, const Numbers& right) {
+    return numbers(merge(extended_teacher(left), extended_teacher(right)));
+  });
   row.def("wclip", [](double u, double budget, double margin) {
     const auto c = wclip(u, budget, margin);
     return Numbers{c.r, c.t_k, c.t_y};
   });
-  row.def("replace", [](const Numbers& state, const Numbers& clip, double inv_tau) {
-    const auto t = replace(student(state), Clip<double>{clip.at(0), clip.at(1), clip.at(2)}, inv_tau);
+  static constexpr auto clip_from = [](const Numbers& v) { return Clip<double>{v.at(0), v.at(1), v.at(2)}; };
+  row.def("replace", [](const Numbers& state, const Numbers& clip, double inv_t, double inv_s) {
+    const auto t = replace(student(state), clip_from(clip), inv_t, inv_s);
     return Numbers{t.z_tau, t.a, t.impossible};
   });
+  row.def("leaves", [](const Numbers& state, const Numbers& clip, double inv_t, double inv_s) {
+    return leaves(student(state), clip_from(clip), {inv_t, inv_s});
+  });
+  row.def("recalibrated",
+          [](const Numbers& state, const Numbers& clip, const Numbers& rest, double inv_t, double inv_s) {
+            auto found = extended_student(state);
+            recalibrate(found, clip_from(clip), Rest<double>{rest.at(0), rest.at(1), rest.at(2)}, {inv_t, inv_s}, true);
+            return numbers(found);
+          });
   row.def("masses", [](double near, double wrong, double rest, double low, double high) {
     const auto m = masses(near, wrong, rest, low, high);
     const auto flag = [](bool b) { return b ? 1.0 : 0.0; };
@@ -211,8 +263,16 @@ void define_row(py::module_ row) {
   });
   row.def("finish", [](const Numbers& state, bool labelled, double tau, const Terms& terms, double share_rows,
                        double share_labelled, const Numbers& own) {
-    return state.size() == 4 ? finished(teacher(state), labelled, tau, terms, share_rows, share_labelled, own)
-                             : finished(student(state), labelled, tau, terms, share_rows, share_labelled, own);
+    const auto end = [&](const auto& from) {
+      return numbers_of(finished<RowEnd<double>>(from, labelled, tau, terms, share_rows, share_labelled, own));
+    };
+    return state.size() == 4 ? end(teacher(state)) : end(student(state));
+  });
+  row.def("extended_finish", [](const Numbers& state, bool labelled, double tau, const Terms& terms, double share_rows,
+                                double share_labelled, const Numbers& own) {
+    return state.size() == 8
+               ? extended_numbers(extended_teacher(state), labelled, tau, terms, share_rows, share_labelled, own)
+               : extended_numbers(extended_student(state), labelled, tau, terms, share_rows, share_labelled, own);
   });
   row.def("focal", [](double log_p, double gamma, double alpha) {
     const auto f = focal(log_p, gamma, alpha);
@@ -222,18 +282,29 @@ void define_row(py::module_ row) {
     const auto w = gate(log_p, threshold, scale, power);
     return Numbers{w.value, w.slope};
   });
-  row.def("term", [](int kind, double a, double b, double c, double d, double forward_kl, double log_p, double entropy,
-                     double lse) {
-    const auto found = evaluate(Term{kind, 1, a, b, c, d}, RowValues<double>{forward_kl, log_p, entropy, lse});
+  row.def("term", [](int kind, double a, double b, double c, double d, double forward_kl, double reverse_kl,
+                     double log_p, double entropy, double lse, double uniform) {
+    ExtendedValues<double> at;
+    static_cast<RowValues<double>&>(at) = {forward_kl, log_p, entropy, lse};
+    at.reverse_kl = reverse_kl;
+    at.uniform = uniform;
+    const auto found = evaluate(Term{kind, 1, a, b, c, d}, at);
     const auto& by = found.slopes;
-    return Numbers{found.value, by.forward_kl, by.log_p, by.entropy, by.lse};
+    return Numbers{found.value, by.forward_kl, by.reverse_kl, by.log_p, by.entropy, by.lse, by.uniform};
   });
   row.def("student_element", [](const Numbers& c, double dt, double ds, double inv_tau) {
     const StudentLogGradient<double> of{{c.at(0), c.at(1), c.at(2) * c.at(4)}, c.at(3) * c.at(4), c.at(5)};
     return element<0, true, true>(of, dt, ds, inv_tau);
   });
-  row.def("teacher_element", [](const Numbers& c, double x, double inv_z, double log_z) {
-    return element(TeacherGradient<double>{c.at(0), c.at(1)}, x, inv_z, log_z);
+  row.def("extended_element", [](const Numbers& c, double dt, double ds, double inv_t, double inv_s, double weight) {
+    const StudentLogGradient<double> of{{c.at(0), c.at(1), c.at(2) * c.at(4)}, c.at(3) * c.at(4), c.at(5)};
+    const Exponentials<double> e{std::exp(dt * inv_t), std::exp(ds * inv_s)};
+    return element<kReverse | kUniform, true, true>(ExtendedStudentGradient<double>{of, c.at(6), c.at(7)}, e,
+                                                    std::exp(ds), dt, ds, inv_t, inv_s, weight);
+  });
+  row.def("teacher_element", [](const Numbers& c, double x, double inv_z, double log_z, double weight) {
+    const ExtendedTeacherGradient<double> of{{c.at(0), c.at(1)}, c.at(2)};
+    return element(of, x, inv_z, log_z, weight);
   });
 }
 

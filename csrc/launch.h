@@ -53,7 +53,8 @@ struct Rows {
   const double* temperature = nullptr;   // (N,)
   const double* coefficients = nullptr;  // (terms, N), or (terms, 1): replace those of the terms
   bool coefficients_per_row = false;
-  double scalar = 1;  // temperature of all rows, if they have none of their own
+  const char* class_weight = nullptr;  // (V,) in the computing type
+  double scalar = 1;                   // temperature of all rows, if they have none of their own
   int64_t ignore_index = -100;
   int64_t unlabeled_index = -1;
   int threads = 1;
@@ -70,6 +71,19 @@ struct Rows {
   CUDFAST_HD Coefficients coefficients_at(int64_t row) const {
     if (!coefficients) return {};
     return {coefficients + (coefficients_per_row ? row : 0), coefficients_per_row ? rows : 1};
+  }
+  CUDFAST_HD double teacher_temperature_at(int64_t row, const Terms& terms) const {
+    return terms.teacher_temperature > 0 ? terms.teacher_temperature : temperature_at(row);
+  }
+  // Whether the sums of some row may have to be computed again without its top-1.
+  bool recalibrates(const Terms& terms) const {
+    if (!(terms.leaving > 0) || !target.data || constraints.bounds) return false;
+    if (terms.teacher_temperature > 0) return terms.teacher_temperature < terms.leaving;
+    return temperature || scalar < terms.leaving;
+  }
+  // Whether rows have more than the sums of row/state.h.
+  bool extended(const Terms& terms) const {
+    return (terms.sums & ~kStudentEntropy) != 0 || terms.teacher_temperature > 0 || recalibrates(terms);
   }
   // Whether the computation is in f64; then the loss, the state and the upstream gradient have that dtype, too.
   CUDFAST_HD bool wide() const { return logits.dtype == DType::f64 || (target.data && target.dtype == DType::f64); }

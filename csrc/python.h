@@ -120,6 +120,7 @@ inline Rows make_rows(const py::tuple& fields, int64_t ignore_index, int64_t unl
   rows.scalar = field(6).cast<double>();
   rows.classes = field(8).cast<int64_t>();
   if (!field(9).is_none()) rows.constraints = make_constraints(field(9));
+  rows.class_weight = address<const char>(field(10));
   const py::object shape = shape_of(field(0));
   rows.padded = width(shape);
   rows.rows = 1;
@@ -135,6 +136,7 @@ inline Rows make_rows(const py::tuple& fields, int64_t ignore_index, int64_t unl
     require_memory(rows.weight, field(3), "weight");
     require_memory(rows.temperature, field(4), "temperature");
     require_memory(rows.coefficients, field(5), "the coefficients of the terms");
+    require_memory(rows.class_weight, field(10), "class_weight");
   }
   return rows;
 }
@@ -150,7 +152,8 @@ inline double* divisors_in(const py::object& state) {
 }
 
 // From (kind, coefficient, a, b, c, d), one tuple a term.
-inline Terms terms_from(const py::list& given, bool clip, double budget, double margin) {
+inline Terms terms_from(const py::list& given, bool clip, double budget, double margin, int sums,
+                        double teacher_temperature, double leaving) {
   if (given.size() > static_cast<size_t>(kMaxTerms)) {
     throw py::value_error(std::to_string(given.size()) + " terms: a kernel takes at most " + std::to_string(kMaxTerms));
   }
@@ -161,12 +164,13 @@ inline Terms terms_from(const py::list& given, bool clip, double budget, double 
     const auto number = [&](size_t i) { return fields[i].cast<double>(); };
     terms[count++] = {fields[0].cast<int>(), number(1), number(2), number(3), number(4), number(5)};
   }
-  return make_terms(terms, count, clip, budget, margin);
+  return make_terms(terms, count, clip, budget, margin, sums, teacher_temperature, leaving);
 }
 
 inline void define_terms(py::module_& m) {
   py::class_<Terms>(m, "Terms", py::module_local())
-      .def(py::init(&terms_from), py::arg("terms"), py::arg("clip"), py::arg("budget"), py::arg("margin"));
+      .def(py::init(&terms_from), py::arg("terms"), py::arg("clip"), py::arg("budget"), py::arg("margin"),
+           py::arg("sums"), py::arg("teacher_temperature"), py::arg("leaving"));
 }
 
 }  // namespace

@@ -280,10 +280,15 @@ def test_label_names_are_advised_where_trainer_drops_labels(tmp_path: Path) -> N
     assert "label_names" not in failing("subclass", Text(), Image().eval(), data, tmp_path)
 
 
-def test_label_smoothing_is_refused(tmp_path: Path) -> None:
+def test_label_smoothing_is_that_of_the_loss(tmp_path: Path) -> None:
+    """The factor of TrainingArguments is the loss's label smoothing, which equals Trainer's own formula."""
+    student, teacher, data = bert(0), bert(1).eval(), sentences()
+    wanted = by_hand(student, teacher, CUDLoss(label_smoothing=0.1), data)
     args = arguments(tmp_path, label_smoothing_factor=0.1)
-    with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1\): expected 0, as .* has no label smoothing"):
-        DistillationTrainer(bert(0), args, teacher_model=bert(1).eval(), loss=CUDLoss())
+    trainer_of("subclass", student, teacher, CUDLoss(), args=args, train_dataset=data).train()
+    close(student, wanted)
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1\) and a loss with label_smoothing=0.2"):
+        DistillationTrainer(bert(0), args, teacher_model=bert(1).eval(), loss=CUDLoss(label_smoothing=0.2))
 
 
 def test_the_hook_cannot_see_label_smoothing(tmp_path: Path) -> None:

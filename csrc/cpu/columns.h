@@ -120,6 +120,17 @@ Looked<T> looked(const char* from, DType dtype, int n, T* buffer, const View& vi
   return {columns, range(columns)};
 }
 
+// The weights of a block's classes; 1 if there are none.
+template <class T>
+struct Weights {
+  using F = Lanes<T>;
+  const T* data;
+
+  explicit Weights(const char* from) : data(reinterpret_cast<const T*>(from)) {}
+  __attribute__((always_inline)) F at(int i) const { return data ? F::load(data + i) : F(1); }
+  F some(int first, int count) const { return data ? load_some(data + first, count, T(0)) : F(1); }
+};
+
 // Lanes of the last vector that are columns keep their value, the others become -inf.
 template <class T>
 Lanes<T> only(Lanes<T> lanes, int valid) {

@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "extended.h"
 #include "losses.h"
 #include "projected.h"
 #include "threads.h"
@@ -236,13 +237,15 @@ Divisors count(const Rows& rows) {
 
 Check row_state(const Rows& rows, const Terms& terms, bool statistics, Divisors divisors, const Outputs& given) {
   const Outputs out = streamed(rows, given, 2);
+  const bool extended = rows.extended(terms);
   if (!rows.target.data) {
-    run(TeacherLossOfRows{rows, terms, divisors, rows.wide()}, out);
+    const TeacherLossOfRows loss{rows, terms, divisors, rows.wide()};
+    extended ? run(ExtendedTeacherLossOfRows(loss), out) : run(loss, out);
     return {};
   }
   const StudentLossOfRows loss{rows, terms, divisors, rows.wide(), needs_of(terms, statistics), out.gradient};
   if (!rows.constraints.bounds) {
-    run(loss, out);
+    extended ? run(ExtendedLossOfRows(loss), out) : run(loss, out);
     return {};
   }
   std::atomic<int64_t> unmet{rows.rows};
@@ -252,9 +255,16 @@ Check row_state(const Rows& rows, const Terms& terms, bool statistics, Divisors 
 
 void row_gradient(const Rows& rows, const Terms& terms, Divisors divisors, Upstream upstream, const Outputs& given) {
   const Outputs from = streamed(rows, given, 4);
-  if (!rows.target.data) return run_gradient(TeacherLossOfRows{rows, terms, divisors, rows.wide()}, upstream, from);
+  const bool extended = rows.extended(terms);
+  if (!rows.target.data) {
+    const TeacherLossOfRows loss{rows, terms, divisors, rows.wide()};
+    return extended ? run_gradient(ExtendedTeacherLossOfRows(loss), upstream, from)
+                    : run_gradient(loss, upstream, from);
+  }
   const StudentLossOfRows loss{rows, terms, divisors, rows.wide(), needs_of(terms, false), Matrix{}};
-  if (!rows.constraints.bounds) return run_gradient(loss, upstream, from);
+  if (!rows.constraints.bounds) {
+    return extended ? run_gradient(ExtendedLossOfRows(loss), upstream, from) : run_gradient(loss, upstream, from);
+  }
   std::atomic<int64_t> unmet{rows.rows};
   run_gradient(ProjectedLossOfRows(loss, &unmet), upstream, from);
 }

@@ -144,6 +144,89 @@ void student_gradient(const StudentBlock& b, const StudentBlockMap& m) {
   });
 }
 
+// ---- Rows with the sums of row/extended.h ----
+
+template <class T, int P, int Needs, bool One, bool Holes, bool Kept>
+__attribute__((noinline)) void extended_map(const StudentBlock& b, const ExtendedBlock& x, const ExtendedBlockMap& m) {
+  using F = Lanes<T>;
+  alignas(64) T s_buffer[kBlock], t_buffer[kBlock];
+  const Columns<T> s(b.s, b.s_dtype, b.n, s_buffer), t(b.t, b.t_dtype, b.n, t_buffer, b.view);
+  ExtendedStudentGradient<F> c;
+  lanes_of(m, static_cast<StudentLogGradient<F>&>(c));
+  c.reverse = F(m.reverse);
+  c.uniform = F(m.uniform);
+  const F ms(m.m_s), mt(m.m_t), inv_t(x.inv_t), inv_s(b.inv_tau);
+  const T *const at_s = s.data, *const at_t = t.data;
+  const T* const kept_t = reinterpret_cast<const T*>(b.kept.teacher);
+  const T* const kept_s = reinterpret_cast<const T*>(b.kept.student);
+  const Weights<T> weights(x.weights);
+  const auto mapped = [=](F of_t, F of_s, auto kept, F weight) __attribute__((always_inline)) {
+    const F dt = of_t - mt, ds = of_s - ms;
+    Exponentials<F> e;
+    if constexpr (Kept) {
+      e = kept();
+    } else {
+      e = {exp(dt * inv_t), exp(ds * inv_s)};
+    }
+    F one = F(0);
+    if constexpr (P > 0) {
+      one = power<P>(e.student);
+    } else if constexpr (One) {
+      one = exp(ds);
+    }
+    return element<Needs, One, Holes>(c, e, one, dt, ds, inv_t, inv_s, weight);
+  };
+  map<T>(
+      b.n, m,
+      [=](int i) __attribute__((always_inline)) {
+        const auto kept = [=] { return Exponentials<F>{F::load(kept_t + i), F::load(kept_s + i)}; };
+        return mapped(F::load(at_t + i), F::load(at_s + i), kept, weights.at(i));
+      },
+      [&] {
+        const auto kept = [&] {
+          return Exponentials<F>{load_some(kept_t + s.whole, s.rest, T(0)), load_some(kept_s + s.whole, s.rest, T(0))};
+        };
+        return mapped(t.last(), s.last(), kept, weights.some(s.whole, s.rest));
+      });
+}
+
+template <class T>
+void extended_gradient(const StudentBlock& b, const ExtendedBlock& x, const ExtendedBlockMap& m) {
+  const auto with_sums = [&](auto p, auto one) {
+    constexpr int P = decltype(p)::value;
+    constexpr bool One = decltype(one)::value != 0;
+    const auto of = [&](auto needs) {
+      constexpr int Needs = decltype(needs)::value;
+      if constexpr (P > 0) {
+        if (b.kept.teacher) return extended_map<T, P, Needs, One, false, true>(b, x, m);
+      }
+      m.holes ? extended_map<T, P, Needs, One, true, false>(b, x, m)
+              : extended_map<T, P, Needs, One, false, false>(b, x, m);
+    };
+    if (m.reverse != 0 && m.uniform != 0) return of(Constant<kReverse | kUniform>{});
+    m.reverse != 0 ? of(Constant<kReverse>{}) : of(Constant<kUniform>{});
+  };
+  if (b.power > 0) return with_power<1>(b.power, [&](auto p, auto) { with_sums(p, Constant<1>{}); });
+  m.student_one == 0 && m.student_log == 0 ? with_sums(Constant<0>{}, Constant<0>{})
+                                           : with_sums(Constant<0>{}, Constant<1>{});
+}
+
+template <class T>
+void extended_teacher_gradient(const TeacherBlock& b, const ExtendedTeacherBlockMap& m) {
+  using F = Lanes<T>;
+  alignas(64) T buffer[kBlock];
+  const Columns<T> s(b.s, b.dtype, b.n, buffer);
+  const ExtendedTeacherGradient<F> c{{F(m.one), F(m.log)}, F(m.uniform)};
+  const F centre(m.m_s), inv_z(m.inv_z), log_z(m.log_z);
+  const T* const at = s.data;
+  const Weights<T> weights(m.weights);
+  map<T>(
+      b.n, m,
+      [=](int i)
+          __attribute__((always_inline)) { return element(c, F::load(at + i) - centre, inv_z, log_z, weights.at(i)); },
+      [&] { return element(c, s.last() - centre, inv_z, log_z, weights.some(s.whole, s.rest)); });
+}
+
 template <class T>
 void teacher_gradient(const TeacherBlock& b, const TeacherBlockMap& m) {
   using F = Lanes<T>;

@@ -57,6 +57,18 @@ struct StudentBlockMap {
   bool stream = false;  // past the caches
 };
 
+// Rows with the sums of row/extended.h.
+struct ExtendedBlock {
+  double inv_t;         // 1 / tau_t; StudentBlock::inv_tau is the student's
+  const char* weights;  // (n,) c_j in the computing type, or null
+};
+struct ExtendedBlockState : StudentBlockState {
+  double b, missing, uniform, share, possible, s_two;
+};
+struct ExtendedBlockMap : StudentBlockMap {
+  double reverse, uniform;
+};
+
 struct TeacherBlock {
   const char* s;  // (n,)
   DType dtype;
@@ -79,6 +91,14 @@ struct TeacherBlockMap {
   bool stream = false;
 };
 
+struct ExtendedTeacherBlockState : TeacherBlockState {
+  double s_two, uniform, share, possible;
+};
+struct ExtendedTeacherBlockMap : TeacherBlockMap {
+  double uniform;
+  const char* weights;  // (n,) c_j in the computing type, or null
+};
+
 struct Sweeps {
   const char* isa;
   bool streams;  // whether `stream` is supported
@@ -86,6 +106,10 @@ struct Sweeps {
   void (*student_gradient)(const StudentBlock&, const StudentBlockMap&);
   void (*teacher_state)(const TeacherBlock&, TeacherBlockState&);
   void (*teacher_gradient)(const TeacherBlock&, const TeacherBlockMap&);
+  void (*extended_state)(const StudentBlock&, const ExtendedBlock&, ExtendedBlockState&);
+  void (*extended_gradient)(const StudentBlock&, const ExtendedBlock&, const ExtendedBlockMap&);
+  void (*extended_teacher_state)(const TeacherBlock&, const char* weights, ExtendedTeacherBlockState&);
+  void (*extended_teacher_gradient)(const TeacherBlock&, const ExtendedTeacherBlockMap&);
   // The teacher's logits alone, for a projection: their sums relative to view.centre at view.beta, which may be 0.
   void (*tempered)(const TeacherBlock& b, const View& view, TemperedBlockSums& out);
   int (*find)(const char* from, DType dtype, bool wide, int n, double value);  // first index of `value`, else 0

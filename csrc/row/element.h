@@ -67,5 +67,38 @@ CUDFAST_HD_INLINED F element(const C& c, F dt, F ds, F inv_tau) {
   return g;
 }
 
+// ---- Rows with the sums of extended.h ----
+
+template <class F>
+struct ExtendedTeacherGradient : TeacherGradient<F> {
+  F uniform;
+};
+
+// weight: c_j, as in the next function.
+template <class F>
+CUDFAST_HD_INLINED F element(const ExtendedTeacherGradient<F>& c, F x, F inv_z, F log_z, F weight) {
+  const F share = select(x > F(kNothing<float>), c.uniform * weight, F(0));
+  return element(static_cast<const TeacherGradient<F>&>(c), x, inv_z, log_z) + share;
+}
+
+template <class F>
+struct ExtendedStudentGradient : StudentLogGradient<F> {
+  F reverse, uniform;
+};
+
+// From the exponentials e and one = e^(ds). Needs: kReverse and kUniform. Holes: as in element().
+template <int Needs, bool One, bool Holes, class F>
+CUDFAST_HD_INLINED F element(const ExtendedStudentGradient<F>& c, Exponentials<F> e, F one, F dt, F ds, F inv_t,
+                             F inv_s, F weight) {
+  F g = c.student_tau * e.student - c.teacher_tau * e.teacher;
+  if constexpr (One) g = g + share_of_one(static_cast<const StudentLogGradient<F>&>(c), one, ds);
+  if constexpr ((Needs & kReverse) != 0) {
+    g = g - c.reverse * e.student * difference<kHoles>(dt, ds, dt * inv_t, ds * inv_s);
+  }
+  if constexpr ((Needs & kUniform) != 0) g = g + select(ds > F(kNothing<float>), c.uniform * weight, F(0));
+  if constexpr (Holes) g = select(ds == F(kNothing<float>), F(0) * (c.student_tau + c.student_one), g);
+  return g;
+}
+
 }  // namespace
 }  // namespace cudfast

@@ -62,12 +62,16 @@ struct StudentSums {
   F e_s;
 };
 
-// The sums at temperature 1, and those for entropies, that fold() computes: a mask.
+// The sums, besides those at temperature tau, that fold() computes: a mask. Those from 16 on are in extended.h. From 4
+// on, the numbers are part of the interface to Python.
 enum Needs : int {
   kStudentOne = 1,      // s_one
   kTeacherOne = 2,      // z_one
   kTeacherEntropy = 4,  // e_one
   kStudentEntropy = 8,  // e_s
+  kReverse = 16,        // b, missing
+  kUniform = 32,        // uniform, share, possible
+  kSquare = 64,         // s_two
 };
 
 template <class F>
@@ -103,21 +107,33 @@ struct Exponentials {
 // quotients of finite logits that overflow, which are no -inf.
 enum Holes : int { kFull, kPadded, kHoles };
 
+// x - w; 0 in columns where a logit is -inf.
+template <int Holes, class F>
+CUDFAST_HD inline F difference(F dt, F ds, F x, F w) {
+  if constexpr (Holes == kHoles) {  // x > -inf is false for NaN, which remains in the exponentials
+    const F none = F(kNothing<float>), lowest = F(std::numeric_limits<float>::lowest());
+    return select(dt > none, select(ds > none, max(x, lowest) - max(w, lowest), F(0)), F(0));
+  } else if constexpr (Holes == kPadded) {  // 0 * inf is excluded
+    const F floor = F(kNothing<float>);
+    return select(x > floor, select(w > floor, x - w, F(0)), F(0));
+  } else {
+    return x - w;
+  }
+}
+
 // Adds the columns in dt = t - m_t and ds = s - m_s. P is the temperature if that is 1, 2 or 4, else 0; with P > 0,
 // both sums at temperature 1 are computed, whatever the mask.
 template <int P, int Needs, int Holes, class F>
-CUDFAST_HD inline Exponentials<F> fold(StudentSums<F>& sums, F dt, F ds, F inv_tau) {
-  const F x = dt * inv_tau;
-  const F w = ds * inv_tau;
+CUDFAST_HD inline Exponentials<F> fold(StudentSums<F>& sums, F dt, F ds, F inv_t, F inv_s) {
+  const F x = dt * inv_t;
+  const F w = ds * inv_s;
   const Exponentials<F> e{exp(x), exp(w)};
-  F excess = x - w;
-  if constexpr (Holes == kHoles) {  // x > -inf is false for NaN, which remains in e.teacher
-    const F none = F(kNothing<float>), lowest = F(std::numeric_limits<float>::lowest());
-    excess = select(dt > none, select(ds > none, max(x, lowest) - max(w, lowest), F(0)), F(0));
+  const F excess = difference<Holes>(dt, ds, x, w);
+  if constexpr (Holes == kHoles) {
+    const F none = F(kNothing<float>);
     sums.impossible = max(sums.impossible, select(dt > none, select(ds > none, F(0), F(1)), F(0)));
-  } else if constexpr (Holes == kPadded) {  // 0 * inf is excluded
+  } else if constexpr (Holes == kPadded) {
     const F floor = F(kNothing<float>);
-    excess = select(x > floor, select(w > floor, excess, F(0)), F(0));
     sums.impossible = max(sums.impossible, select(x > floor, select(w > floor, F(0), F(1)), F(0)));
   }
   sums.z_tau = sums.z_tau + e.teacher;
@@ -140,6 +156,10 @@ CUDFAST_HD inline Exponentials<F> fold(StudentSums<F>& sums, F dt, F ds, F inv_t
     sums.e_s = sums.e_s + one_s * ds;
   }
   return e;
+}
+template <int P, int Needs, int Holes, class F>
+CUDFAST_HD inline Exponentials<F> fold(StudentSums<F>& sums, F dt, F ds, F inv_tau) {
+  return fold<P, Needs, Holes>(sums, dt, ds, inv_tau, inv_tau);
 }
 
 // exp of a distance between maxima, which is 0 in most merges.

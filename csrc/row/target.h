@@ -1,7 +1,7 @@
 // Calibration: the teacher's logits that change, and their new values.                                 Eq. 2, 4-8
 #pragma once
 
-#include "state.h"
+#include "extended.h"
 
 namespace cudfast {
 namespace {
@@ -36,28 +36,75 @@ struct TargetSums {
 };
 
 template <class R>
-CUDFAST_HD inline TargetSums<R> replace(const StudentState<R>& state, const Clip<R>& clip, R inv_tau) {
+CUDFAST_HD inline TargetSums<R> replace(const StudentState<R>& state, const Clip<R>& clip, R inv_t, R inv_s) {
   TargetSums<R> sums{state.z_tau, state.a, state.impossible};
   if (!(clip.r > 0)) return sums;
-  const R w_k = (state.s_k - state.m_s) * inv_tau;
-  const R w_y = (state.s_y - state.m_s) * inv_tau;
-  const R new_k = clip.t_k * inv_tau;
-  const R new_y = clip.t_y * inv_tau;
+  const R w_k = (state.s_k - state.m_s) * inv_s;
+  const R w_y = (state.s_y - state.m_s) * inv_s;
+  const R new_k = clip.t_k * inv_t;
+  const R new_y = clip.t_y * inv_t;
+  const R mass_k = exp(new_k);
+  const R mass_y = exp(new_y);
+  const bool had_mass = state.t_y > kNothing<R>;  // a label at -inf has no contribution
+  const R old_y = (state.t_y - state.m_t) * inv_t;
+  const R mass_old = had_mass ? exp(old_y) : R(0);
+  sums.z_tau += (mass_k - 1) + mass_y;  // exp((t_k - m_t) / tau) was exactly 1
+  sums.z_tau -= mass_old;
   if (w_k == kNothing<R> || w_y == kNothing<R>) {  // mass on a label or top-1 that is impossible for the student
     sums.impossible = 1;
     return sums;
   }
-  const R mass_k = exp(new_k);
-  const R mass_y = exp(new_y);
-  sums.z_tau += (mass_k - 1) + mass_y;  // exp((t_k - m_t) / tau) was exactly 1
   sums.a += (mass_k * (new_k - w_k) + w_k) + mass_y * (new_y - w_y);
-  if (state.t_y > kNothing<R>) {  // a label at -inf has no contribution
-    const R old_y = (state.t_y - state.m_t) * inv_tau;
-    const R mass_old = exp(old_y);
-    sums.z_tau -= mass_old;
-    sums.a -= mass_old * (old_y - w_y);
-  }
+  if (had_mass) sums.a -= mass_old * (old_y - w_y);
   return sums;
+}
+
+// ---- W-Clip at low temperatures: where the top-1 dominates the teacher's tempered sums ----
+
+// The teacher's sums over all classes but the top-1 and the label.
+template <class R>
+struct Rest {
+  R m_t = kNothing<R>;  // maximum
+  R z_tau = 0;          // relative to it
+  R a = 0;              // and to the student's maximum of all classes
+};
+
+// Whether the sums cannot lose the top-1 by subtraction, as it dominates them.                             [leaves]
+template <class R>
+CUDFAST_HD inline bool leaves(const StudentState<R>& state, const Clip<R>& clip, const Inverse<R>& inverse) {
+  if (!(clip.r > 0)) return false;
+  const TargetSums<R> target = replace(state, clip, inverse.teacher, inverse.student);
+  if (!(target.z_tau >= state.z_tau / 8)) return true;
+  const R w_k = (state.s_k - state.m_s) * inverse.student, w_y = (state.s_y - state.m_s) * inverse.student;
+  if (w_k == kNothing<R> || w_y == kNothing<R>) return false;  // the forward divergence is infinite
+  const R old_y = (state.t_y - state.m_t) * inverse.teacher;
+  const R left = std::fabs(w_k) + (state.t_y > kNothing<R> ? exp(old_y) * std::fabs(old_y - w_y) : R(0));
+  const R kl = target.a / target.z_tau + log(state.s_tau / target.z_tau);
+  return !(left <= 8 * target.z_tau * (kl < 1 ? R(1) : kl));
+}
+
+// The state with the calibrated target's sums, from those of the other classes. m_q has the packed type, which is f32
+// unless `wide`, so a state loses nothing if it is packed.                                            [recalibrated]
+template <class R>
+CUDFAST_HD inline void recalibrate(ExtendedState<R>& state, const Clip<R>& clip, const Rest<R>& rest,
+                                   const Inverse<R>& inverse, bool wide) {
+  const bool some = rest.m_t > kNothing<R>;
+  R lift = clip.t_k > clip.t_y ? clip.t_k : clip.t_y;
+  if (some && rest.m_t - state.m_t > lift) lift = rest.m_t - state.m_t;
+  const R m_q = state.m_t + lift;
+  state.m_q = wide ? m_q : static_cast<R>(static_cast<float>(m_q));
+  const R down = some ? (rest.m_t - state.m_q) * inverse.teacher : R(0);
+  const R scale = exp(down);
+  R z = scale * rest.z_tau, a = scale * (rest.a + rest.z_tau * down);
+  const R t[2] = {clip.t_k, clip.t_y}, s[2] = {state.s_k, state.s_y};
+  for (int i = 0; i < 2; ++i) {
+    const R x = (t[i] + (state.m_t - state.m_q)) * inverse.teacher, w = (s[i] - state.m_s) * inverse.student;
+    z += exp(x);
+    a += exp(x) * (x - w);
+    if (s[i] == kNothing<R>) state.impossible = 1;
+  }
+  state.z_tau = z;
+  state.a = a;
 }
 
 // ---- The exact projection, Eq. 2: bounds on the mass of N and of W, and on the entropy ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -200,13 +201,24 @@ def check_loss(loss: Any, accepted: tuple[type[Any], ...], hint: str = "") -> No
         )
 
 
-def check_arguments(args: Any) -> None:
-    """Raises for TrainingArguments that the losses do not support and Trainer would ignore silently."""
-    if args.label_smoothing_factor:
+def smoothed(loss: Any, args: Any) -> Any:
+    """The loss with the label smoothing of TrainingArguments, which Trainer leaves to the loss that it is given.
+
+    Raises:
+        ValueError: the loss has another label smoothing of its own.
+    """
+    factor = args.label_smoothing_factor
+    if not factor:
+        return loss
+    own = loss.options.label_smoothing
+    if own not in (0, factor):
         raise ValueError(
-            f"TrainingArguments(label_smoothing_factor={args.label_smoothing_factor}): expected 0, as the losses' "
-            "cross-entropy has no label smoothing and Trainer does none with a loss that it is given: leave it out"
+            f"TrainingArguments(label_smoothing_factor={factor}) and a loss with label_smoothing={own}: expected the "
+            "same value, or one of the two alone"
         )
+    found = copy.copy(loss)
+    found.options = dataclasses.replace(loss.options, label_smoothing=factor)
+    return found
 
 
 def _check_apart(teacher: nn.Module, student: nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..linear import FusedLinearCUDLoss
 from ..losses import CUDLoss, DUSLoss
-from .distillation import check_arguments, distillation
+from .distillation import check_loss, distillation, smoothed
 from .inputs import Inputs
 from .require import require
 
@@ -28,7 +28,7 @@ class TrainerLoss:
     Each model gets the columns that its forward names; a model whose forward takes ``**kwargs`` instead of names gets
     all columns. `Trainer` drops columns by the student's signature, so a student without named inputs needs
     ``TrainingArguments(remove_unused_columns=False, label_names=["labels"])``. With a `compute_loss_func` Trainer
-    ignores `label_smoothing_factor`, which this class cannot check: leave it at 0.
+    ignores `label_smoothing_factor`, which this class cannot read: pass ``CUDLoss(label_smoothing=...)``.
 
     With `FusedLinearCUDLoss` the hook makes both causal models stop before their last layer (`logits_to_keep=1`). The
     student's logits exist in evaluation only, where `Trainer` may return them; see `DistillationTrainer`.
@@ -87,6 +87,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     the teacher's forward names are kept for it, and the student does not get them; if a forward takes ``**kwargs``
     instead of names, no column is dropped.
 
+    `label_smoothing_factor` is the loss's label smoothing.
+
     With `FusedLinearCUDLoss` both causal models stop before their last layer (`logits_to_keep=1`), and logits do not
     exist, except the student's if evaluation returns predictions. Scales and soft caps are those of the loss, or else
     `logit_scale` and `final_logit_softcapping` of the models' configs; they are checked at the last position of the
@@ -99,8 +101,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         shift: as in `TrainerLoss`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `TrainerLoss`; ValueError for a `label_smoothing_factor`, which the
-            losses do not support; for `FusedLinearCUDLoss`, TypeError for models whose hidden states before the last
+        TypeError, ValueError, RuntimeError: as `TrainerLoss`; ValueError for a `label_smoothing_factor` that differs
+            from the loss's own; for `FusedLinearCUDLoss`, TypeError for models whose hidden states before the last
             layer are not accessible, and ValueError if their logits do not equal its own.
 
     Example:
@@ -124,8 +126,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if kwargs.get("compute_loss_func") is not None:
             raise TypeError("compute_loss_func was given to DistillationTrainer: pass loss= alone, or use Trainer")
         super().__init__(*args, **kwargs)
-        check_arguments(self.args)
-        self.compute_loss_func = distillation(loss, teacher_model, self.model, shift)
+        check_loss(loss, (CUDLoss, FusedLinearCUDLoss))
+        self.compute_loss_func = distillation(smoothed(loss, self.args), teacher_model, self.model, shift)
         self.compute_loss_func.columns_dropped = False
         if "labels" not in self.label_names and self.args.label_names is None:
             self.label_names = ["labels"]  # the name for the loss, if the student's forward does not name labels

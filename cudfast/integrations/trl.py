@@ -15,7 +15,7 @@ from ..linear import FusedLinearCUDLoss, fused_linear_cud_loss, fused_linear_dus
 from ..linear.checks import check_gathered
 from ..losses import CUDLoss
 from ..options import CUDOptions, DUSOptions
-from .distillation import check_arguments, check_loss
+from .distillation import check_loss
 from .require import require
 
 _module: Any = require("trl.trainer.distillation_trainer", "trl")
@@ -64,6 +64,16 @@ def cud_trainer(trainer: type[Any], loss: CUDLoss | FusedLinearCUDLoss, *, label
     return _of_hidden(trainer, loss, labels) if hidden else _of_logits(trainer, loss, labels)
 
 
+def _refuse_smoothing(args: Any) -> None:
+    """Raises for an argument that TRL's trainers ignore."""
+    factor = args.label_smoothing_factor
+    if factor:
+        raise ValueError(
+            f"TrainingArguments(label_smoothing_factor={factor}): expected 0, as TRL's trainers do not read it: pass "
+            f"CUDLoss(label_smoothing={factor})"
+        )
+
+
 def _targets(labels: Labels, options: CUDOptions, sampled: Tensor, counts: Tensor, top1: partial[Tensor]) -> Tensor:
     """The label (B, S) of each position that is included; -100 elsewhere."""
     if labels is None:
@@ -77,7 +87,7 @@ def _of_logits(trainer: Any, loss: Any, labels: Labels) -> type[Any]:
     class CUDTrainer(trainer):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            check_arguments(self.args)
+            _refuse_smoothing(self.args)
             if getattr(self, "use_uld_loss", False):
                 raise ValueError(
                     "use_uld_loss=True compares sorted probabilities of two vocabularies and calls no other loss: set "
@@ -107,7 +117,7 @@ def _of_hidden(trainer: Any, loss: Any, labels: Labels) -> type[Any]:
     class CUDTrainer(trainer):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            check_arguments(self.args)
+            _refuse_smoothing(self.args)
 
         def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
             """As TRL's method, which calls the divergence of its module."""
