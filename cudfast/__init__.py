@@ -12,7 +12,7 @@ from .losses import CUDLoss, DUSLoss
 from .options import CUDOptions, DUSOptions, LinearOptions, WClip
 from .targets.calibration import calibrate
 from .targets.projection import Projection
-from .terms import CrossEntropy, Entropy, Focal, ForwardKL, Gate, ZLoss
+from .terms import CrossEntropy, Entropy, Focal, ForwardKL, Gate, ReverseKL, ZLoss
 
 # Objects pickled by 0.1.0 name the modules in which their classes were then.
 sys.modules["cudfast.sets"] = sys.modules["cudfast.classes.sets"]
@@ -35,6 +35,7 @@ __all__ = [
     "LinearOptions",
     "Loss",
     "Projection",
+    "ReverseKL",
     "WClip",
     "ZLoss",
     "__version__",

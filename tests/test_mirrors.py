@@ -7,16 +7,18 @@ import math
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from cudfast import CrossEntropy, Entropy, Focal, ForwardKL, Gate, WClip, reference
+from cudfast import CrossEntropy, Entropy, Focal, ForwardKL, Gate, ReverseKL, WClip, reference
 from cudfast.backends.native import _native
 from cudfast.backends.packed import packed_options
 from cudfast.options import RowOptions
 from cudfast.targets import search
 from cudfast.terms import Term, Terms, named
+from cudfast.terms.cross_entropy import Uniform
 from cudfast.terms.entropy import gate
 from cudfast.terms.focal import focal
 from cudfast.terms.term import RowValues
@@ -42,20 +44,34 @@ def draw(rng: random.Random, special: bool) -> float:
 
 
 def student_state(rng: random.Random, first: int) -> list[float]:
-    """State of three columns starting at `first`."""
+    """State of three columns starting at `first`, with every sum."""
     t, s = [draw(rng, True) for _ in range(3)], [draw(rng, True) for _ in range(3)]
     m_t, m_s = max(t), max(s)
     c_t, c_s = (0 if m == -INF else m for m in (m_t, m_s))
-    z, s_tau, a, s1, z1, impossible, _, e_s = row.student_fold([x - c_t for x in t], [x - c_s for x in s], 0.5)
+    folded = row.student_fold([x - c_t for x in t], [x - c_s for x in s], INV_T, INV_S, 1.5)
+    z, s_tau, a, s1, z1, impossible, *more = folded
     k = t.index(m_t)
     label = rng.randrange(4)
     at_label = (t[label], s[label]) if label < 3 else (-INF, -INF)
-    return [m_t, s[k], m_s, z, s_tau, a, s1, z1, *at_label, impossible, e_s, first + k]
+    return [m_t, s[k], m_s, z, s_tau, a, s1, z1, *at_label, impossible, *more, INF, first + k]
+
+
+INV_T, INV_S = 0.8, 0.5
+EMPTY = [-INF, -INF, -INF, 0, 0, 0, 0, 0, -INF, -INF, 0, *[0] * 8, INF, 0]
 
 
 def as_state(values: list[float]) -> reference.StudentState:
     *floats, k = values
     return reference.StudentState(*tensors(floats), torch.tensor([int(k)]))
+
+
+def plain(values: list[float]) -> list[float]:
+    """The state without the sums that only some losses need."""
+    return [*values[:12], values[-1]]
+
+
+def as_plain(values: list[float]) -> reference.StudentState:
+    return as_state(values)._replace(**dict.fromkeys(reference.StudentState._fields[12:-1]))
 
 
 SEEDS = range(60)
@@ -65,11 +81,10 @@ SEEDS = range(60)
 def test_student_fold(seed: int) -> None:
     rng = random.Random(seed)
     dt, ds = ([-abs(draw(rng, True)) for _ in range(7)] for _ in range(2))
-    inv_tau = rng.uniform(0.1, 2)
-    sums = reference.student_fold(torch.tensor([dt], dtype=f64), torch.tensor([ds], dtype=f64), inv_tau)
-    *got, e_one, e_s = row.student_fold(dt, ds, inv_tau)
-    same([*got, e_s], sums)
-    assert e_one == pytest.approx(sum(math.exp(x) * x for x in dt if x > -INF), rel=1e-12, abs=1e-12)
+    inverse = [rng.uniform(0.1, 2) for _ in range(2)]
+    t, s = (torch.tensor([x], dtype=f64) for x in (dt, ds))
+    weights = torch.full((7,), 1.5, dtype=f64)
+    same(row.student_fold(dt, ds, *inverse, 1.5), reference.student_fold(t, s, *tensors(inverse), weights))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -77,11 +92,15 @@ def test_student_merge(seed: int) -> None:
     rng = random.Random(seed)
     left, right = student_state(rng, 0), student_state(rng, 3)
     if seed % 4 == 0:  # an empty part
-        left = [-INF, -INF, -INF, 0, 0, 0, 0, 0, -INF, -INF, 0, 0, 0]
+        left = EMPTY
     if seed % 5 == 0:  # a tie: the lower index wins from either side
         right[0] = left[0]
     for a, b in ((left, right), (right, left)):
-        same(row.student_merge(a, b, 0.5), reference.student_merge(as_state(a), as_state(b), 0.5))
+        wanted = reference.student_merge(as_state(a), as_state(b), *tensors([INV_T, INV_S]))
+        same(row.extended_merge(a, b, INV_T, INV_S), wanted)
+        found = row.student_merge(plain(a), plain(b), INV_S)
+        wanted = reference.student_merge(as_plain(a), as_plain(b), *tensors([INV_S, INV_S]))
+        same(found, tuple(x for x in wanted if x is not None))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -92,30 +111,37 @@ def test_teacher(seed: int) -> None:
         z = [draw(rng, True) for _ in range(5)]
         m = max(z)
         c = 0 if m == -INF else m
-        sums = reference.teacher_fold(torch.tensor([[v - c for v in z]], dtype=f64))
-        same(row.teacher_fold([v - c for v in z]), sums)
-        states.append([m, *(float(v) for v in sums), z[rng.randrange(5)]])
+        sums = reference.teacher_fold(torch.tensor([[v - c for v in z]], dtype=f64), torch.full((5,), 1.5, dtype=f64))
+        same(row.teacher_fold([v - c for v in z], 1.5), sums)
+        s_one, e_s, *more = (float(v) for v in sums)
+        states.append([m, s_one, e_s, z[rng.randrange(5)], *more])
     merged = reference.teacher_merge(*(reference.TeacherState(*tensors(s)) for s in states))
-    same(row.teacher_merge(*states), merged)
-    options = options_of(
+    same(row.extended_teacher_merge(*states), merged)
+    same(row.teacher_merge(*(s[:4] for s in states)), merged[:4])
+    terms = (
         rng.choice([0.0, 1.0]) * CrossEntropy()
         + Focal(gamma=rng.choice([0, 0.5, 1, 10]), alpha=0.7)
         - 0.1 * Entropy(gate=Gate(power=rng.choice([0, 0.5, 1, 3]), differentiate=seed % 2 == 0))
         + 0.3 * Entropy(name="all")
     )
+    smooth = CrossEntropy(label_smoothing=0.3, name="smooth")
     for state in states:
         if state[0] == -INF:
             continue
-        end = same_end(rng, reference.TeacherState(*tensors(state)), state, True, 1.0, options)
+        values, of = state[:4], reference.TeacherState(*tensors(state[:4]), *[None] * 4)
+        end = same_end(rng, of, values, True, 1.0, options_of(terms))
+        more = reference.TeacherState(*tensors(state))
+        extended = same_end(rng, more, state, True, 1.0, options_of(terms + smooth))
         log_z = math.log(state[1])
-        for x in (0.0, -3.0, -INF):
-            element = reference.own_element(end.gradient, *tensors([x, state[1], log_z]))
-            got = row.teacher_element([float(end.gradient.one), float(end.gradient.log)], x, 1 / state[1], log_z)
-            same([got], (element,))
+        for x, (found, uniform) in itertools.product((0.0, -3.0, -INF), ((end, 0.0), (extended, 1.0))):
+            c = found.gradient
+            element = reference.own_element(c, *tensors([x, state[1], log_z]), 1.5)
+            numbers = [float(c.one), float(c.log), uniform * float(c.uniform)]
+            same([row.teacher_element(numbers, x, 1 / state[1], log_z, 1.5)], (element,))
 
 
-def options_of(terms: Terms, calibration: WClip | None = None) -> RowOptions:
-    return RowOptions(terms=named(terms), temperature=2.0, calibration=calibration)
+def options_of(terms: Terms, calibration: WClip | None = None, **fields: Any) -> RowOptions:
+    return RowOptions(terms=named(terms), temperature=2.0, calibration=calibration, **fields)
 
 
 def same_end(
@@ -125,7 +151,9 @@ def same_end(
     """The end of a row in both mirrors, with the coefficients of the terms and with the row's own."""
     shares = [0.3, 0.4 if labelled else 0.0]
     packed = packed_options(_native, options)
-    for own in ([rng.choice([0.0, -1.5, 2.0]) for _ in options.terms], [w.coefficient for w in options.terms]):
+    extended = len(values) in (8, 21)
+    finish = row.extended_finish if extended else row.finish
+    for own in ([rng.choice([0.0, -1.5, 2.0]) for _ in options.pieces], list(options.coefficients)):
         end = reference.finish(
             state,
             torch.tensor([labelled]),
@@ -135,9 +163,10 @@ def same_end(
             torch.tensor(own, dtype=f64).reshape(-1, 1),
             None,
         )
-        wanted = (end.value, end.target.z_tau, end.target.impossible, *end.gradient)
-        same(row.finish(values, labelled, tau, packed, *shares, own), wanted)
-    same(row.finish(values, labelled, tau, packed, *shares, []), wanted)
+        gradient = end.gradient if extended else end.gradient[:5]
+        wanted = (end.value, end.target.z_tau, end.target.impossible, *gradient)
+        same(finish(values, labelled, tau, packed, *shares, own), wanted)
+    same(finish(values, labelled, tau, packed, *shares, []), wanted)
     return end
 
 
@@ -154,21 +183,61 @@ def test_wclip(u: float, budget: float, margin: float) -> None:
 def test_replace_and_finish(seed: int) -> None:
     rng = random.Random(seed)
     values = student_state(rng, 0)
-    state = as_state(values)
     labelled = values[8] > -INF or rng.random() < 0.5
     clip = row.wclip(min(0.0, values[8] - values[0]) if values[0] > -INF else 0.0, 0.5, 0.7)
-    same(row.replace(values, clip, 0.5), reference.replace(state, reference.Clip(*tensors(clip)), 0.5))
+    inverse = (INV_T, INV_S)
+    changed = reference.replace(as_state(values), reference.Clip(*tensors(clip)), *tensors([*inverse]))
+    same(row.replace(plain(values), clip, *inverse), changed[:3])
     terms: Terms = CrossEntropy() / 5 + rng.choice([0.0, -0.1]) * Entropy()
     if seed % 4:
         terms = 0.8 * ForwardKL() + terms
-    end = same_end(rng, state, values, labelled, 2.0, options_of(terms, WClip() if seed % 3 else None))
+    calibration = WClip() if seed % 3 and seed % 4 else None
+    numbers = plain(student_state(random.Random(seed), 0))
+    end = same_end(rng, as_plain(values), numbers, labelled, 2.0, options_of(terms, calibration))
     c, s_one = end.gradient, values[6]
     if s_one == 0:
         return
     numbers = [*(float(v) for v in c[:4]), 1 / s_one, float(end.log_z)]
     for dt, ds in itertools.product((0.0, -2.0, -INF), repeat=2):
-        element = reference.student_element(c, *tensors([dt, ds, 0.5, s_one]), end.log_z)
+        element = reference.student_element(c, *tensors([dt, ds, 0.5, 0.5, s_one]), end.log_z)
         same([row.student_element(numbers, dt, ds, 0.5)], (element,))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_sum_and_two_temperatures(seed: int) -> None:
+    rng = random.Random(seed)
+    values = student_state(rng, 0)
+    state, labelled = as_state(values), values[8] > -INF or rng.random() < 0.5
+    if seed % 3 == 0:  # a state that has been calibrated
+        values[19] = values[0] - 0.2
+        state = as_state(values)
+    terms = 0.3 * ReverseKL(2.0, 1.25) + CrossEntropy(label_smoothing=0.1) + rng.choice([0.0, -0.1]) * Entropy()
+    if seed % 2:
+        terms = 0.8 * ForwardKL(2.0, 1.25) + terms
+    options = options_of(terms, WClip() if seed % 5 else None, teacher_temperature=1 / INV_T)
+    end = same_end(rng, state, values, labelled, 1 / INV_S, options)
+    c, s_one = end.gradient, values[6]
+    if s_one == 0:
+        return
+    numbers = [*(float(v) for v in c[:4]), 1 / s_one, float(end.log_z), float(c.reverse), float(c.uniform)]
+    for dt, ds in itertools.product((0.0, -2.0, -INF), repeat=2):
+        element = reference.student_element(c, *tensors([dt, ds, INV_T, INV_S, s_one]), end.log_z, 1.5)
+        same([row.extended_element(numbers, dt, ds, INV_T, INV_S, 1.5)], (element,))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_leaves_and_recalibrated(seed: int) -> None:
+    rng = random.Random(seed)
+    values = student_state(rng, 0)
+    if -INF in (values[0], values[2]):
+        return
+    clip = row.wclip(min(0.0, values[8] - values[0]), rng.choice([0.0, 0.5, 0.99]), 0.7)
+    of, inverse = reference.Clip(*tensors(clip)), [1 / rng.choice([0.01, 0.3, 2.0]), INV_S]
+    state, given = as_state(values), tensors(inverse)
+    assert row.leaves(plain(values), clip, *inverse) == bool(reference.leaves(state, of, *given))
+    rest = [values[0] - rng.expovariate(1), rng.uniform(1, 2), rng.gauss(0, 1)] if seed % 3 else [-INF, 0.0, 0.0]
+    wanted = reference.recalibrated(state, of, reference.Rest(*tensors(rest)), *given, f64)
+    same(row.recalibrated(values, clip, rest, *inverse), wanted)
 
 
 @pytest.mark.parametrize("log_p", [0.0, -1e-300, -1e-17, -1e-3, -2.0, -800.0, -INF])
@@ -185,19 +254,28 @@ def test_focal_and_gate(log_p: float, gamma: float) -> None:
 
 @pytest.mark.parametrize(
     "term",
-    [ForwardKL(), CrossEntropy(), Focal(gamma=2.5, alpha=0.9), Entropy(), Entropy(gate=Gate(0.4, 1.3, 0.5, True))],
+    [
+        ForwardKL(),
+        ReverseKL(),
+        CrossEntropy(),
+        Uniform(),
+        Focal(gamma=2.5, alpha=0.9),
+        Entropy(),
+        Entropy(gate=Gate(0.4, 1.3, 0.5, True)),
+    ],
 )
 def test_terms(term: Term) -> None:
     rng = random.Random(term.kind)
     for _ in range(20):
-        values = [rng.uniform(0, 3), -rng.expovariate(1), rng.uniform(0, 5), rng.gauss(0, 5)]
+        values = [rng.uniform(0, 3), rng.uniform(0, 3), -rng.expovariate(1), rng.uniform(0, 5), rng.gauss(0, 5)]
+        values.append(rng.gauss(0, 1))
         found = term.evaluate(RowValues(*tensors(values)))
         wanted = tuple(torch.as_tensor(slope, dtype=f64) for slope in found)
         same(row.term(term.kind, *term.parameters, *values), wanted)
 
 
 def test_z_loss() -> None:
-    assert row.term(5, 0, 0, 0, 0, 1, -2, 3, -1.5) == [2.25, 0, 0, 0, -3]
+    assert row.term(5, 0, 0, 0, 0, 1, 4, -2, 3, -1.5, 6) == [2.25, 0, 0, 0, 0, -3, 0]
 
 
 BOUNDS = [0.0, 0.2, 0.5, 0.9, 1.0]

@@ -99,6 +99,13 @@ struct ExtendedTeacherBlockMap : TeacherBlockMap {
   const char* weights;  // (n,) c_j in the computing type, or null
 };
 
+struct ExtendedSweeps {
+  void (*student_state)(const StudentBlock&, const ExtendedBlock&, ExtendedBlockState&);
+  void (*student_gradient)(const StudentBlock&, const ExtendedBlock&, const ExtendedBlockMap&);
+  void (*teacher_state)(const TeacherBlock&, const char* weights, ExtendedTeacherBlockState&);
+  void (*teacher_gradient)(const TeacherBlock&, const ExtendedTeacherBlockMap&);
+};
+
 struct Sweeps {
   const char* isa;
   bool streams;  // whether `stream` is supported
@@ -106,10 +113,7 @@ struct Sweeps {
   void (*student_gradient)(const StudentBlock&, const StudentBlockMap&);
   void (*teacher_state)(const TeacherBlock&, TeacherBlockState&);
   void (*teacher_gradient)(const TeacherBlock&, const TeacherBlockMap&);
-  void (*extended_state)(const StudentBlock&, const ExtendedBlock&, ExtendedBlockState&);
-  void (*extended_gradient)(const StudentBlock&, const ExtendedBlock&, const ExtendedBlockMap&);
-  void (*extended_teacher_state)(const TeacherBlock&, const char* weights, ExtendedTeacherBlockState&);
-  void (*extended_teacher_gradient)(const TeacherBlock&, const ExtendedTeacherBlockMap&);
+  const ExtendedSweeps& (*extended)();
   // The teacher's logits alone, for a projection: their sums relative to view.centre at view.beta, which may be 0.
   void (*tempered)(const TeacherBlock& b, const View& view, TemperedBlockSums& out);
   int (*find)(const char* from, DType dtype, bool wide, int n, double value);  // first index of `value`, else 0
@@ -118,9 +122,12 @@ struct Sweeps {
 };
 
 const Sweeps& sweeps_baseline();
+const ExtendedSweeps& extended_sweeps_baseline();
 #if defined(CUDFAST_X86)
 const Sweeps& sweeps_avx2();
 const Sweeps& sweeps_avx512();
+const ExtendedSweeps& extended_sweeps_avx2();
+const ExtendedSweeps& extended_sweeps_avx512();
 #endif
 
 // The instruction set in use: chosen once, from the processor and CUDFAST_ISA.

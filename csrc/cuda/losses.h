@@ -93,12 +93,22 @@ CUDFAST_KERNEL void end_of(const Call& call, const Terms& terms, int row, const 
              {call.divisors[0], call.divisors[1]}, call.rows.coefficients_at(row), upstream_of(call, wide, row), end);
 }
 
+// A row whose top-1 leaves would have to be summed again (row/target.h). These kernels do not do that: it becomes NaN.
+CUDFAST_KERNEL void refuse_leaving(const Terms& terms, const Marks& m, const StudentState<double>& state,
+                                          RowEnd<double>& end) {
+  if (!(m.temperature < terms.leaving)) return;
+  if (!leaves(state, end.target.clip, inverse_of(terms, m.temperature))) return;
+  end.value = end.gradient.student_tau = std::numeric_limits<double>::quiet_NaN();
+}
+CUDFAST_KERNEL void refuse_leaving(const Terms&, const Marks&, const TeacherState<double>&, RowEnd<double>&) {}
+
 // The end of a row, and the inputs of its map.
 template <class State, class Map>
 CUDFAST_KERNEL void finish(const Call& call, const Terms& terms, int row, bool wide, const State& state,
                            RowEnd<double>& end, Map& map) {
   const Marks m = marks(call.rows, row);
   end_of(call, terms, row, m, wide, state, end);
+  refuse_leaving(terms, m, state, end);
   set(map, state, end, fixes(state, end, m.label, m.temperature), m);
 }
 

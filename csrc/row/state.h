@@ -109,7 +109,7 @@ enum Holes : int { kFull, kPadded, kHoles };
 
 // x - w; 0 in columns where a logit is -inf.
 template <int Holes, class F>
-CUDFAST_HD inline F difference(F dt, F ds, F x, F w) {
+CUDFAST_HD_INLINED F difference(F dt, F ds, F x, F w) {
   if constexpr (Holes == kHoles) {  // x > -inf is false for NaN, which remains in the exponentials
     const F none = F(kNothing<float>), lowest = F(std::numeric_limits<float>::lowest());
     return select(dt > none, select(ds > none, max(x, lowest) - max(w, lowest), F(0)), F(0));

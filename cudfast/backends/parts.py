@@ -146,13 +146,16 @@ def rest_of(
     return state_of(Span(rows, first), options, marks, swept(rows, options, backend))
 
 
-def with_rest(rows: Rows, options: RowOptions, marks: Marks, whole: Whole, rest: Whole) -> Whole:
-    """The state of rows, calibrated where the top-1 leaves; rest: the merged states that `rest_of` made."""
+def with_rest(
+    rows: Rows, options: RowOptions, marks: Marks, whole: Whole, rest: Whole, dtype: torch.dtype
+) -> Whole:
+    """The state of rows, calibrated where the top-1 leaves; rest: the merged states that `rest_of` made; dtype: that
+    in which the state will be packed."""
     assert isinstance(whole, StudentState)
     assert isinstance(rest, StudentState)
     clip = clip_of(whole, marks.labelled, options)
     without_top1 = Rest(rest.m_t, rest.z_tau, rest.a)
-    return recalibrated_where(whole, clip, without_top1, *inverse_temperatures(rows, options))
+    return recalibrated_where(whole, clip, without_top1, *inverse_temperatures(rows, options), dtype)
 
 
 def finished(

@@ -128,7 +128,7 @@ def _student_state(rows: Rows, options: RowOptions, marks: Marks, dtype: torch.d
     t = without(t, marks.column, k)
     m_r = t.amax(-1)
     sums = student_fold(_centre(t, m_r), ds, _column(inv_t), _column(inv_s))
-    return recalibrated_where(state, clip, Rest(m_r, sums.z_tau, sums.a), inv_t, inv_s)
+    return recalibrated_where(state, clip, Rest(m_r, sums.z_tau, sums.a), inv_t, inv_s, dtype)
 
 
 def without(t: Tensor, label: Tensor, k: Tensor) -> Tensor:
@@ -136,9 +136,11 @@ def without(t: Tensor, label: Tensor, k: Tensor) -> Tensor:
     return t.scatter(-1, label, NOTHING).scatter(-1, _column(k), NOTHING)
 
 
-def recalibrated_where(state: StudentState, clip: Clip, rest: Rest, inv_t: Tensor, inv_s: Tensor) -> StudentState:
+def recalibrated_where(
+    state: StudentState, clip: Clip, rest: Rest, inv_t: Tensor, inv_s: Tensor, dtype: torch.dtype
+) -> StudentState:
     """The states of rows whose top-1 leaves are those of the calibrated target; the others stay as they are."""
-    new, there = recalibrated(state, clip, rest, inv_t, inv_s), leaves(state, clip, inv_t, inv_s)
+    new, there = recalibrated(state, clip, rest, inv_t, inv_s, dtype), leaves(state, clip, inv_t, inv_s)
     names = ("m_q", "z_tau", "a", "impossible")
     return state._replace(**{name: torch.where(there, getattr(new, name), getattr(state, name)) for name in names})
 

@@ -88,7 +88,7 @@ class Sharded:
                 inverse,
                 top1=False,
             )
-            whole = with_rest(rows, plain, marks, whole, rest)
+            whole = with_rest(rows, plain, marks, whole, rest, compute_dtype(rows))
         whole = refused(rows, options, layout, whole)
         divisors = divisors_of(rows, options)
         losses, state = finished(rows, plain, marks, whole, divisors, compute_dtype(rows))
@@ -168,7 +168,7 @@ def over_ranks(
     whole = all_ranks(chunks, top1=True)
     if some_leave(group, rows, options, marks, whole):
         assert isinstance(whole, StudentState)
-        whole = with_rest(rows, options, marks, whole, all_ranks(rest(whole.k), top1=False))
+        whole = with_rest(rows, options, marks, whole, all_ranks(rest(whole.k), top1=False), dtype)
     assert isinstance(rows.num_items, Tensor)
     return finished(rows, options, marks, whole, rows.num_items, dtype)
 

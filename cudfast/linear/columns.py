@@ -93,7 +93,7 @@ def merged_state(work: Work, dtype: torch.dtype) -> tuple[Tensor, State]:
     there = leaving(rows, options, marks, whole)
     if there is not None and bool(there.any()):
         assert isinstance(whole, StudentState)
-        whole = with_rest(rows, options, marks, whole, part_rest(work, whole.k))
+        whole = with_rest(rows, options, marks, whole, part_rest(work, whole.k), dtype)
     return finished(rows, options, marks, whole, cast(Tensor, rows.num_items), dtype)
 
 

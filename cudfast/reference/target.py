@@ -86,9 +86,13 @@ def leaves(state: StudentState, clip: Clip, inv_t: Tensor, inv_s: Tensor) -> Ten
     return (clip.r > 0) & ~stays
 
 
-def recalibrated(state: StudentState, clip: Clip, rest: Rest, inv_t: Tensor, inv_s: Tensor) -> StudentState:
-    """The state with the calibrated target's sums, from those of the other classes.                 [recalibrated]"""
+def recalibrated(
+    state: StudentState, clip: Clip, rest: Rest, inv_t: Tensor, inv_s: Tensor, dtype: torch.dtype
+) -> StudentState:
+    """The state with the calibrated target's sums, from those of the other classes. m_q is rounded to the dtype in
+    which the state is packed.                                                                       [recalibrated]"""
     m_q = state.m_t + torch.maximum(_below(rest.m_t, state.m_t), torch.maximum(clip.t_k, clip.t_y))
+    m_q = m_q.to(dtype).to(m_q.dtype)
     down = torch.where(rest.m_t == NOTHING, 0, finite((rest.m_t - m_q) * inv_t))
     scale = down.exp()
     z, a, impossible = scale * rest.z_tau, scale * (rest.a + rest.z_tau * down), state.impossible

@@ -1,7 +1,8 @@
 """The CUDA C++ kernels, opt-in: NVIDIA GPUs from compute capability 7.5.
 
 As in the Triton backend, the host reads no values: a label that is not a class, or a weight or temperature out of
-range, or a coefficient that is not finite, makes the loss of its row NaN.
+range, or a coefficient that is not finite, makes the loss of its row NaN. So does W-Clip in a row whose top-1 leaves,
+if the call has a temperature per row (for a temperature of all rows see `_refuse`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...options import RowOptions
-from ...rows.call import Rows, State, columns_of, compute_dtype
+from ...terms.term import REVERSE, SQUARE, TEACHER_ENTROPY, UNIFORM
+from ...rows.call import RECALIBRATED, Rows, State, columns_of, compute_dtype, recalibrates
 from ...rows.vectors import divisors_of
 from ...targets.calibration import refuse_unmet
 from ..packed import Kernels, copied, kernels
@@ -59,6 +61,25 @@ def _tuning(rows: Rows) -> tuple[int, int]:
     return found.get("cluster", 0), found.get("threads", 0)
 
 
+_MISSING = {
+    REVERSE: "ReverseKL",
+    UNIFORM: "label smoothing",
+    TEACHER_ENTROPY: "the value teacher_entropy",
+    SQUARE: "the value brier",
+}
+
+
+def _refuse(rows: Rows, options: RowOptions) -> None:
+    """Raises for sums that these kernels do not have."""
+    asked = [name for sums, name in _MISSING.items() if options.sums & sums]
+    if options.teacher_temperature is not None:
+        asked.append("a teacher_temperature")
+    if recalibrates(rows, options) and rows.temperature is None:
+        asked.append(f"W-Clip at temperatures below {options.leaving:.3g}")
+    if asked:
+        raise ValueError(f"backend='cuda' does not have {', '.join(asked)}: use backend='triton'")
+
+
 def _divisors(rows: Rows, options: RowOptions, calls: Kernels) -> Tensor:
     """(2,) f64 on the device: divisors of terms without and with a label. One launch counts the rows."""
     if rows.num_items is not None or options.reduction != "mean":
@@ -78,6 +99,7 @@ def row_state(
     gradient: Tensor | None,
 ) -> tuple[Tensor, State | None]:
     """See `cudfast.rows.call.Backend`."""
+    _refuse(rows, options)
     strict = rows.constraints is not None and not rows.constraints.relax
     needs_state = keep or strict
     calls, device, dtype = kernels(_cuda, options), rows.logits.device, compute_dtype(rows)
@@ -87,7 +109,7 @@ def row_state(
         # If blocks share a row, its gradient is computed from its state.
         parts = _cuda.parts(rows.n, rows.classes, place[0])
         state = State(
-            torch.empty(rows.n if needs_state else 0, len(columns_of(rows, options)), dtype=dtype, device=device),
+            torch.empty(rows.n if needs_state else 0, _columns(rows, options), dtype=dtype, device=device),
             torch.empty(rows.n if needs_state and rows.target is not None else 0, dtype=torch.int64, device=device),
             _divisors(rows, options, calls),
         )
@@ -101,7 +123,14 @@ def row_state(
         value = loss if options.reduction == "none" else loss.sum()
     if not done:
         return row_state(copied(rows), options, statistics=statistics, keep=keep, gradient=gradient)
+    if keep and recalibrates(rows, options):  # RECALIBRATED is the last column
+        state = state._replace(sums=torch.nn.functional.pad(state.sums, (0, 1), value=torch.inf))
     return value.to(dtype), state if keep else None
+
+
+def _columns(rows: Rows, options: RowOptions) -> int:
+    """Number of columns of a state that the kernels write."""
+    return sum(name != RECALIBRATED for name in columns_of(rows, options))
 
 
 def row_gradient(
@@ -113,10 +142,11 @@ def row_gradient(
 ) -> None:
     """See `cudfast.rows.call.Backend`."""
     calls, device = kernels(_cuda, options), rows.logits.device
+    packed = state._replace(sums=state.sums[:, : _columns(rows, options)].contiguous())
     with _on(device):
         done = calls.gradient(
             rows, calls.terms, calls.ignore_index, calls.unlabeled_index, *_place(device),
-            upstream.to(state.sums.dtype).contiguous(), upstream.dim() > 0, state, gradient,
+            upstream.to(state.sums.dtype).contiguous(), upstream.dim() > 0, packed, gradient,
         )  # fmt: skip
     if not done:
         row_gradient(copied(rows), options, state, upstream, gradient)
