@@ -100,8 +100,11 @@ CUDFAST_HD inline void recalibrate(ExtendedState<R>& state, const Clip<R>& clip,
   for (int i = 0; i < 2; ++i) {
     const R x = (t[i] + (state.m_t - state.m_q)) * inverse.teacher, w = (s[i] - state.m_s) * inverse.student;
     z += exp(x);
-    a += exp(x) * (x - w);
-    if (s[i] == kNothing<R>) state.impossible = 1;
+    if (s[i] == kNothing<R>) {
+      state.impossible = 1;
+    } else {
+      a += exp(x) * (x - w);
+    }
   }
   state.z_tau = z;
   state.a = a;

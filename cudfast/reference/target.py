@@ -98,7 +98,7 @@ def recalibrated(
     z, a, impossible = scale * rest.z_tau, scale * (rest.a + rest.z_tau * down), state.impossible
     for new, s in ((clip.t_k, state.s_k), (clip.t_y, state.s_y)):
         x, w = finite((new + (state.m_t - m_q)) * inv_t), finite((s - state.m_s) * inv_s)
-        z, a = z + x.exp(), a + x.exp() * (x - w)
+        z, a = z + x.exp(), a + torch.where(s > NOTHING, x.exp() * (x - w), 0)
         impossible = torch.where(s > NOTHING, impossible, 1)
     return state._replace(m_q=m_q, z_tau=z, a=a, impossible=impossible)
 
