@@ -51,7 +51,7 @@ _TYPES |= dict.fromkeys(("bounds", "work"), "*fp64")
 _TYPES |= dict.fromkeys(("near_offsets", "near", "wrong_offsets", "wrong"), "*i64")
 _READ = ("weight", "temperatures", "coefficients", "parts")  # absent in kernels that read the state
 _VECTORS = (*_READ, "upstream")
-_STUDENT = {"P": 2, "ONES": 1, "CLIP": True, "KINDS": (0, 1)}
+_STUDENT = {"P": 2, "ONES": 1, "CLIP": 1, "KINDS": (0, 1)}
 _PROJECTED = {"P": 2, "ONES": 1, "KINDS": (0, 1)}
 _TEACHER = {"KINDS": (1, 2, 4)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .row import E_S, LOG2E, NOTHING, S_ONE, power
+from .row import E_S, LOG2E, NEVER, NOTHING, S_ONE, power
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def student_element(
     if S_ONE & ONES:
         one = power(student, P) if P > 0 else tl.exp2(ds * LOG2E)
         if E_S & ONES:
-            g += one * (student_one + student_log * (ds - log_z))
+            g += one * (student_one + student_log * tl.where(ds > NEVER, ds - log_z, 0.0))
         else:
             g += student_one * one
     return tl.where(ds == NOTHING, 0.0 * (student_tau + student_one), g)
@@ -28,4 +28,4 @@ def student_element(
 def teacher_element(one, log, x, inv_z, log_z):
     """dL/dz_j without the label's share; x = z_j - m. 0 log 0 is 0.                               [element-own]"""
     p = tl.exp2(x * LOG2E) * inv_z
-    return p * (one + log * tl.where(x > NOTHING, x - log_z, 0.0))
+    return p * (one + log * tl.where(x > NEVER, x - log_z, 0.0))

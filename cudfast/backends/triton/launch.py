@@ -16,6 +16,7 @@ from ...options import RowOptions, WClip
 from ...rows.call import Rows, State, columns_of, compute_dtype
 from ...rows.layout import dense, row_count, row_layout
 from ...rows.vectors import divisors_of
+from ...terms.term import REVERSE, SQUARE, TEACHER_ENTROPY, UNIFORM
 from ..tuning import tuned
 from . import projected, row, search, student, teacher, terms
 from .pieces import Sweep, count, scale_rows
@@ -180,6 +181,26 @@ def scale(gradient: Tensor, upstream: Tensor) -> None:
     )  # fmt: skip
 
 
+_NAMES = {
+    TEACHER_ENTROPY: "the teacher's entropy",
+    SQUARE: "the Brier score",
+    REVERSE: "reverse KL",
+    UNIFORM: "label smoothing",
+}
+
+
+def refuse_unknown(rows: Rows, options: RowOptions) -> None:
+    """Raises ValueError for what these kernels do not compute."""
+    missing = [name for sums, name in _NAMES.items() if options.sums & sums]
+    if options.teacher_temperature is not None and rows.target is not None:
+        missing.append("a teacher_temperature")
+    if missing:
+        raise ValueError(
+            f"backend 'triton' does not compute {' and '.join(missing)}; pass backend='reference', which does on any "
+            "device"
+        )
+
+
 class Call(NamedTuple):
     """The arguments that all kernels of a call share."""
 
@@ -191,6 +212,7 @@ class Call(NamedTuple):
 
     @classmethod
     def of(cls, rows: Rows, options: RowOptions) -> Call:
+        refuse_unknown(rows, options)
         name = "logits" if rows.target is None else "student_logits"
         target = None if rows.target is None else dense(rows.target, "teacher_logits")
         rows = rows._replace(logits=dense(rows.logits, name), target=target)
@@ -279,7 +301,7 @@ class Call(NamedTuple):
             self._launch(
                 student.student_rows, programs,
                 logits, Matrix.of(rows.target), to, self.given, scales, results, columns, float(rows.scalar),
-                P=self.power, ONES=self.ones(statistics), CLIP=self.clips, **flags,
+                P=self.power, ONES=self.ones(statistics), CLIP=self.clip, **flags,
             )  # fmt: skip
 
     def _projected(
@@ -334,15 +356,17 @@ class Call(NamedTuple):
         return int(self.rows.scalar) if self.rows.temperature is None and self.rows.scalar in (1, 2, 4) else 0
 
     @property
-    def clips(self) -> bool:
-        """Whether the target is clipped."""
-        return self.options.distils and isinstance(self.options.calibration, WClip)
+    def clip(self) -> int:
+        """Whether the target is clipped, and whether the state then has a column for m_q: see `row.LEAVES`."""
+        if not (self.options.distils and isinstance(self.options.calibration, WClip)):
+            return 0
+        packed = columns_of(self.rows, self.options)
+        return int((row.LEAVES if "m_q" in packed else row.STAYS).value)
 
     def ones(self, statistics: bool) -> int:
         """Which sums at temperature 1 are needed: see `row.student_fold`."""
         found = row.S_ONE.value if any(kind != terms.FORWARD_KL.value for kind in self.options.kinds) else 0
-        if self.options.entropy:
-            found |= row.E_S.value
+        found |= self.options.sums & row.E_S.value
         return found | row.S_ONE.value | row.Z_ONE.value if statistics else found
 
     def fold_parts(self, statistics: bool) -> Tensor:

@@ -144,10 +144,17 @@ def teacher_fold(z, e, x):
 def teacher_move(z, e, down, base):
     """e' = e^(m - m') (e + z (m - m')); base: factor of exponents for exp2.                         [merge-teacher]"""
     scale = tl.exp2(down * LOG2E)
-    return scale * z, scale * (e + z * (down * base))
+    z = scale * z
+    return z, scale * e + z * tl.where(scale > 0, down * base, 0.0)
 
 
 # ---- csrc/row/target.h ----
+
+# CLIP: no W-Clip (0); W-Clip; W-Clip in a call whose top-1 may dominate the teacher's sums.
+STAYS = tl.constexpr(1)
+LEAVES = tl.constexpr(2)
+
+LOWEST = tl.constexpr(-1.7976931348623157e308)
 
 
 @triton.jit
@@ -167,41 +174,88 @@ def log1p(x):
     return tl.where(u == 1.0, x, tl.where(u == 0.0, float("-inf"), tl.log(near) * x / (near - 1.0)))
 
 
+class Clip(NamedTuple):
+    """W-Clip of a row.                                                                                      [clip]"""
+
+    r: Any  # moved mass times Z1; 0 when nothing moves
+    t_k: Any  # new teacher logit of the top-1, minus m_t
+    t_y: Any  # new teacher logit of the label, minus m_t
+
+
 @triton.jit
 def wclip(u, budget, margin):
-    """(r, t_k, t_y): moved mass times Z1 and the two new logits minus m_t; u = t_y - m_t.                    [clip]"""
+    """r = min(budget, -margin * expm1(u)), u = t_y - m_t."""
     below_one = expm1(u)
     r = tl.minimum(budget, -margin * below_one)
     moves = r > 0
     inside = tl.where(moves, r, 0.5)
     t_k = tl.where(moves, log1p(-inside), 0.0)
     t_y = tl.where(moves, tl.log((1.0 + below_one) + inside), u)
-    return r, t_k, t_y
+    return Clip(r, t_k, t_y)
 
 
 @triton.jit
-def replace(z_tau, a, impossible, m_t, m_s, s_k, t_y, s_y, r, new_t_k, new_t_y, tau):
+def finite(quotient):
+    """A quotient of finite numbers in f64, without overflow; NaN remains."""
+    return tl.where(quotient < LOWEST, LOWEST, quotient)
+
+
+@triton.jit
+def replace(z_tau, a, impossible, m_t, m_s, s_k, t_y, s_y, clip, tau):
     """The teacher's sums after the clip: two contributions are replaced.                                  [replace]"""
-    moves = r > 0
-    w_k = (s_k - m_s) / tau
-    w_y = (s_y - m_s) / tau
-    blocked = moves & ((w_k == NOTHING) | (w_y == NOTHING))
-    changes = moves & (w_k > NOTHING) & (w_y > NOTHING)
-    w_k = tl.where(changes, w_k, 0.0)
-    w_y = tl.where(changes, w_y, 0.0)
-    new_k = tl.where(changes, new_t_k / tau, 0.0)
-    new_y = tl.where(changes, new_t_y / tau, 0.0)
-    old_y = tl.where(changes & (t_y > NOTHING), (t_y - m_t) / tau, 0.0)
+    moves = clip.r > 0
+    changes = moves & (s_k > NOTHING) & (s_y > NOTHING)
+    w_k = finite((s_k - m_s) / tau)
+    w_y = finite((s_y - m_s) / tau)
+    new_k = clip.t_k / tau
+    new_y = finite(clip.t_y / tau)
+    old_y = finite((t_y - m_t) / tau)
     mass_k = tl.exp(new_k)
     mass_y = tl.exp(new_y)
-    mass_old = tl.where(t_y > NOTHING, tl.exp(old_y), 0.0)
+    mass_old = tl.exp(old_y)
     new_z = z_tau + ((mass_k - 1.0) + mass_y) - mass_old
     new_a = a + ((mass_k * (new_k - w_k) + w_k) + mass_y * (new_y - w_y)) - mass_old * (old_y - w_y)
     return (
-        tl.where(changes, new_z, z_tau),
+        tl.where(moves, new_z, z_tau),
         tl.where(changes, new_a, a),
-        tl.where(blocked, 1.0, impossible),
+        tl.where(moves & (changes == 0), 1.0, impossible),
     )
+
+
+@triton.jit
+def leaves(z_tau, a, s_tau, m_t, m_s, s_k, t_y, s_y, clip, tau):
+    """Whether the sums cannot lose the top-1 by subtraction, as it dominates them.                         [leaves]"""
+    z, a, _ = replace(z_tau, a, 0.0, m_t, m_s, s_k, t_y, s_y, clip, tau)
+    blocked = (s_k == NOTHING) | (s_y == NOTHING)  # the forward divergence is infinite
+    w_k = finite((s_k - m_s) / tau)
+    w_y = finite((s_y - m_s) / tau)
+    old_y = finite((t_y - m_t) / tau)
+    left = tl.abs(w_k) + tl.where(t_y > NOTHING, tl.exp(old_y) * tl.abs(old_y - w_y), 0.0)
+    kl = a / z + tl.log(s_tau / z)
+    stays = (z >= z_tau / 8.0) & (blocked | (left <= 8.0 * z * tl.where(kl < 1, 1.0, kl)))
+    return (clip.r > 0) & (stays == 0)
+
+
+@triton.jit
+def recalibrated(rest, m_t, m_s, s_k, s_y, impossible, clip, tau, R: tl.constexpr):
+    """(m_q, z_tau, a, impossible) of the calibrated target, from (m_r, z, a) of the classes besides the top-1 and the
+    label. m_q is rounded to R, in which it is stored.                                                [recalibrated]"""
+    m_r, z, a = rest
+    there = m_r > NOTHING
+    lift = tl.maximum(tl.where(there, m_r - m_t, NOTHING), tl.maximum(clip.t_k, clip.t_y))
+    m_q = (m_t + lift).to(R).to(tl.float64)
+    down = tl.where(there, finite((m_r - m_q) / tau), 0.0)
+    scale = tl.exp(down)
+    z = scale * z
+    a = scale * a + z * down
+    x_k = finite((clip.t_k + (m_t - m_q)) / tau)
+    x_y = finite((clip.t_y + (m_t - m_q)) / tau)
+    mass_k = tl.exp(x_k)
+    mass_y = tl.exp(x_y)
+    z += mass_k + mass_y
+    a += mass_k * (x_k - finite((s_k - m_s) / tau))
+    a += mass_y * (x_y - finite((s_y - m_s) / tau))
+    return m_q, z, a, tl.where((s_k > NOTHING) & (s_y > NOTHING), impossible, 1.0)
 
 
 # The exact projection, Eq. 2. Logarithms of masses and entropies are (COUNT,): one per temperature.

@@ -29,8 +29,20 @@ from .pieces import (
     temperature_of,
     unless,
 )
-from .row import E_S, LOG2E, NOTHING, StudentState, below, student_fold, student_move, summed
-from .terms import finish, student_coefficients, student_target
+from .row import (
+    E_S,
+    LEAVES,
+    LOG2E,
+    NOTHING,
+    StudentState,
+    below,
+    leaves,
+    recalibrated,
+    student_fold,
+    student_move,
+    summed,
+)
+from .terms import clip_of_row, finish, student_coefficients, student_target
 
 COLUMNS = tl.constexpr(11)  # of a packed state, before e_s
 PART = tl.constexpr(10)  # values of a part of a row
@@ -85,6 +97,40 @@ def student_fold_columns(
     k = tl.min(tl.where(t == state.m_t, column, end), 0)
     k = tl.where(k == end, begin, k)
     return summed(state, tau), k
+
+
+@triton.jit
+def rest_block(s, t, start, k, y, m, z, a, c_s, base, BLOCK: tl.constexpr):
+    """One block of columns without the top-1 and the label: (m, z, a) of the teacher; `a` as in `student_fold`."""
+    t = replaced(replaced(t, start, k, NOTHING, BLOCK), start, y, NOTHING, BLOCK)
+    high = tl.max(t, 0)
+    if high > m:
+        down = below(m, high)
+        scale = tl.exp2(down * base)
+        z = scale * z
+        a = scale * a + z * down
+        m = high
+    dt = t - centre(m)
+    excess = dt - (s - c_s)
+    teacher = tl.exp2(dt * base)
+    return m, z + teacher, a + teacher * tl.where(tl.abs(excess) < float("inf"), excess, 0.0)
+
+
+@triton.jit
+def rest_columns(s_row, t_row, V, k, y, m_s, tau, R: tl.constexpr, BLOCK: tl.constexpr):
+    """(m, z, a) in f64 of a row's teacher logits without columns k and y, and of the student's logits minus m_s."""
+    lanes = tl.arange(0, BLOCK)
+    base = (f64(LOG2E) / tau).to(R)
+    c_s = centre(m_s).to(R)
+    m = tl.full((), float("-inf"), R)
+    z = tl.zeros((BLOCK,), R)
+    a = tl.zeros((BLOCK,), R)
+    for start in range(0, V, BLOCK):
+        inside = start + lanes < V
+        t = tl.load(t_row + start + lanes, mask=inside, other=float("-inf")).to(R)
+        s = tl.load(s_row + start + lanes, mask=inside, other=float("-inf")).to(R)
+        m, z, a = rest_block(s, t, start, k, y, m, z, a, c_s, base, BLOCK)
+    return m.to(tl.float64), tl.sum(z, 0).to(tl.float64), tl.sum(a, 0).to(tl.float64) / tau
 
 
 @triton.jit
@@ -174,9 +220,11 @@ def student_rows(
     m_t, s_k, m_s, t_y, s_y = nothing, nothing, nothing, nothing, nothing
     z_tau, s_tau, a, s_one, z_one, e_s, impossible = zero, zero, zero, zero, zero, zero, zero
     k = tl.zeros((), tl.int64)
+    m_q = tl.full((), float("inf"), tl.float64)
     at = sums
+    WIDTH: tl.constexpr = (COLUMNS + 1 if E_S & ONES else COLUMNS) + (1 if CLIP == LEAVES else 0)
     if sums is not None:
-        at = sums + row * (COLUMNS + 1 if E_S & ONES else COLUMNS)
+        at = sums + row * WIDTH
     if ignored == 0:
         if FOLD:
             state, k = student_fold_columns(s_row, t_row, begin, end, tau, R, P, ONES, BLOCK)
@@ -198,19 +246,35 @@ def student_rows(
             impossible = tl.load(at + 10).to(tl.float64)
             if E_S & ONES:
                 e_s = tl.load(at + 11).to(tl.float64)
+            if CLIP == LEAVES:
+                m_q = tl.load(at + WIDTH - 1).to(tl.float64)
             k = tl.load(results.top1 + row)
         if FOLD or MERGE:
             s_k = tl.load(s_row + k).to(tl.float64)
             if labelled:
                 t_y = tl.load(t_row + y).to(tl.float64)
                 s_y = tl.load(s_row + y).to(tl.float64)
+            if CLIP == LEAVES:
+                clip = clip_of_row(m_t, t_y, labelled, given)
+                if leaves(z_tau, a, s_tau, m_t, m_s, s_k, t_y, s_y, clip, tau):
+                    rest = rest_columns(s_row, t_row, V, k, y, m_s, tau, R, BLOCK)
+                    m_q, z_tau, a, impossible = recalibrated(rest, m_t, m_s, s_k, s_y, impossible, clip, tau, R)
     if FOLD or MERGE:
         if sums is not None:
             student_pack(at, m_t, s_k, m_s, z_tau, s_tau, a, s_one, z_one, t_y, s_y, impossible, e_s, ONES)
+            if CLIP == LEAVES:
+                tl.store(at + WIDTH - 1, m_q)
             tl.store(results.top1 + row, k)
-    divergence, target_z, r, t_k, new_t_y = student_target(
-        m_t, m_s, z_tau, s_tau, a, impossible, s_k, t_y, s_y, labelled, tau, given, CLIP
+    divergence, target_z, clip = student_target(
+        m_t, m_s, z_tau, s_tau, a, impossible, s_k, t_y, s_y, m_q, labelled, tau, given, CLIP
     )
+    t_k = clip.t_k
+    new_t_y = clip.t_y
+    if CLIP == LEAVES:  # the gradient is relative to m_q
+        if m_q < float("inf"):
+            t_k += m_t - m_q
+            new_t_y += m_t - m_q
+            m_t = m_q
     rows_share, labelled_share = shares_of(in_rows, in_labelled, scales)
     value, counts, log_z, by_kl, one, log, label = finish(
         row, rows_share, labelled_share, given, divergence, m_s, s_one, e_s, s_y, KINDS
@@ -228,7 +292,7 @@ def student_rows(
                 s_tau, s_one, target_z, tau, by_kl * by, one * by, log * by
             )
             base = f64(LOG2E) / tau
-            dt = tl.where(by_kl == 0, 0.0, tl.where(r > 0, new_t_y, t_y - centre(m_t)))
+            dt = tl.where(by_kl == 0, 0.0, tl.where(clip.r > 0, new_t_y, t_y - centre(m_t)))
             g_y = student_element(
                 student_tau, teacher_tau, student_one, student_log, log_z, dt, s_y - centre(m_s), base, 0, ONES
             )
@@ -246,7 +310,7 @@ def student_rows(
                 tau,
                 StudentGradient(student_tau, teacher_tau, student_one, student_log, log_z, by_kl == 0),
                 Element(tl.where(labelled, y, -1), g_y.to(R)),
-                Element(tl.where(r > 0, k, -1), g_k.to(R)),
+                Element(tl.where(clip.r > 0, k, -1), g_k.to(R)),
                 R,
                 P,
                 ONES,

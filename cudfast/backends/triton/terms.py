@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .row import NOTHING, expm1, replace, wclip
+from .row import LEAVES, NOTHING, Clip, expm1, replace, wclip
 from .settings import HEADER, WIDTH, clip_of
 
 FORWARD_KL, CROSS_ENTROPY, FOCAL, ENTROPY, GATED_ENTROPY, Z_LOSS = (tl.constexpr(kind) for kind in range(6))
@@ -34,19 +34,30 @@ def forward_kl(m_t, m_s, s_tau, z_tau, a, impossible, tau):
 
 
 @triton.jit
-def student_target(m_t, m_s, z_tau, s_tau, a, impossible, s_k, t_y, s_y, labelled, tau, given, CLIP: tl.constexpr):
-    """The calibrated target of a row and its divergence: (tau^2 KL, z_tau, r, t_k, t_y)."""
-    r = tl.zeros_like(m_t)
-    t_k = tl.zeros_like(m_t)
-    new_t_y = t_y - m_t
+def clip_of_row(m_t, t_y, labelled, given):
+    """W-Clip of a row; r is 0 if nothing moves."""
+    wrong = labelled & (t_y < m_t)
+    budget, margin = clip_of(given.settings)
+    found = wclip(tl.where(wrong, t_y - m_t, 0.0), budget, margin)
+    r = tl.where(wrong, found.r, 0.0)
+    return Clip(r, found.t_k, tl.where(r > 0, found.t_y, t_y - m_t))
+
+
+@triton.jit
+def student_target(m_t, m_s, z_tau, s_tau, a, impossible, s_k, t_y, s_y, m_q, labelled, tau, given, CLIP: tl.constexpr):
+    """The calibrated target of a row and its divergence: (tau^2 KL, z_tau, clip)."""
+    clip = Clip(tl.zeros_like(m_t), tl.zeros_like(m_t), t_y - m_t)
     if CLIP:
-        wrong = labelled & (t_y < m_t)
-        budget, margin = clip_of(given.settings)
-        r, t_k, new_t_y = wclip(tl.where(wrong, t_y - m_t, 0.0), budget, margin)
-        r = tl.where(wrong, r, 0.0)
-        new_t_y = tl.where(r > 0, new_t_y, t_y - m_t)
-        z_tau, a, impossible = replace(z_tau, a, impossible, m_t, m_s, s_k, t_y, s_y, r, t_k, new_t_y, tau)
-    return forward_kl(m_t, m_s, s_tau, z_tau, a, impossible, tau), z_tau, r, t_k, new_t_y
+        clip = clip_of_row(m_t, t_y, labelled, given)
+        z, excess, excluded = replace(z_tau, a, impossible, m_t, m_s, s_k, t_y, s_y, clip, tau)
+        if CLIP == LEAVES:  # the sums of a row with m_q are those of its target already
+            done = m_q < float("inf")
+            z_tau = tl.where(done, z_tau, z)
+            a = tl.where(done, a, excess)
+            impossible = tl.where(done, impossible, excluded)
+        else:
+            z_tau, a, impossible = z, excess, excluded
+    return forward_kl(m_t, m_s, s_tau, z_tau, a, impossible, tau), z_tau, clip
 
 
 # ---- the terms ----
