@@ -11,14 +11,27 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ...terms import term
+
 NOTHING = tl.constexpr(float("-inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(-1e33)
+LOWEST = tl.constexpr(-1.7976931348623157e308)
+LOWEST_F32 = tl.constexpr(-3.4028234663852886e38)
 
 # ---- csrc/row/state.h ----
 
 
 # Student loss: state of one row, or of some of its columns                                          [state-student]
+class OwnSums(NamedTuple):
+    """Sums of the student alone, as in `cudfast.reference.StudentState`."""
+
+    s_two: Any
+    uniform: Any
+    share: Any
+    possible: Any
+
+
 class StudentState(NamedTuple):
     """Maxima and sums relative to them; k, s_k and the label's logits are read after the last column.
 
@@ -32,16 +45,53 @@ class StudentState(NamedTuple):
     a: Any
     s_one: Any
     z_one: Any
-    e_one: Any
+    e_t: Any
     e_s: Any
     impossible: Any
+    b: Any
+    missing: Any
+    own: Any
 
 
-# ONES: the sums at temperature 1 that are needed, of these.
+# ONES: the sums that are needed besides z_tau, s_tau and a, of these; the last five: see cudfast/terms/term.py.
 S_ONE = tl.constexpr(1)
 Z_ONE = tl.constexpr(2)
-E_ONE = tl.constexpr(4)  # with Z_ONE
-E_S = tl.constexpr(8)  # with S_ONE
+E_T = tl.constexpr(term.TEACHER_ENTROPY)  # with Z_ONE
+E_S = tl.constexpr(term.STUDENT_ENTROPY)  # with S_ONE
+REVERSE = tl.constexpr(term.REVERSE)  # b, missing
+UNIFORM = tl.constexpr(term.UNIFORM)  # uniform, share, possible
+SQUARE = tl.constexpr(term.SQUARE)  # s_two
+
+
+class Bases(NamedTuple):
+    """Factors of logits in exponents of two: log2(e) / tau."""
+
+    student: Any
+    teacher: Any  # None: the student's
+
+
+@triton.jit
+def teacher_base(bases):
+    if bases.teacher is None:
+        return bases.student
+    return bases.teacher
+
+
+@triton.jit
+def unit_of(bases, tau):
+    """What `a` and `b` of lanes are divided by in the end."""
+    if bases.teacher is None:
+        return tau
+    return LOG2E
+
+
+@triton.jit
+def excess_of(dt, ds, bases):
+    """The difference of the tempered logits times `unit_of`, where both are finite."""
+    if bases.teacher is None:
+        return dt - ds
+    least = LOWEST if dt.dtype == tl.float64 else LOWEST_F32
+    return tl.maximum(dt * bases.teacher, least) - tl.maximum(ds * bases.student, least)
 
 
 @triton.jit
@@ -55,19 +105,25 @@ def power(e, P: tl.constexpr):
 
 
 @triton.jit
-def student_fold(
-    z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible, dt, ds, base, P: tl.constexpr, ONES: tl.constexpr
-):
-    """Adds the columns in dt = t - m_t and ds = s - m_s; base = log2(e) / tau.
+def one_of(d, base, P: tl.constexpr):
+    """e^d at temperature 1."""
+    return power(tl.exp2(d * base), P) if P > 0 else tl.exp2(d * LOG2E)
 
-    `a` is not yet multiplied by 1 / tau. If a logit is -inf, dt - ds is infinite or NaN and is left out of the sum;
+
+@triton.jit
+def student_fold(
+    z_tau, s_tau, a, s_one, z_one, e_t, e_s, impossible, dt, ds, bases, P: tl.constexpr, ONES: tl.constexpr
+):
+    """Adds the columns in dt = t - m_t and ds = s - m_s.
+
+    `a` is not yet divided by `unit_of`. If a logit is -inf, dt - ds is infinite or NaN and is left out of the sum;
     +inf marks a class that only the student excludes, and remains in `impossible`.
     """
-    teacher = tl.exp2(dt * base)
-    student = tl.exp2(ds * base)
-    excess = dt - ds
-    impossible = tl.maximum(impossible, excess)
-    excess = tl.where(tl.abs(excess) < float("inf"), excess, 0.0)
+    teacher = tl.exp2(dt * teacher_base(bases))
+    student = tl.exp2(ds * bases.student)
+    apart = dt - ds
+    impossible = tl.maximum(impossible, apart)
+    excess = tl.where(tl.abs(apart) < float("inf"), excess_of(dt, ds, bases), 0.0)
     z_tau += teacher
     s_tau += student
     a += teacher * excess
@@ -79,9 +135,36 @@ def student_fold(
     if Z_ONE & ONES:
         one = power(teacher, P) if P > 0 else tl.exp2(dt * LOG2E)
         z_one += one
-        if E_ONE & ONES:
-            e_one += one * tl.where(dt > NOTHING, dt, 0.0)
-    return z_tau, s_tau, a, s_one, z_one, e_one, e_s, impossible
+        if E_T & ONES:
+            e_t += one * tl.where(dt > NOTHING, dt, 0.0)
+    return z_tau, s_tau, a, s_one, z_one, e_t, e_s, impossible
+
+
+@triton.jit
+def reverse_fold(b, missing, dt, ds, bases):
+    """`b` is not yet divided by `unit_of`; -inf marks a class that only the teacher excludes."""
+    apart = dt - ds
+    excess = tl.where(tl.abs(apart) < float("inf"), excess_of(dt, ds, bases), 0.0)
+    return b - tl.exp2(ds * bases.student) * excess, missing + tl.where(apart == NOTHING, 1.0, 0.0)
+
+
+@triton.jit
+def own_fold(own, u, one, weight, ONES: tl.constexpr):
+    """Adds the columns in u = s - m_s; one = e^u; weight: of classes, or None."""
+    s_two, uniform, share, possible = own
+    if SQUARE & ONES:
+        s_two += one * one
+    if UNIFORM & ONES:
+        can = u > NOTHING
+        u = tl.where(can, u, 0.0)
+        possible += tl.where(can, 1.0, 0.0)
+        if weight is None:
+            uniform += u
+            share = possible
+        else:
+            uniform += weight * u
+            share += tl.where(can, weight, 0.0)
+    return OwnSums(s_two, uniform, share, possible)
 
 
 @triton.jit
@@ -91,28 +174,77 @@ def below(part, whole):
 
 
 @triton.jit
-def student_move(z_tau, s_tau, a, s_one, z_one, e_one, e_s, down_t, down_s, base, tau):
-    """Sums relative to larger maxima; tau = 1 if `a` is not yet multiplied by 1 / tau.              [merge-student]
+def distance(down_t, down_s, bases, unit):
+    """The difference of two tempered distances.
 
-    Distances beyond FAR, those of masked columns, would overflow in products that are then multiplied by 0.
+    Those beyond FAR, of masked columns, would overflow in products that are then multiplied by 0.
     """
-    teacher = tl.exp2(down_t * base)
-    student = tl.exp2(down_s * base)
-    a = teacher * (a + z_tau * tl.maximum(tl.minimum((down_t - down_s) / tau, -FAR), FAR))
+    if bases.teacher is None:
+        by = (down_t - down_s) / unit
+    else:
+        by = (down_t * bases.teacher - down_s * bases.student) / unit
+    return tl.maximum(tl.minimum(by, -FAR), FAR)
+
+
+@triton.jit
+def student_move(z_tau, s_tau, a, s_one, z_one, e_t, e_s, down_t, down_s, bases, unit):
+    """Sums relative to larger maxima; unit: 1 if `a` is not yet divided by `unit_of`.               [merge-student]"""
+    teacher = tl.exp2(down_t * teacher_base(bases))
+    student = tl.exp2(down_s * bases.student)
+    a = teacher * (a + z_tau * distance(down_t, down_s, bases, unit))
     z_tau = teacher * z_tau
     s_tau = student * s_tau
     one = tl.exp2(down_s * LOG2E)
     e_s = one * (e_s + s_one * tl.maximum(down_s, FAR))
     s_one = one * s_one
     one = tl.exp2(down_t * LOG2E)
-    e_one = one * (e_one + z_one * tl.maximum(down_t, FAR))
+    e_t = one * (e_t + z_one * tl.maximum(down_t, FAR))
     z_one = one * z_one
-    return z_tau, s_tau, a, s_one, z_one, e_one, e_s
+    return z_tau, s_tau, a, s_one, z_one, e_t, e_s
 
 
 @triton.jit
-def summed(state, tau):
-    """The state with its lanes summed, in f64, and `a` multiplied by 1 / tau; impossible: 1 or 0."""
+def reverse_move(b, s_tau, down_t, down_s, bases, unit):
+    """`b` relative to larger maxima; s_tau is relative to the old one."""
+    return tl.exp2(down_s * bases.student) * (b - s_tau * distance(down_t, down_s, bases, unit))
+
+
+@triton.jit
+def own_move(own, down, ONES: tl.constexpr):
+    """Sums relative to a larger maximum."""
+    s_two, uniform, share, possible = own
+    if SQUARE & ONES:
+        one = tl.exp2(down * LOG2E)
+        s_two = one * one * s_two
+    if UNIFORM & ONES:
+        uniform += share * tl.maximum(down, FAR)
+    return OwnSums(s_two, uniform, share, possible)
+
+
+@triton.jit
+def own_added(left, right):
+    return OwnSums(
+        left.s_two + right.s_two,
+        left.uniform + right.uniform,
+        left.share + right.share,
+        left.possible + right.possible,
+    )
+
+
+@triton.jit
+def own_summed(own):
+    """The sums of lanes in f64."""
+    return OwnSums(
+        tl.sum(own.s_two, 0).to(tl.float64),
+        tl.sum(own.uniform, 0).to(tl.float64),
+        tl.sum(own.share, 0).to(tl.float64),
+        tl.sum(own.possible, 0).to(tl.float64),
+    )
+
+
+@triton.jit
+def summed(state, unit):
+    """The state with its lanes summed, in f64, and `a` and `b` divided by `unit_of`; impossible: 1 or 0."""
     # First, so that its registers are free during the other sums.
     excluded = tl.where(tl.max(state.impossible, 0) == float("inf"), 1.0, 0.0).to(tl.float64)
     return StudentState(
@@ -120,12 +252,15 @@ def summed(state, tau):
         state.m_s.to(tl.float64),
         tl.sum(state.z_tau, 0).to(tl.float64),
         tl.sum(state.s_tau, 0).to(tl.float64),
-        tl.sum(state.a, 0).to(tl.float64) / tau,
+        tl.sum(state.a, 0).to(tl.float64) / unit,
         tl.sum(state.s_one, 0).to(tl.float64),
         tl.sum(state.z_one, 0).to(tl.float64),
-        tl.sum(state.e_one, 0).to(tl.float64),
+        tl.sum(state.e_t, 0).to(tl.float64),
         tl.sum(state.e_s, 0).to(tl.float64),
         excluded,
+        tl.sum(state.b, 0).to(tl.float64) / unit,
+        tl.sum(state.missing, 0).to(tl.float64),
+        own_summed(state.own),
     )
 
 
@@ -153,8 +288,6 @@ def teacher_move(z, e, down, base):
 # CLIP: no W-Clip (0); W-Clip; W-Clip in a call whose top-1 may dominate the teacher's sums.
 STAYS = tl.constexpr(1)
 LEAVES = tl.constexpr(2)
-
-LOWEST = tl.constexpr(-1.7976931348623157e308)
 
 
 @triton.jit
@@ -200,56 +333,78 @@ def finite(quotient):
     return tl.where(quotient < LOWEST, LOWEST, quotient)
 
 
+class TargetSums(NamedTuple):
+    """Sums of a target, relative to its maximum and to the student's."""
+
+    z_tau: Any
+    a: Any
+    impossible: Any
+    b: Any
+    missing: Any
+
+
 @triton.jit
-def replace(z_tau, a, impossible, m_t, m_s, s_k, t_y, s_y, clip, tau):
+def replace(sums, m_t, m_s, s_k, t_y, s_y, clip, tau_t, tau, ONES: tl.constexpr):
     """The teacher's sums after the clip: two contributions are replaced.                                  [replace]"""
+    z_tau, a, impossible, b, missing = sums
     moves = clip.r > 0
-    changes = moves & (s_k > NOTHING) & (s_y > NOTHING)
+    can_k = s_k > NOTHING
+    can_y = s_y > NOTHING
+    changes = moves & can_k & can_y
     w_k = finite((s_k - m_s) / tau)
     w_y = finite((s_y - m_s) / tau)
-    new_k = clip.t_k / tau
-    new_y = finite(clip.t_y / tau)
-    old_y = finite((t_y - m_t) / tau)
+    new_k = clip.t_k / tau_t
+    new_y = finite(clip.t_y / tau_t)
+    old_y = finite((t_y - m_t) / tau_t)
     mass_k = tl.exp(new_k)
     mass_y = tl.exp(new_y)
     mass_old = tl.exp(old_y)
     new_z = z_tau + ((mass_k - 1.0) + mass_y) - mass_old
     new_a = a + ((mass_k * (new_k - w_k) + w_k) + mass_y * (new_y - w_y)) - mass_old * (old_y - w_y)
-    return (
+    if REVERSE & ONES:
+        had_mass = t_y > NOTHING
+        at_k = tl.where(moves & can_k, tl.exp(w_k) * new_k, 0.0)
+        at_y = tl.where(moves & can_y, tl.exp(w_y) * (tl.where(had_mass, old_y, w_y) - new_y), 0.0)
+        b += at_y - at_k
+        missing -= tl.where(moves & can_y & (had_mass == 0), 1.0, 0.0)
+    return TargetSums(
         tl.where(moves, new_z, z_tau),
         tl.where(changes, new_a, a),
         tl.where(moves & (changes == 0), 1.0, impossible),
+        b,
+        missing,
     )
 
 
 @triton.jit
-def leaves(z_tau, a, s_tau, m_t, m_s, s_k, t_y, s_y, clip, tau):
+def leaves(sums, s_tau, m_t, m_s, s_k, t_y, s_y, clip, tau_t, tau):
     """Whether the sums cannot lose the top-1 by subtraction, as it dominates them.                         [leaves]"""
-    z, a, _ = replace(z_tau, a, 0.0, m_t, m_s, s_k, t_y, s_y, clip, tau)
+    target = replace(sums, m_t, m_s, s_k, t_y, s_y, clip, tau_t, tau, 0)
+    z = target.z_tau
     blocked = (s_k == NOTHING) | (s_y == NOTHING)  # the forward divergence is infinite
     w_k = finite((s_k - m_s) / tau)
     w_y = finite((s_y - m_s) / tau)
-    old_y = finite((t_y - m_t) / tau)
+    old_y = finite((t_y - m_t) / tau_t)
     left = tl.abs(w_k) + tl.where(t_y > NOTHING, tl.exp(old_y) * tl.abs(old_y - w_y), 0.0)
-    kl = a / z + tl.log(s_tau / z)
-    stays = (z >= z_tau / 8.0) & (blocked | (left <= 8.0 * z * tl.where(kl < 1, 1.0, kl)))
+    kl = target.a / z + tl.log(s_tau / z)
+    stays = (z >= sums.z_tau / 8.0) & (blocked | (left <= 8.0 * z * tl.where(kl < 1, 1.0, kl)))
     return (clip.r > 0) & (stays == 0)
 
 
 @triton.jit
-def recalibrated(rest, m_t, m_s, s_k, s_y, impossible, clip, tau, R: tl.constexpr):
+def recalibrated(rest, m_t, m_s, s_k, s_y, impossible, clip, tau_t, tau, R: tl.constexpr):
     """(m_q, z_tau, a, impossible) of the calibrated target, from (m_r, z, a) of the classes besides the top-1 and the
     label. m_q is rounded to R, in which it is stored.                                                [recalibrated]"""
     m_r, z, a = rest
     there = m_r > NOTHING
     lift = tl.maximum(tl.where(there, m_r - m_t, NOTHING), tl.maximum(clip.t_k, clip.t_y))
     m_q = (m_t + lift).to(R).to(tl.float64)
-    down = tl.where(there, finite((m_r - m_q) / tau), 0.0)
+    down = tl.where(there, finite((m_r - m_q) / tau_t), 0.0)
     scale = tl.exp(down)
     z = scale * z
     a = scale * a + z * down
-    x_k = finite((clip.t_k + (m_t - m_q)) / tau)
-    x_y = finite((clip.t_y + (m_t - m_q)) / tau)
+    x_k = finite((clip.t_k + (m_t - m_q)) / tau_t)
+    x_y = finite((clip.t_y + (m_t - m_q)) / tau_t)
     mass_k = tl.exp(x_k)
     mass_y = tl.exp(x_y)
     z += mass_k + mass_y
